@@ -1,0 +1,42 @@
+"""fastvit: custom Triton kernels for Vision Transformers.
+
+Importing this package touches no device, imports neither Triton nor any model library and changes no global
+state; every public name is imported on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+
+__version__ = "0.1.0"
+
+# In a checkout, `kernels/` and `benchmarks/` stand beside `fastvit/` instead of inside it. Looking there too lets a
+# clone run with no install at all (`python -m fastvit` from its root), as on a GPU machine without a network.
+_checkout = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+if os.path.isfile(os.path.join(_checkout, "kernels", "gemm.py")):
+    __path__.append(_checkout)
+
+_PUBLIC = {
+    "create_model": "fastvit.models",
+    "list_models": "fastvit.models",
+    "ViTConfig": "fastvit.models",
+    "VisionTransformer": "fastvit.models",
+    "use_backend": "fastvit.dispatch",
+    "explain": "fastvit.dispatch",
+}
+_SUBMODULES = ("kernels", "models", "nn", "ops", "reference")
+
+__all__ = ["__version__", *_PUBLIC, *_SUBMODULES]
+
+
+def __getattr__(name: str):
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    if name in _SUBMODULES:
+        return importlib.import_module(f"fastvit.{name}")
+    raise AttributeError(f"module 'fastvit' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,104 @@
+"""Which back end runs an op, and why: the one place that decides.
+
+Back ends: "triton" (our kernels; on CPU tensors through Triton's interpreter when TRITON_INTERPRET=1) and "torch"
+(plain PyTorch). Asked for "auto", an op takes the kernels for GPU tensors that they support and PyTorch otherwise.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import os
+from dataclasses import dataclass
+
+import torch
+
+BACKENDS = ("auto", "triton", "torch")
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source}: unknown back end {name!r}, expected one of {', '.join(BACKENDS)}")
+    return name
+
+
+_requested = _checked(os.environ.get("FASTVIT_BACKEND", "auto"), "FASTVIT_BACKEND")
+_has_triton = importlib.util.find_spec("triton") is not None
+
+
+@contextlib.contextmanager
+def use_backend(name: str):
+    """Run every op in the `with` body on back end `name`: "auto", "triton" or "torch".
+
+    The choice is the process's, not the thread's. Asked for "triton", an op that the kernels do not support raises a
+    RuntimeError with all the reasons instead of falling back. Raises ValueError for an unknown name.
+    """
+    global _requested
+    before, _requested = _requested, _checked(name, "use_backend")
+    try:
+        yield
+    finally:
+        _requested = before
+
+
+def requested_backend() -> str:
+    """The back end asked for: "auto", "triton" or "torch"."""
+    return _requested
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in Triton's interpreter, on the CPU (TRITON_INTERPRET=1)."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+def missing_requirements(*tensors: torch.Tensor | None) -> list[str]:
+    """Why no Triton kernel at all can run on these tensors, as far as the machine goes; empty if one can."""
+    if not _has_triton:
+        return ["Triton is not installed"]
+    devices = {t.device.type for t in tensors if t is not None}
+    if devices == {"cuda"}:
+        return ["TRITON_INTERPRET=1 runs kernels on CPU tensors only"] if interpreting() else []
+    if devices == {"cpu"}:
+        return [] if interpreting() else ["the tensors are on the CPU and TRITON_INTERPRET is not set"]
+    return [f"no kernels for device {name!r}" for name in sorted(devices - {"cuda", "cpu"})]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` found: the back end that would run `op`, and each reason why not the kernels."""
+
+    op: str
+    backend: str
+    reasons: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return "\n  - ".join([f"{self.op}: {self.backend}" + (", because" if self.reasons else ""), *self.reasons])
+
+
+def decide(op: str, reasons: list[str], device_type: str) -> Explanation:
+    """The back end for one call of `op`, given all `reasons` why the kernels cannot take it."""
+    if _requested == "torch":
+        return Explanation(op, "torch", ("back end 'torch' was asked for", *reasons))
+    if _requested == "auto" and device_type == "cpu" and not reasons:
+        reasons = ["the tensors are on the CPU; the interpreter runs only when back end 'triton' is asked for"]
+    return Explanation(op, "torch" if reasons else "triton", tuple(reasons))
+
+
+def wants_triton(op: str, reasons: list[str], device_type: str) -> bool:
+    """Whether to launch kernels. Raises RuntimeError when "triton" was asked for and `reasons` forbid it."""
+    explanation = decide(op, reasons, device_type)
+    if _requested == "triton" and explanation.backend != "triton":
+        raise RuntimeError(f"back end 'triton' was asked for, but {op} cannot run on it: {'; '.join(reasons)}")
+    return explanation.backend == "triton"
+
+
+def explain(op: str, *args, **kwargs) -> Explanation:
+    """The back end that `fastvit.ops.<op>(*args, **kwargs)` would run on, and every reason why not another.
+
+    Raises ValueError for an unknown op, and whatever the op itself raises for bad arguments; launches nothing.
+    """
+    ops = importlib.import_module("fastvit.ops")
+    if op not in ops.OPS:
+        raise ValueError(f"explain: unknown op {op!r}, expected one of {', '.join(sorted(ops.OPS))}")
+    return ops.OPS[op](*args, **kwargs)

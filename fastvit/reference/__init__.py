@@ -1,0 +1,14 @@
+"""The truth: every op and the whole Vision Transformer in plain PyTorch. Imports nothing of the rest of fastvit."""
+
+from .ops import attention, layer_norm, layer_norm_linear, layer_norm_mlp, linear_residual, patch_embed
+from .vit import vision_transformer
+
+__all__ = [
+    "attention",
+    "layer_norm",
+    "layer_norm_linear",
+    "layer_norm_mlp",
+    "linear_residual",
+    "patch_embed",
+    "vision_transformer",
+]

@@ -1,0 +1,122 @@
+"""Each op of fastvit as a few lines of plain PyTorch, in any floating dtype, differentiable by autograd.
+
+Sizes: B images, C channels, N tokens, P prefix tokens, D embed_dim, H heads of width d, K = C * ph * pw.
+Where `x` is wider than the weights (a float32 residual stream beside bfloat16 weights, as under autocast) the
+normalisation runs in x's dtype, the matrix product in the weights', and a residual sum in the wider of the two.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+ACTIVATIONS = {
+    "gelu": F.gelu,  # exact: x * Phi(x)
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),  # OpenAI's CLIP
+    "silu": F.silu,
+}
+
+
+def patch_embed(image, weight, bias=None, *, pos_embed=None, prefix=None, mean=None, std=None):
+    """Patches, flatten, linear projection, position table, prefix tokens (arXiv 2010.11929, section 3.1, eq. 1).
+
+    image (B, C, H, W), float or uint8 (taken as pixel / 255); weight (D, C, ph, pw); bias (D,); pos_embed (N, D), or
+    (P + N, D) when the prefix rows have positions too; prefix (P, D); mean, std: one float per channel, applied to
+    the image first as (image - mean) / std. Returns (B, P + N, D) in weight's dtype.
+    """
+    embed_dim, channels, ph, pw = weight.shape
+    if not image.is_floating_point():
+        image = image.to(torch.promote_types(weight.dtype, torch.float32)) / 255
+    if mean is not None or std is not None:
+        wide = torch.promote_types(image.dtype, torch.float32)
+        mean = torch.tensor([0.0] * channels if mean is None else mean, dtype=wide, device=image.device)
+        std = torch.tensor([1.0] * channels if std is None else std, dtype=wide, device=image.device)
+        image = (image.to(wide) - mean[:, None, None]) / std[:, None, None]
+    image = image.to(weight.dtype)
+
+    batch, _, height, width = image.shape
+    patches = image.reshape(batch, channels, height // ph, ph, width // pw, pw)
+    patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (B, N, C * ph * pw)
+    tokens = F.linear(patches, weight.flatten(1), bias)
+
+    prefix_rows = 0 if prefix is None else prefix.shape[0]
+    if pos_embed is not None and pos_embed.shape[0] == tokens.shape[1]:
+        tokens = tokens + pos_embed
+    if prefix is not None:
+        tokens = torch.cat([prefix.to(tokens.dtype).expand(batch, -1, -1), tokens], dim=1)
+    if pos_embed is not None and prefix_rows and pos_embed.shape[0] == tokens.shape[1]:
+        tokens = tokens + pos_embed
+    return tokens
+
+
+def attention(qkv, *, scale=None, key_padding_mask=None, attn_bias=None, dropout_p=0.0):
+    """Multi-head self-attention: softmax(q k^T * scale + bias) v (arXiv 1706.03762, eq. 1).
+
+    qkv (B, N, 3, H, d); scale defaults to d ** -0.5; key_padding_mask (B, N) bool, True = attend; attn_bias,
+    added to the scaled scores, broadcastable to (B, H, N, N). A query that may attend to no key gets zeros.
+    Returns (B, N, H * d).
+    """
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, N, d)
+    scores = q @ k.transpose(-2, -1) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if attn_bias is not None:
+        scores = scores + attn_bias
+    if key_padding_mask is not None:
+        scores = scores.masked_fill(~key_padding_mask[:, None, None, :], float("-inf"))
+    alive = (scores > float("-inf")).any(dim=-1, keepdim=True)
+    probabilities = torch.where(alive, scores, 0).softmax(dim=-1) * alive
+    probabilities = F.dropout(probabilities, dropout_p)
+    return (probabilities @ v).transpose(1, 2).flatten(2)
+
+
+def layer_norm(x, weight, bias, eps=1e-6):
+    """(x - mean) / sqrt(var + eps) * weight + bias over the last axis (arXiv 1607.06450). x (..., D) -> (..., D)."""
+    return F.layer_norm(x, x.shape[-1:], weight.to(x.dtype), bias.to(x.dtype), eps)
+
+
+def layer_norm_linear(x, norm_weight, norm_bias, weight, bias=None, *, eps=1e-6):
+    """linear(layer_norm(x)). x (..., D), weight (O, D), bias (O,) -> (..., O) in weight's dtype."""
+    return F.linear(layer_norm(x, norm_weight, norm_bias, eps).to(weight.dtype), weight, bias)
+
+
+def linear_residual(x, weight, bias, residual, *, layer_scale=None, drop_path_scale=None):
+    """residual + drop_path_scale * layer_scale * linear(x).
+
+    x (B, ..., K), weight (O, K), bias (O,) or None, residual (B, ..., O); layer_scale (O,) (arXiv 2103.17239);
+    drop_path_scale (B,): 0 for the dropped samples, 1 / keep_prob for the kept ones (arXiv 1603.09382).
+    Returns (B, ..., O) in the wider of residual's and weight's dtype.
+    """
+    branch = F.linear(x, weight, bias)
+    if layer_scale is not None:
+        branch = branch * layer_scale.to(branch.dtype)
+    if drop_path_scale is not None:
+        branch = branch * drop_path_scale.to(branch.dtype).reshape(-1, *[1] * (branch.dim() - 1))
+    return residual + branch
+
+
+def layer_norm_mlp(
+    x,
+    norm_weight,
+    norm_bias,
+    fc1_weight,
+    fc1_bias,
+    fc2_weight,
+    fc2_bias,
+    *,
+    eps=1e-6,
+    activation="gelu",
+    residual=None,
+    layer_scale=None,
+    drop_path_scale=None,
+):
+    """fc2(activation(fc1(layer_norm(x)))), scaled and added to the residual as in `linear_residual` when there is one.
+
+    x (B, ..., D); fc1_weight (M, D), fc2_weight (O, M), biases (M,), (O,) or None; activation one of
+    "gelu" (exact), "gelu_tanh", "quick_gelu", "silu". Returns (B, ..., O).
+    """
+    hidden = ACTIVATIONS[activation](layer_norm_linear(x, norm_weight, norm_bias, fc1_weight, fc1_bias, eps=eps))
+    if residual is None:
+        residual = torch.zeros((), dtype=hidden.dtype, device=hidden.device)
+    return linear_residual(
+        hidden, fc2_weight, fc2_bias, residual, layer_scale=layer_scale, drop_path_scale=drop_path_scale
+    )
