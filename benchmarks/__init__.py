@@ -1,0 +1,1 @@
+"""Benchmarks of fastvit against its peers, imported as `fastvit.benchmarks`."""

@@ -23,7 +23,7 @@ def patch_embed(image, weight, bias=None, *, pos_embed=None, prefix=None, mean=N
 
     image (B, C, H, W), float or uint8 (taken as pixel / 255); weight (D, C, ph, pw); bias (D,); pos_embed (N, D), or
     (P + N, D) when the prefix rows have positions too; prefix (P, D); mean, std: one float per channel, applied to
-    the image first as (image - mean) / std. Returns (B, P + N, D) in weight's dtype.
+    the image first as (image - mean) / std. Returns (B, P + N, D) in the widest dtype of weight, pos_embed and prefix.
     """
     embed_dim, channels, ph, pw = weight.shape
     if not image.is_floating_point():
@@ -44,7 +44,7 @@ def patch_embed(image, weight, bias=None, *, pos_embed=None, prefix=None, mean=N
     if pos_embed is not None and pos_embed.shape[0] == tokens.shape[1]:
         tokens = tokens + pos_embed
     if prefix is not None:
-        tokens = torch.cat([prefix.to(tokens.dtype).expand(batch, -1, -1), tokens], dim=1)
+        tokens = torch.cat([prefix.expand(batch, -1, -1), tokens], dim=1)
     if pos_embed is not None and prefix_rows and pos_embed.shape[0] == tokens.shape[1]:
         tokens = tokens + pos_embed
     return tokens
@@ -71,7 +71,8 @@ def attention(qkv, *, scale=None, key_padding_mask=None, attn_bias=None, dropout
 
 def layer_norm(x, weight, bias, eps=1e-6):
     """(x - mean) / sqrt(var + eps) * weight + bias over the last axis (arXiv 1607.06450). x (..., D) -> (..., D)."""
-    return F.layer_norm(x, x.shape[-1:], weight.to(x.dtype), bias.to(x.dtype), eps)
+    wide = torch.promote_types(x.dtype, weight.dtype)
+    return F.layer_norm(x.to(wide), x.shape[-1:], weight.to(wide), bias.to(wide), eps).to(x.dtype)
 
 
 def layer_norm_linear(x, norm_weight, norm_bias, weight, bias=None, *, eps=1e-6):
@@ -116,7 +117,7 @@ def layer_norm_mlp(
     """
     hidden = ACTIVATIONS[activation](layer_norm_linear(x, norm_weight, norm_bias, fc1_weight, fc1_bias, eps=eps))
     if residual is None:
-        residual = torch.zeros((), dtype=hidden.dtype, device=hidden.device)
+        residual = hidden.new_zeros(())
     return linear_residual(
         hidden, fc2_weight, fc2_bias, residual, layer_scale=layer_scale, drop_path_scale=drop_path_scale
     )

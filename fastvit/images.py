@@ -1,0 +1,145 @@
+"""From image files to batches for a model, numerically as timm's evaluation transform does it. Needs Pillow.
+
+Resize the shorter side to img_size / crop_pct, crop the centre, and leave the normalisation to the model, which
+takes uint8 images; `normalise` does it for models that want floats.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+
+try:
+    from PIL import Image, ImageOps
+except ImportError as error:
+    raise ImportError("reading images needs Pillow: pip install 'fastvit[images]'") from error
+
+EXTENSIONS = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+MAX_PIXELS = 80_000_000  # of a file, and of a resized image: 240 MB as RGB. A small file can claim far more.
+
+
+class ImageError(ValueError):
+    """An image file that cannot be read: not an image, truncated, too large, or of an unknown kind."""
+
+
+def find_images(folder: str | Path) -> list[Path]:
+    """All files under `folder`, at any depth, whose names end like an image's, sorted."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise NotADirectoryError(f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}")
+    found = []
+    for root, _, names in os.walk(folder):
+        found += [Path(root, name) for name in names if Path(name).suffix.lower() in EXTENSIONS]
+    return sorted(found)
+
+
+def load_image(path: str | Path) -> Image.Image:
+    """The image at `path`, turned upright by its EXIF orientation, as RGB. Raises ImageError naming the file.
+
+    Transparency is dropped, as timm does; 16-bit grey is scaled to 8 bits, which Pillow's own conversion would clip.
+    """
+    try:
+        with Image.open(path) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ImageError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")
+            return _to_rgb(ImageOps.exif_transpose(image))
+    except FileNotFoundError:
+        raise ImageError(f"{path}: no such file") from None
+    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more
+        reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else str(error).splitlines()[0]
+        raise ImageError(f"{path}: {reason}") from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # "I;16", "I;16B", ... and "I", Pillow's older name for a 16-bit PNG
+        grey = np.asarray(image).astype(np.int64)
+        if grey.min() < 0 or grey.max() > 65535:
+            raise ImageError("integer pixels outside 16 bits")
+        image = Image.fromarray(((grey + 128) // 257).astype(np.uint8))
+    elif image.mode == "F":
+        raise ImageError("floating-point pixels have no defined range")
+    elif image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+def resize_and_crop(
+    image: Image.Image, img_size: int | tuple[int, int], crop_pct: float = 0.875, interpolation: str = "bicubic"
+) -> Image.Image:
+    """timm's evaluation geometry: shorter side to img_size / crop_pct, then the central img_size.
+
+    img_size: one side, or (height, width). Raises ImageError for an image so long and thin that it would be huge.
+    """
+    height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+    scaled_height, scaled_width = math.floor(height / crop_pct), math.floor(width / crop_pct)
+    if scaled_height == scaled_width:
+        short = min(image.size)
+        size = tuple(int(scaled_width * side / short) for side in image.size)
+    else:
+        ratio = min(image.height / scaled_height, image.width / scaled_width)
+        size = (round(image.width / ratio), round(image.height / ratio))
+    if size[0] * size[1] > MAX_PIXELS:
+        raise ImageError(f"{image.width} x {image.height} pixels are too long and thin to crop a centre from")
+    if size != image.size:
+        image = image.resize(size, Image.Resampling[interpolation.upper()])
+    left, top = round((image.width - width) / 2), round((image.height - height) / 2)
+    return image.crop((left, top, left + width, top + height))
+
+
+def to_tensor(image: Image.Image) -> torch.Tensor:
+    """An RGB image as a uint8 tensor (3, H, W)."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def normalise(images: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
+    """uint8 images (..., C, H, W) as floats: (image / 255 - mean) / std."""
+    mean, std = (torch.tensor(values, device=images.device)[:, None, None] for values in (mean, std))
+    return (images.float() / 255 - mean) / std
+
+
+def read(path: str | Path, config) -> torch.Tensor:
+    """The image at `path` as the uint8 tensor (3, H, W) that a model of `config` (a ViTConfig) takes."""
+    image = load_image(path)
+    try:
+        return to_tensor(resize_and_crop(image, config.img_size, config.crop_pct, config.interpolation))
+    except ImageError as error:
+        raise ImageError(f"{path}: {error}") from None
+
+
+def read_batches(
+    paths: Iterable[str | Path], config, batch_size: int, on_error: Callable[[ImageError], None], workers: int = 4
+) -> Iterator[tuple[list[Path], torch.Tensor]]:
+    """Batches of (paths, uint8 images (B, 3, H, W)), in order; an unreadable file goes to `on_error` and is left out.
+
+    While the caller works on one batch, threads read the next. A batch is smaller than `batch_size` where files in it
+    were unreadable, and never empty.
+    """
+    paths = [Path(path) for path in paths]
+
+    def attempt(path: Path) -> torch.Tensor | ImageError:
+        try:
+            return read(path, config)
+        except ImageError as error:
+            return error
+
+    with ThreadPoolExecutor(workers) as pool:
+        chunks = [paths[start : start + batch_size] for start in range(0, len(paths), batch_size)]
+        ahead = [pool.submit(attempt, path) for path in chunks[0]] if chunks else []
+        try:
+            for i, chunk in enumerate(chunks):
+                results = [future.result() for future in ahead]
+                ahead = [pool.submit(attempt, path) for path in chunks[i + 1]] if i + 1 < len(chunks) else []
+                good = [(path, result) for path, result in zip(chunk, results) if isinstance(result, torch.Tensor)]
+                for result in results:
+                    if isinstance(result, ImageError):
+                        on_error(result)
+                if good:
+                    yield [path for path, _ in good], torch.stack([image for _, image in good])
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)

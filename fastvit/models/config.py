@@ -1,0 +1,128 @@
+"""What a Vision Transformer is made of: one frozen dataclass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fastvit.nn.layers import ACTIVATION_LAYERS
+from fastvit.nn.mlp import Mlp, SwiGLU
+from fastvit.nn.patch_embed import to_pair
+
+POOLS = ("", "token", "avg", "avgmax", "max")
+AVERAGING_POOLS = ("avg", "avgmax", "max")
+MLPS = {"mlp": Mlp, "swiglu": SwiGLU}
+# How a position table is brought to another grid; see `fastvit.models.weights.resample_position_table`.
+POS_RESAMPLING = ("antialias", "bicubic", "dinov2")
+
+
+@dataclass(frozen=True)
+class ViTConfig:
+    """A Vision Transformer's shape, regularisation and input. Field names are timm's wherever timm has the field.
+
+    img_size and patch_size, pixels, are an int or (height, width) and are kept as the pair. num_classes 0 means no
+    classifier. global_pool: "token" (the class token), "avg", "max" or "avgmax" over the patch tokens, "" for none.
+    init_values: first value of layer scale (arXiv 2103.17239), None for no layer scale. reg_tokens: registers (arXiv
+    2309.16588). no_embed_class: prefix tokens have no position. fc_norm: the last norm comes after pooling; None
+    means it does for the pools over patches. distilled: a second token and head (arXiv 2012.12877). mlp: "mlp" or
+    "swiglu". norm_eps: of every LayerNorm. The *_rate fields are dropout rates and the largest drop-path rate.
+    pos_resampling: a policy for position tables of another grid. mean, std, crop_pct, interpolation: how the images
+    were prepared in training; mean and std are per channel, for pixels in [0, 1].
+
+    Raises ValueError, or TypeError for a flag that is no bool, naming the field, what came and what was expected.
+    """
+
+    img_size: int | tuple[int, int] = 224
+    patch_size: int | tuple[int, int] = 16
+    in_chans: int = 3
+    num_classes: int = 1000
+    global_pool: str = "token"
+    embed_dim: int = 768
+    depth: int = 12
+    num_heads: int = 12
+    mlp_ratio: float = 4.0
+    mlp: str = "mlp"
+    activation: str = "gelu"
+    qkv_bias: bool = True
+    init_values: float | None = None
+    class_token: bool = True
+    reg_tokens: int = 0
+    no_embed_class: bool = False
+    distilled: bool = False
+    final_norm: bool = True
+    fc_norm: bool | None = None
+    norm_eps: float = 1e-6
+    drop_rate: float = 0.0
+    pos_drop_rate: float = 0.0
+    proj_drop_rate: float = 0.0
+    attn_drop_rate: float = 0.0
+    drop_path_rate: float = 0.0
+    pos_resampling: str = "antialias"
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    crop_pct: float = 0.9
+    interpolation: str = "bicubic"
+
+    def __post_init__(self):
+        for name in ("img_size", "patch_size"):
+            object.__setattr__(self, name, to_pair(name, getattr(self, name)))
+        for name in ("mean", "std"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name, least in (
+            ("in_chans", 1),
+            ("num_classes", 0),
+            ("embed_dim", 1),
+            ("depth", 1),
+            ("num_heads", 1),
+            ("reg_tokens", 0),
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} is {value!r}, expected an integer of at least {least}")
+        for name in ("qkv_bias", "class_token", "no_embed_class", "distilled", "final_norm"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} is {getattr(self, name)!r}, expected a bool")
+        for name in ("drop_rate", "pos_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected a rate in [0, 1)")
+        for name in ("mlp_ratio", "norm_eps", "crop_pct"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected a positive number")
+        for name, known in (
+            ("global_pool", POOLS),
+            ("mlp", tuple(MLPS)),
+            ("activation", tuple(ACTIVATION_LAYERS)),
+            ("pos_resampling", POS_RESAMPLING),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {known}")
+
+        if any(side % patch for side, patch in zip(self.img_size, self.patch_size, strict=True)):
+            raise ValueError(f"img_size is {self.img_size}, expected multiples of patch_size, {self.patch_size}")
+        if self.embed_dim % self.num_heads:
+            raise ValueError(f"num_heads is {self.num_heads}, expected a divisor of embed_dim, {self.embed_dim}")
+        for name in ("mean", "std"):
+            if len(getattr(self, name)) != self.in_chans:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected one number for each of {self.in_chans} channels")
+        if any(not value > 0 for value in self.std):
+            raise ValueError(f"std is {self.std}, expected positive numbers")
+        if self.global_pool == "token" and not self.class_token:
+            raise ValueError("global_pool is 'token', expected another pool where class_token is False")
+        if self.distilled and (not self.class_token or self.reg_tokens or self.global_pool != "token"):
+            raise ValueError("distilled is True, expected class_token=True, reg_tokens=0 and global_pool='token'")
+        if self.distilled and self.fc_norm:
+            raise ValueError("fc_norm is True, expected False or None for a distilled model, whose heads share one norm")
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        return self.img_size[0] // self.patch_size[0], self.img_size[1] // self.patch_size[1]
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Class, distillation and register tokens, which come before the patches."""
+        return self.class_token + self.distilled + self.reg_tokens
+
+    @property
+    def norm_after_pool(self) -> bool:
+        """Whether the last LayerNorm is `fc_norm`, after pooling, and not `norm`, before it."""
+        return self.global_pool in AVERAGING_POOLS if self.fc_norm is None else self.fc_norm

@@ -1,0 +1,101 @@
+"""Multi-head self-attention."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from fastvit import ops
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with packed q, k, v (arXiv 2010.11929, appendix A), a drop-in for timm's `Attention`.
+
+    Parameters: qkv.weight (3 * H * d, D), rows in the order q, k, v; qkv.bias with `qkv_bias`; proj.weight
+    (dim_out, H * d); proj.bias with `proj_bias`. H is num_heads, d is `attn_head_dim` or dim / num_heads.
+    attn_drop: dropout rate of the attention probabilities; proj_drop: of the output. norm_layer is accepted for
+    timm's sake and has no use without qk_norm or scale_norm.
+
+    Raises ValueError when num_heads does not divide dim, and for qk_norm, scale_norm and gated, which it has not.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        attn_head_dim: int | None = None,
+        dim_out: int | None = None,
+        qkv_bias: bool = False,
+        qk_norm: bool = False,
+        scale_norm: bool = False,
+        proj_bias: bool = True,
+        gated: bool = False,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        norm_layer=None,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        for name, value in (("qk_norm", qk_norm), ("scale_norm", scale_norm), ("gated", gated)):
+            if value:
+                raise ValueError(f"{name} is {value}, but fastvit.nn.Attention supports only {name}=False")
+        if attn_head_dim is None and dim % num_heads:
+            raise ValueError(f"num_heads is {num_heads}, expected a divisor of dim, {dim}")
+        self.num_heads = num_heads
+        self.head_dim = dim // num_heads if attn_head_dim is None else attn_head_dim
+        self.scale = self.head_dim**-0.5
+        attn_dim = num_heads * self.head_dim
+        self.qkv = nn.Linear(dim, 3 * attn_dim, bias=qkv_bias, device=device, dtype=dtype)
+        self.attn_drop = nn.Dropout(attn_drop)
+        self.proj = nn.Linear(attn_dim, dim if dim_out is None else dim_out, bias=proj_bias, device=device, dtype=dtype)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def attend(self, qkv: torch.Tensor, attn_mask: torch.Tensor | None, is_causal: bool) -> torch.Tensor:
+        """softmax(q k^T * scale + mask) v of packed rows: qkv (B, N, 3 * H * d) -> (B, N, H * d)."""
+        batch, tokens, _ = qkv.shape
+        key_padding_mask = attn_bias = None
+        if attn_mask is not None or is_causal:
+            key_padding_mask, attn_bias = self._masks(attn_mask, is_causal, batch, tokens, qkv)
+        return ops.attention(
+            qkv.reshape(batch, tokens, 3, self.num_heads, self.head_dim),
+            scale=self.scale,
+            key_padding_mask=key_padding_mask,
+            attn_bias=attn_bias,
+            dropout_p=self.attn_drop.p if self.attn_drop.training else 0.0,
+        )
+
+    def _masks(self, attn_mask, is_causal, batch, tokens, like):
+        """(key_padding_mask, attn_bias) of `fastvit.ops.attention` for timm's mask arguments."""
+        if attn_mask is None:
+            allowed = torch.ones(tokens, tokens, dtype=torch.bool, device=like.device).tril()
+        elif is_causal:
+            raise ValueError("attn_mask came together with is_causal=True, expected only one of them")
+        else:
+            full = (batch, self.num_heads, tokens, tokens)
+            sizes = (1,) * (4 - attn_mask.dim()) + tuple(attn_mask.shape)
+            if attn_mask.dim() > 4 or any(size not in (1, want) for size, want in zip(sizes, full, strict=True)):
+                raise ValueError(f"attn_mask has shape {tuple(attn_mask.shape)}, expected one broadcastable to {full}")
+            if attn_mask.dtype != torch.bool:
+                if not attn_mask.is_floating_point():
+                    raise TypeError(f"attn_mask has dtype {attn_mask.dtype}, expected bool or floating point")
+                return None, attn_mask
+            if sizes == (batch, 1, 1, tokens):  # who may be attended to does not depend on who asks
+                return attn_mask.reshape(batch, tokens), None
+            allowed = attn_mask
+        return None, torch.zeros(allowed.shape, dtype=like.dtype, device=like.device).masked_fill_(
+            ~allowed, float("-inf")
+        )
+
+    def forward(
+        self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False
+    ) -> torch.Tensor:
+        """x (B, N, D) -> (B, N, dim_out).
+
+        attn_mask, broadcastable to (B, H, N, N): bool, True = attend, or floating point, added to the scaled scores.
+        is_causal: token i attends to tokens 0 to i. Raises ValueError for a wrong shape or both masks at once, and
+        TypeError for a mask of another dtype.
+        """
+        if x.dim() != 3 or x.shape[-1] != self.qkv.in_features:
+            raise ValueError(f"x has shape {tuple(x.shape)}, expected (batch, tokens, {self.qkv.in_features})")
+        return self.proj_drop(self.proj(self.attend(self.qkv(x), attn_mask, is_causal)))

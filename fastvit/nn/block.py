@@ -1,0 +1,149 @@
+"""The pre-norm transformer block."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import nn
+
+from fastvit import ops
+
+from .attention import Attention
+from .layers import (
+    DropPath,
+    LayerScale,
+    branch_end,
+    branch_end_bypassable,
+    build_layer_norm,
+    bypassable,
+    dropout_active,
+    norm_bypassable,
+    timm_layer,
+)
+from .mlp import Mlp, SwiGLU
+
+
+def _ours(argument: str, layer, replaced: dict[str, type]) -> type:
+    """Our class for `layer`, which is one of ours or, by timm's names, one that ours stand in for.
+
+    timm hands its own classes to every block_fn, so these have to be accepted. Raises TypeError for any other class,
+    whose forward pass the block could not honour in its fused form.
+    """
+    for timm_name, our_class in replaced.items():
+        if layer is our_class or (layer is not None and layer is timm_layer(timm_name)):
+            return our_class
+    names = ", ".join(f"fastvit.nn.{c.__name__} or timm.layers.{name}" for name, c in replaced.items())
+    raise TypeError(f"{argument} is {layer}, expected {names}")
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block (arXiv 2010.11929, eqs. 2 and 3), a drop-in for timm's `Block`:
+
+        x = x + drop_path1(ls1(attn(norm1(x))))
+        x = x + drop_path2(ls2(mlp(norm2(x))))
+
+    Each line runs on fused ops (LayerNorm + linear; attention; linear + scales + residual; LayerNorm + MLP + scales +
+    residual) as long as no one could tell it from calling the submodules, as `layers.bypassable` defines that; where
+    a submodule has hooks or was replaced, or dropout after a linear layer is active, the line calls its submodules.
+
+    Parameters: norm1, attn.qkv, attn.proj, ls1.gamma, norm2, mlp.fc1, mlp.fc2, ls2.gamma, the `ls*` only where
+    init_values, their first value, is given. mlp_layer is Mlp or SwiGLU; timm's own Attention, Mlp and SwiGLUPacked
+    are taken to mean ours. depth, which timm passes, means nothing to the attention here. Raises TypeError for other
+    layer classes, ValueError for what the layers do not have (qk_norm, scale_attn_norm, scale_mlp_norm).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = False,
+        qk_norm: bool = False,
+        scale_attn_norm: bool = False,
+        scale_mlp_norm: bool = False,
+        proj_bias: bool = True,
+        proj_drop: float = 0.0,
+        attn_drop: float = 0.0,
+        init_values: float | None = None,
+        drop_path: float = 0.0,
+        act_layer=nn.GELU,
+        norm_layer=partial(nn.LayerNorm, eps=1e-6),  # noqa: B008
+        mlp_layer=Mlp,
+        attn_layer=Attention,
+        depth: int = 0,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        if scale_mlp_norm:
+            raise ValueError("scale_mlp_norm is True, but fastvit.nn.Block supports only scale_mlp_norm=False")
+        attn_class = _ours("attn_layer", attn_layer, {"Attention": Attention})
+        mlp_class = _ours("mlp_layer", mlp_layer, {"Mlp": Mlp, "SwiGLUPacked": SwiGLU})
+
+        self.dim = dim
+        self.norm1 = build_layer_norm(norm_layer, dim, **dd)
+        self.attn = attn_class(
+            dim,
+            num_heads,
+            qkv_bias=qkv_bias,
+            qk_norm=qk_norm,
+            scale_norm=scale_attn_norm,
+            proj_bias=proj_bias,
+            attn_drop=attn_drop,
+            proj_drop=proj_drop,
+            **dd,
+        )
+        self.ls1 = LayerScale(dim, init_values, **dd) if init_values else nn.Identity()
+        self.drop_path1 = DropPath(drop_path) if drop_path else nn.Identity()
+
+        self.norm2 = build_layer_norm(norm_layer, dim, **dd)
+        self.mlp = mlp_class(dim, int(dim * mlp_ratio), act_layer=act_layer, bias=proj_bias, drop=proj_drop, **dd)
+        self.ls2 = LayerScale(dim, init_values, **dd) if init_values else nn.Identity()
+        self.drop_path2 = DropPath(drop_path) if drop_path else nn.Identity()
+
+    def attention_fusible(self) -> bool:
+        """Whether the first line runs on fused ops."""
+        attn = self.attn
+        return (
+            bypassable(attn, Attention)
+            and norm_bypassable(self.norm1)
+            and bypassable(attn.qkv, nn.Linear)
+            and bypassable(attn.attn_drop, nn.Dropout)
+            and bypassable(attn.proj, nn.Linear)
+            and bypassable(attn.proj_drop, nn.Dropout)
+            and not dropout_active(attn.proj_drop)
+            and branch_end_bypassable(self.ls1, self.drop_path1)
+        )
+
+    def mlp_fusible(self) -> bool:
+        """Whether the second line runs on fused ops."""
+        return (
+            bypassable(self.mlp, Mlp, SwiGLU)
+            and norm_bypassable(self.norm2)
+            and self.mlp.fusible()
+            and branch_end_bypassable(self.ls2, self.drop_path2)
+        )
+
+    def forward(
+        self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False
+    ) -> torch.Tensor:
+        """x (B, N, D) -> (B, N, D). For attn_mask and is_causal, and what they raise, see `Attention.forward`."""
+        if x.dim() != 3 or x.shape[-1] != self.dim:
+            raise ValueError(f"x has shape {tuple(x.shape)}, expected (batch, tokens, {self.dim})")
+        norm, attn = self.norm1, self.attn
+        if self.attention_fusible():
+            qkv = ops.layer_norm_linear(x, norm.weight, norm.bias, attn.qkv.weight, attn.qkv.bias, eps=norm.eps)
+            x = ops.linear_residual(
+                attn.attend(qkv, attn_mask, is_causal),
+                attn.proj.weight,
+                attn.proj.bias,
+                x,
+                **branch_end(self.ls1, self.drop_path1, x),
+            )
+        else:
+            x = x + self.drop_path1(self.ls1(attn(norm(x), attn_mask=attn_mask, is_causal=is_causal)))
+        if self.mlp_fusible():
+            return self.mlp.fused(x, self.norm2, **branch_end(self.ls2, self.drop_path2, x))
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))

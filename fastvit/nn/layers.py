@@ -1,0 +1,134 @@
+"""Small layers of the residual branches, and the one predicate that says when a fused op may stand in for modules."""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+
+import torch
+from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
+
+
+def bypassable(module: nn.Module, *types: type) -> bool:
+    """Whether a fused op may use `module`'s parameters without calling it, and nobody can tell the difference.
+
+    That is so when the module is exactly one of `types`, not a subclass or a stand-in (an adapter, a quantised or
+    parametrised layer), no forward or backward hook waits on it or on all modules, and its `forward` is its class's
+    own. Dropout that is active also forbids it; see `dropout_active`.
+    """
+    return type(module) in types and not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+        or _has_any_global_hook()
+    )
+
+
+def dropout_active(dropout: nn.Dropout) -> bool:
+    """Whether calling `dropout` would change its input."""
+    return dropout.training and dropout.p > 0
+
+
+def norm_bypassable(norm: nn.Module) -> bool:
+    """`bypassable` for a LayerNorm: it must also have both a weight and a bias, as the fused ops do."""
+    return bypassable(norm, nn.LayerNorm) and norm.weight is not None and norm.bias is not None
+
+
+def timm_layer(name: str):
+    """timm's own layer of that name, or None when nobody has imported timm."""
+    return getattr(sys.modules.get("timm.layers"), name, None)
+
+
+def build_layer_norm(norm_layer, dim: int, device=None, dtype=None) -> nn.LayerNorm:
+    """The LayerNorm that `norm_layer(dim)` describes. Raises TypeError for any other kind of normalisation."""
+    norm = norm_layer(dim, device=device, dtype=dtype)
+    if type(norm) not in (nn.LayerNorm, timm_layer("LayerNorm")) or norm.weight is None or norm.bias is None:
+        raise TypeError(f"norm_layer builds {norm}, expected a torch or timm LayerNorm with weight and bias")
+    # timm's LayerNorm is torch's with another default eps; as torch's own type the fused ops may take its place.
+    return nn.LayerNorm(dim, eps=norm.eps, device=device, dtype=dtype)
+
+
+class LayerScale(nn.Module):
+    """x * gamma, one learned factor per channel, `init_values` at first (arXiv 2103.17239). x (..., D)."""
+
+    def __init__(self, dim: int, init_values: float = 1e-5, device=None, dtype=None):
+        super().__init__()
+        self.init_values = init_values
+        self.gamma = nn.Parameter(torch.empty(dim, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.gamma, self.init_values)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.gamma
+
+    def extra_repr(self) -> str:
+        return f"{self.gamma.shape[0]}, init_values={self.init_values}"
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: in training, zero a whole sample with probability `drop_prob` and divide the kept ones by
+    1 - drop_prob (arXiv 1603.09382). x (B, ...). Raises ValueError for a probability outside [0, 1]."""
+
+    def __init__(self, drop_prob: float = 0.0):
+        super().__init__()
+        if not 0 <= drop_prob <= 1:
+            raise ValueError(f"drop_prob is {drop_prob}, expected a probability in [0, 1]")
+        self.drop_prob = drop_prob
+
+    def sample_scale(self, x: torch.Tensor) -> torch.Tensor | None:
+        """A draw of the factor of each sample, (B,) in x's dtype, or None where `forward` changes nothing."""
+        if not self.training or self.drop_prob == 0:
+            return None
+        keep_prob = 1 - self.drop_prob
+        scale = x.new_empty(x.shape[0]).bernoulli_(keep_prob)
+        return scale.div_(keep_prob) if keep_prob > 0 else scale
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scale = self.sample_scale(x)
+        return x if scale is None else x * scale.reshape(-1, *[1] * (x.dim() - 1))
+
+    def extra_repr(self) -> str:
+        return f"drop_prob={self.drop_prob:.3f}"
+
+
+class QuickGELU(nn.Module):
+    """x * sigmoid(1.702 x), the activation of OpenAI's CLIP (arXiv 2103.00020)."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+# The activations that a fused MLP knows, by the name that `fastvit.ops.layer_norm_mlp` has for them.
+ACTIVATION_LAYERS = {
+    "gelu": nn.GELU,
+    "gelu_tanh": partial(nn.GELU, approximate="tanh"),
+    "quick_gelu": QuickGELU,
+    "silu": nn.SiLU,
+}
+
+
+def activation_name(module: nn.Module) -> str | None:
+    """The key of ACTIVATION_LAYERS that a fused MLP may use in place of `module`, or None."""
+    if not bypassable(module, nn.GELU, nn.SiLU, QuickGELU):
+        return None
+    if type(module) is nn.GELU:
+        return "gelu" if module.approximate == "none" else "gelu_tanh"
+    return "silu" if type(module) is nn.SiLU else "quick_gelu"
+
+
+def branch_end_bypassable(layer_scale: nn.Module, drop_path: nn.Module) -> bool:
+    """`bypassable` for the two modules that end a residual branch."""
+    return bypassable(layer_scale, LayerScale, nn.Identity) and bypassable(drop_path, DropPath, nn.Identity)
+
+
+def branch_end(layer_scale: nn.Module, drop_path: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor | None]:
+    """What a fused op takes in place of the two modules that end a residual branch: gamma, and a draw per sample."""
+    return {
+        "layer_scale": layer_scale.gamma if type(layer_scale) is LayerScale else None,
+        "drop_path_scale": drop_path.sample_scale(x) if type(drop_path) is DropPath else None,
+    }

@@ -1,0 +1,198 @@
+"""The MLP branch: plain, gated, and as one pre-norm module."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import nn
+
+from fastvit import ops
+
+from .layers import (
+    DropPath,
+    LayerScale,
+    activation_name,
+    branch_end,
+    branch_end_bypassable,
+    build_layer_norm,
+    bypassable,
+    dropout_active,
+    norm_bypassable,
+)
+
+
+class _TwoLayers(nn.Module):
+    """What Mlp and SwiGLU share: two linear layers with an activation and dropout between and after them."""
+
+    packed = 1  # how many rows of fc1 go into one of fc2's inputs
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int | None = None,
+        out_features: int | None = None,
+        act_layer=nn.GELU,
+        norm_layer=None,
+        bias: bool = True,
+        drop: float = 0.0,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        if norm_layer is not None:
+            raise ValueError(f"norm_layer is {norm_layer}, but fastvit's MLP supports only norm_layer=None")
+        hidden_features = hidden_features or in_features
+        if hidden_features % self.packed:
+            raise ValueError(f"hidden_features is {hidden_features}, expected a multiple of {self.packed}")
+        self.fc1 = nn.Linear(in_features, hidden_features, bias=bias, device=device, dtype=dtype)
+        self.act = act_layer()
+        self.drop1 = nn.Dropout(drop)
+        self.fc2 = nn.Linear(
+            hidden_features // self.packed, out_features or in_features, bias=bias, device=device, dtype=dtype
+        )
+        self.drop2 = nn.Dropout(drop)
+
+    def _linears_bypassable(self) -> bool:
+        return (
+            bypassable(self.fc1, nn.Linear)
+            and bypassable(self.fc2, nn.Linear)
+            and bypassable(self.drop1, nn.Dropout)
+            and bypassable(self.drop2, nn.Dropout)
+            and not dropout_active(self.drop1)
+            and not dropout_active(self.drop2)
+        )
+
+
+class Mlp(_TwoLayers):
+    """fc2(act(fc1(x))) with dropout after each layer, a drop-in for timm's `Mlp`. x (..., in_features).
+
+    Parameters: fc1.weight (hidden_features, in_features), fc2.weight (out_features, hidden_features), and biases.
+    Raises ValueError for a norm_layer, which it has not.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x (..., in_features) -> (..., out_features)."""
+        return self.drop2(self.fc2(self.drop1(self.act(self.fc1(x)))))
+
+    def fusible(self) -> bool:
+        """Whether `fused` gives what calling this module and its submodules would."""
+        return self._linears_bypassable() and activation_name(self.act) is not None
+
+    def fused(self, x: torch.Tensor, norm: nn.LayerNorm, **branch_end) -> torch.Tensor:
+        """x + scales * self(norm(x)), x (B, ..., D), in one op."""
+        return ops.layer_norm_mlp(
+            x,
+            norm.weight,
+            norm.bias,
+            self.fc1.weight,
+            self.fc1.bias,
+            self.fc2.weight,
+            self.fc2.bias,
+            eps=norm.eps,
+            activation=activation_name(self.act),
+            residual=x,
+            **branch_end,
+        )
+
+
+class SwiGLU(_TwoLayers):
+    """fc2(act(gate) * value), fc1(x) being [gate; value] (arXiv 2002.05202), a drop-in for timm's `SwiGLUPacked`.
+
+    Parameters: fc1.weight (hidden_features, in_features), fc2.weight (out_features, hidden_features / 2), and biases.
+    Raises ValueError for an odd hidden_features and for a norm_layer, which it has not.
+    """
+
+    packed = 2
+
+    def __init__(self, in_features: int, hidden_features: int | None = None, act_layer=nn.SiLU, **kwargs):
+        super().__init__(in_features, hidden_features, act_layer=act_layer, **kwargs)
+
+    def init_weights(self) -> None:
+        """Start as the identity of gating, as timm does: values of 1 whatever the input."""
+        rows = self.fc1.out_features // 2
+        if self.fc1.bias is not None:
+            nn.init.ones_(self.fc1.bias[rows:])
+        nn.init.normal_(self.fc1.weight[rows:], std=1e-6)
+
+    def _gate(self, packed: torch.Tensor) -> torch.Tensor:
+        gate, value = packed.chunk(2, dim=-1)
+        return self.act(gate) * value
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x (..., in_features) -> (..., out_features)."""
+        return self.drop2(self.fc2(self.drop1(self._gate(self.fc1(x)))))
+
+    def fusible(self) -> bool:
+        """Whether `fused` gives what calling this module and its submodules would."""
+        return self._linears_bypassable()
+
+    def fused(self, x: torch.Tensor, norm: nn.LayerNorm, **branch_end) -> torch.Tensor:
+        """x + scales * self(norm(x)), x (B, ..., D), in two ops with the gate between them."""
+        packed = ops.layer_norm_linear(x, norm.weight, norm.bias, self.fc1.weight, self.fc1.bias, eps=norm.eps)
+        return ops.linear_residual(self._gate(packed), self.fc2.weight, self.fc2.bias, x, **branch_end)
+
+
+class LayerNormMLP(nn.Module):
+    """A whole pre-norm MLP branch, x + drop_path(ls(fc2(act(fc1(norm(x)))))) (arXiv 2010.11929, eq. 3), as one op.
+
+    Parameters: norm.weight, norm.bias (D,); fc1.weight (hidden_features, D), fc2.weight (D, hidden_features) and,
+    with `bias`, their biases; ls.gamma (D,) where init_values, its first value, is given.
+    hidden_features defaults to 4 * dim. act_layer: nn.GELU (exact by default), nn.SiLU, fastvit.nn.QuickGELU are
+    fused, any other runs unfused. residual=False leaves out the sum and returns the branch alone.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden_features: int | None = None,
+        act_layer=nn.GELU,
+        norm_layer=partial(nn.LayerNorm, eps=1e-6),  # noqa: B008
+        bias: bool = True,
+        init_values: float | None = None,
+        drop_path: float = 0.0,
+        residual: bool = True,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        hidden_features = 4 * dim if hidden_features is None else hidden_features
+        self.residual = residual
+        self.norm = build_layer_norm(norm_layer, dim, **dd)
+        self.fc1 = nn.Linear(dim, hidden_features, bias=bias, **dd)
+        self.act = act_layer()
+        self.fc2 = nn.Linear(hidden_features, dim, bias=bias, **dd)
+        self.ls = LayerScale(dim, init_values, **dd) if init_values else nn.Identity()
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+
+    def fusible(self) -> bool:
+        """Whether one op gives what calling the submodules would."""
+        return (
+            norm_bypassable(self.norm)
+            and bypassable(self.fc1, nn.Linear)
+            and bypassable(self.fc2, nn.Linear)
+            and activation_name(self.act) is not None
+            and branch_end_bypassable(self.ls, self.drop_path)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x (B, ..., D) -> (B, ..., D). Raises ValueError for another width."""
+        if x.dim() < 2 or x.shape[-1] != self.fc1.in_features:
+            raise ValueError(f"x has shape {tuple(x.shape)}, expected (batch, ..., {self.fc1.in_features})")
+        if not self.fusible():
+            branch = self.drop_path(self.ls(self.fc2(self.act(self.fc1(self.norm(x))))))
+            return x + branch if self.residual else branch
+        return ops.layer_norm_mlp(
+            x,
+            self.norm.weight,
+            self.norm.bias,
+            self.fc1.weight,
+            self.fc1.bias,
+            self.fc2.weight,
+            self.fc2.bias,
+            eps=self.norm.eps,
+            activation=activation_name(self.act),
+            residual=x if self.residual else None,
+            **branch_end(self.ls, self.drop_path, x),
+        )

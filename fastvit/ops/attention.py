@@ -1,0 +1,148 @@
+"""Multi-head self-attention over packed qkv as one op; see `fastvit.reference.attention` and
+`fastvit.kernels.attention`."""
+
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+
+from fastvit import dispatch
+
+from . import _common
+from ._common import Op, on_device_of
+from .layer_norm import statistics_dtype
+
+MAX_HEAD_DIM = 128
+
+
+@torch.library.custom_op("fastvit::attention_forward", mutates_args=())
+def attention_forward(
+    qkv: torch.Tensor, scale: float, key_padding_mask: Optional[torch.Tensor], attn_bias: Optional[torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    from fastvit.kernels import attention as kernels
+
+    with on_device_of(qkv):
+        return kernels.attention_forward(qkv, scale, key_padding_mask, attn_bias)
+
+
+@attention_forward.register_fake
+def _(qkv, scale, key_padding_mask, attn_bias):
+    batch, tokens, _, heads, head_dim = qkv.shape
+    lse = qkv.new_empty(batch, heads, tokens, dtype=statistics_dtype(qkv))
+    return qkv.new_empty(batch, tokens, heads * head_dim), lse
+
+
+@torch.library.custom_op("fastvit::attention_backward", mutates_args=())
+def attention_backward(
+    dout: torch.Tensor,
+    qkv: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    scale: float,
+    key_padding_mask: Optional[torch.Tensor],
+    attn_bias: Optional[torch.Tensor],
+    needs_bias: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    from fastvit.kernels import attention as kernels
+
+    with on_device_of(qkv):
+        dqkv, dbias = kernels.attention_backward(dout, qkv, out, lse, scale, key_padding_mask, attn_bias, needs_bias)
+        if needs_bias:
+            dbias = dbias.sum_to_size(attn_bias.shape)
+        return _common.gradients((dqkv, dbias), (qkv, attn_bias))
+
+
+@attention_backward.register_fake
+def _(dout, qkv, out, lse, scale, key_padding_mask, attn_bias, needs_bias):
+    return _common.fake_gradients((qkv, attn_bias), (True, needs_bias))
+
+
+class AttentionFunction(torch.autograd.Function):
+    """attention on the kernels: (qkv (B, N, 3, H, d), scale, key_padding_mask (B, N) or None, attn_bias or None) ->
+    (B, N, H * d)."""
+
+    @staticmethod
+    def forward(ctx, qkv, scale, key_padding_mask, attn_bias):
+        out, lse = attention_forward(qkv, scale, key_padding_mask, attn_bias)
+        ctx.save_for_backward(qkv, out, lse, key_padding_mask, attn_bias)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):
+        qkv, out, lse, key_padding_mask, attn_bias = ctx.saved_tensors
+        needs_qkv, _, _, needs_bias = ctx.needs_input_grad
+        dout = dout if dout.stride(-1) == 1 else dout.contiguous()
+        dqkv, dbias = attention_backward(
+            dout, qkv, out, lse, ctx.scale, key_padding_mask, attn_bias, needs_bias
+        )
+        return dqkv if needs_qkv else None, None, None, dbias if needs_bias else None
+
+
+def _check(qkv, scale, key_padding_mask, attn_bias, dropout_p):
+    name = "attention"
+    _common.check_float(name, qkv=qkv, attn_bias=attn_bias)
+    if qkv.dim() != 5 or qkv.shape[2] != 3:
+        raise ValueError(f"{name}: qkv must have shape (B, N, 3, H, d), got {tuple(qkv.shape)}")
+    batch, tokens, _, heads, head_dim = qkv.shape
+    if head_dim == 0:
+        raise ValueError(f"{name}: qkv must have a head dimension of at least 1, got shape {tuple(qkv.shape)}")
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"{name}: dropout_p must be in [0, 1), got {dropout_p}")
+    if key_padding_mask is not None and key_padding_mask.dtype != torch.bool:
+        raise TypeError(f"{name}: key_padding_mask must be bool (True = attend), got {key_padding_mask.dtype}")
+    _common.check_shape(name, "key_padding_mask", key_padding_mask, (batch, tokens), "(B, N)")
+    if attn_bias is not None:
+        expected = (batch, heads, tokens, tokens)
+        sizes = (*[1] * (4 - attn_bias.dim()), *attn_bias.shape)
+        if len(sizes) != 4 or any(size not in (1, full) for size, full in zip(sizes, expected, strict=True)):
+            raise ValueError(
+                f"{name}: attn_bias must broadcast to (B, H, N, N) = {expected}, got {tuple(attn_bias.shape)}"
+            )
+    _common.check_devices(name, qkv=qkv, key_padding_mask=key_padding_mask, attn_bias=attn_bias)
+
+
+def _unsupported(qkv, scale, key_padding_mask, attn_bias, dropout_p):
+    reasons = [*dispatch.missing_requirements(qkv), *_common.unsupported_dtypes(qkv.dtype)]
+    if attn_bias is not None and attn_bias.dtype != qkv.dtype:
+        reasons += _common.unsupported_dtypes(attn_bias.dtype)
+    if qkv.shape[-1] > MAX_HEAD_DIM:
+        reasons.append(f"head dimension {qkv.shape[-1]}, and the kernels take at most {MAX_HEAD_DIM}")
+    if dropout_p > 0:
+        reasons.append("dropout_p > 0: the kernels have no dropout")
+    return reasons
+
+
+def _torch(qkv, scale, key_padding_mask, attn_bias, dropout_p):
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    mask = None if attn_bias is None else attn_bias.to(qkv.dtype)
+    if key_padding_mask is not None:
+        allowed = key_padding_mask[:, None, None, :]
+        mask = allowed if mask is None else mask.masked_fill(~allowed, float("-inf"))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p, scale=scale)
+    if mask is not None:
+        # Back ends of SDPA differ on a query that may attend to no key: NaN or 0. It is 0 here.
+        alive = (mask if mask.dtype == torch.bool else mask > float("-inf")).any(dim=-1, keepdim=True)
+        out = torch.where(alive, out, 0)
+    return out.transpose(1, 2).flatten(2)
+
+
+def _triton(qkv, scale, key_padding_mask, attn_bias, dropout_p):
+    scale = qkv.shape[-1] ** -0.5 if scale is None else scale
+    qkv = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
+    (qkv,) = _common.cast(qkv, qkv)
+    return AttentionFunction.apply(qkv, scale, key_padding_mask, attn_bias)
+
+
+OP = Op("attention", _check, _unsupported, _torch, _triton)
+
+
+def attention(qkv, *, scale=None, key_padding_mask=None, attn_bias=None, dropout_p=0.0):
+    """Multi-head self-attention, softmax(q k^T * scale + attn_bias) v (arXiv 1706.03762, 2205.14135).
+
+    qkv (B, N, 3, H, d) of any strides; scale defaults to d ** -0.5; key_padding_mask (B, N) bool, True = attend; attn_bias
+    broadcastable to (B, H, N, N), differentiable; dropout_p on the probabilities (in PyTorch, not in the kernels). A query
+    that may attend to no key gets zeros. Returns (B, N, H * d) in qkv's dtype. Softmax in float32. Raises TypeError for
+    a dtype, ValueError for a shape, value or device that does not fit, before any launch.
+    """
+    return OP(qkv, scale, key_padding_mask, attn_bias, dropout_p)

@@ -1,0 +1,111 @@
+"""LayerNorm as an op; see `fastvit.reference.layer_norm` for the formula and `fastvit.kernels.layer_norm`."""
+
+import torch
+
+from fastvit import dispatch, reference
+
+from . import _common
+from ._common import Op, dense, on_device_of, or_none, rows
+
+
+@torch.library.custom_op("fastvit::layer_norm_forward", mutates_args=())
+def layer_norm_forward(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    from fastvit.kernels import layer_norm as kernels
+
+    with on_device_of(x):
+        return kernels.layer_norm_forward(x, weight, bias, eps)
+
+
+def statistics_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype in which sums over x are kept."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+@layer_norm_forward.register_fake
+def _(x, weight, bias, eps):
+    statistics = x.new_empty(x.shape[0], dtype=statistics_dtype(x))
+    return x.new_empty(x.shape), statistics, torch.empty_like(statistics)
+
+
+@torch.library.custom_op("fastvit::layer_norm_backward", mutates_args=())
+def layer_norm_backward(
+    dy: torch.Tensor, x: torch.Tensor, mean: torch.Tensor, rstd: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    from fastvit.kernels import layer_norm as kernels
+
+    with on_device_of(x):
+        return _common.gradients(kernels.layer_norm_backward(dy, x, mean, rstd, weight), (x, weight, bias))
+
+
+@layer_norm_backward.register_fake
+def _(dy, x, mean, rstd, weight, bias):
+    return _common.fake_gradients((x, weight, bias), (True, True, True))
+
+
+class LayerNormFunction(torch.autograd.Function):
+    """layer_norm on the kernels: (x (..., D), weight (D,), bias (D,), eps) -> (..., D)."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, eps):
+        flat = rows(x)
+        y, mean, rstd = layer_norm_forward(flat, weight, bias, eps)
+        ctx.save_for_backward(flat, mean, rstd, weight, bias)
+        return y.view(x.shape)
+
+    @staticmethod
+    def backward(ctx, dy):
+        dx, dweight, dbias = layer_norm_backward(rows(dy), *ctx.saved_tensors)
+        return *or_none((dx.view(dy.shape), dweight, dbias), ctx.needs_input_grad[:3]), None
+
+
+def check_norm(op: str, x, weight, bias) -> None:
+    """Raise TypeError or ValueError unless x, norm weight and bias fit together."""
+    _common.check_float(op, x=x, norm_weight=weight, norm_bias=bias)
+    if x.dim() < 2:
+        raise ValueError(f"{op}: x must have at least 2 dimensions, (..., D), got shape {tuple(x.shape)}")
+    _common.check_shape(op, "norm weight", weight, (x.shape[-1],), "(D,)")
+    _common.check_shape(op, "norm bias", bias, (x.shape[-1],), "(D,)")
+
+
+def unsupported_norm(x) -> list[str]:
+    """Why the kernels cannot normalise rows of x."""
+    reasons = []
+    if x.shape[-1] > 8192:
+        reasons.append(f"rows of {x.shape[-1]} elements, and the kernels hold at most 8192")
+    if x.shape[-1] == 0:
+        reasons.append("rows of no elements")
+    return reasons
+
+
+def _check(x, weight, bias, eps):
+    check_norm("layer_norm", x, weight, bias)
+    _common.check_devices("layer_norm", x=x, weight=weight, bias=bias)
+
+
+def _unsupported(x, weight, bias, eps):
+    return [
+        *dispatch.missing_requirements(x),
+        *_common.unsupported_dtypes(x.dtype, weight.dtype, bias.dtype),
+        *unsupported_norm(x),
+    ]
+
+
+def _triton(x, weight, bias, eps):
+    if _common.autocasting(x) and x.is_cuda:
+        x = x.float()  # torch's table for CUDA: norms run in float32 and return it
+    return LayerNormFunction.apply(x, dense(weight), dense(bias), eps)
+
+
+OP = Op("layer_norm", _check, _unsupported, reference.layer_norm, _triton)
+
+
+def layer_norm(x, weight, bias, eps=1e-6):
+    """LayerNorm over the last axis (arXiv 1607.06450): (x - mean) / sqrt(var + eps) * weight + bias.
+
+    x (..., D) of any strides, weight and bias (D,), floating-point; statistics in float32. Returns (..., D) in x's dtype
+    (float32 under CUDA autocast, as torch's own). Raises TypeError for a dtype, ValueError for a shape or device that
+    does not fit, before any launch.
+    """
+    return OP(x, weight, bias, eps)

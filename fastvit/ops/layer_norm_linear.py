@@ -1,0 +1,122 @@
+"""linear(layer_norm(x)) as one op; see `fastvit.reference.layer_norm_linear` and `fastvit.kernels.layer_norm_linear`."""
+
+from typing import Optional
+
+import torch
+
+from fastvit import dispatch, reference
+
+from . import _common
+from ._common import Op, dense, on_device_of, or_none, rows
+from .layer_norm import check_norm, statistics_dtype, unsupported_norm
+
+
+@torch.library.custom_op("fastvit::layer_norm_linear_forward", mutates_args=())
+def layer_norm_linear_forward(
+    x: torch.Tensor,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    weight: torch.Tensor,
+    bias: Optional[torch.Tensor],
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    from fastvit.kernels import layer_norm_linear as kernels
+
+    with on_device_of(x):
+        return kernels.layer_norm_linear_forward(x, norm_weight, norm_bias, weight, bias, eps)
+
+
+@layer_norm_linear_forward.register_fake
+def _(x, norm_weight, norm_bias, weight, bias, eps):
+    statistics = x.new_empty(x.shape[0], dtype=statistics_dtype(x))
+    return weight.new_empty(x.shape[0], weight.shape[0]), statistics, torch.empty_like(statistics)
+
+
+@torch.library.custom_op("fastvit::layer_norm_linear_backward", mutates_args=())
+def layer_norm_linear_backward(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    weight: torch.Tensor,
+    bias: Optional[torch.Tensor],
+    needs_norm: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    from fastvit.kernels import layer_norm_linear as kernels
+
+    with on_device_of(x):
+        grads = kernels.layer_norm_linear_backward(
+            dy, x, mean, rstd, norm_weight, norm_bias, weight, (needs_norm, needs_weight, needs_bias)
+        )
+        return _common.gradients(grads, (x, norm_weight, norm_bias, weight, bias))
+
+
+@layer_norm_linear_backward.register_fake
+def _(dy, x, mean, rstd, norm_weight, norm_bias, weight, bias, needs_norm, needs_weight, needs_bias):
+    likes = (x, norm_weight, norm_bias, weight, bias)
+    needed = (needs_norm, needs_norm, needs_norm, needs_weight, needs_bias)
+    return _common.fake_gradients(likes, needed)
+
+
+class LayerNormLinearFunction(torch.autograd.Function):
+    """layer_norm_linear on the kernels: (x (..., D), norm_weight, norm_bias, weight (O, D), bias, eps) -> (..., O)."""
+
+    @staticmethod
+    def forward(ctx, x, norm_weight, norm_bias, weight, bias, eps):
+        flat = rows(x)
+        y, mean, rstd = layer_norm_linear_forward(flat, norm_weight, norm_bias, weight, bias, eps)
+        ctx.save_for_backward(flat, mean, rstd, norm_weight, norm_bias, weight, bias)
+        ctx.x_shape = x.shape
+        return y.view(*x.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    def backward(ctx, dy):
+        needs = ctx.needs_input_grad[:5]
+        dx, *grads = layer_norm_linear_backward(rows(dy), *ctx.saved_tensors, any(needs[:3]), *needs[3:])
+        dx = dx.view(ctx.x_shape) if needs[0] else dx
+        return *or_none((dx, *grads), needs), None
+
+
+def _check(x, norm_weight, norm_bias, weight, bias, eps):
+    name = "layer_norm_linear"
+    check_norm(name, x, norm_weight, norm_bias)
+    _common.check_float(name, weight=weight, bias=bias)
+    _common.check_matrix(name, "weight", weight, "(O, D)", inputs=x.shape[-1])
+    _common.check_shape(name, "bias", bias, weight.shape[:1], "(O,)")
+    _common.check_operands(name, x, weight=weight)
+    _common.check_devices(name, x=x, norm_weight=norm_weight, norm_bias=norm_bias, weight=weight, bias=bias)
+
+
+def _unsupported(x, norm_weight, norm_bias, weight, bias, eps):
+    return [
+        *dispatch.missing_requirements(x),
+        *_common.unsupported_dtypes(x.dtype, norm_weight.dtype, norm_bias.dtype, _common.compute_dtype(x, weight)),
+        *unsupported_norm(x),
+    ]
+
+
+def _torch(x, norm_weight, norm_bias, weight, bias, eps):
+    return reference.layer_norm_linear(x, norm_weight, norm_bias, weight, bias, eps=eps)
+
+
+def _triton(x, norm_weight, norm_bias, weight, bias, eps):
+    weight, bias = _common.cast(x, weight, bias)
+    return LayerNormLinearFunction.apply(x, dense(norm_weight), dense(norm_bias), dense(weight), dense(bias), eps)
+
+
+OP = Op("layer_norm_linear", _check, _unsupported, _torch, _triton)
+
+
+def layer_norm_linear(x, norm_weight, norm_bias, weight, bias=None, *, eps=1e-6):
+    """linear(layer_norm(x)) without a normalised tensor in memory.
+
+    x (..., D) of any strides, in weight's dtype or wider (a float32 residual stream beside bfloat16 weights);
+    norm_weight and norm_bias (D,); weight (O, D); bias (O,) or None. Returns (..., O) in weight's dtype, or in autocast's
+    when it is on. Statistics and sums in float32; the normalised values are rounded once, to weight's dtype. Raises
+    TypeError for a dtype, ValueError for a shape or device that does not fit, before any launch.
+    """
+    return OP(x, norm_weight, norm_bias, weight, bias, eps)

@@ -1,0 +1,171 @@
+"""Patch embedding, from image to token sequence, as one op; see `fastvit.reference.patch_embed` and
+`fastvit.kernels.patch_embed`."""
+
+from typing import Optional
+
+import torch
+
+from fastvit import dispatch, reference
+
+from . import _common
+from ._common import Op, dense, on_device_of, or_none
+
+
+def _out_dtype(weight, pos_embed, prefix):
+    dtype = weight.dtype
+    for rows in (pos_embed, prefix):
+        dtype = dtype if rows is None else torch.promote_types(dtype, rows.dtype)
+    return dtype
+
+
+@torch.library.custom_op("fastvit::patch_embed_forward", mutates_args=())
+def patch_embed_forward(
+    image: torch.Tensor,
+    weight: torch.Tensor,
+    bias: Optional[torch.Tensor],
+    pos_embed: Optional[torch.Tensor],
+    prefix: Optional[torch.Tensor],
+    mean: Optional[list[float]],
+    std: Optional[list[float]],
+) -> torch.Tensor:
+    from fastvit.kernels import patch_embed as kernels
+
+    out_dtype = _out_dtype(weight, pos_embed, prefix)
+    with on_device_of(image):
+        return kernels.patch_embed_forward(image, weight, bias, pos_embed, prefix, mean, std, out_dtype)
+
+
+@patch_embed_forward.register_fake
+def _(image, weight, bias, pos_embed, prefix, mean, std):
+    batch, _, height, width = image.shape
+    embed_dim, _, patch_height, patch_width = weight.shape
+    tokens = height // patch_height * (width // patch_width) + (0 if prefix is None else prefix.shape[0])
+    return weight.new_empty(batch, tokens, embed_dim, dtype=_out_dtype(weight, pos_embed, prefix))
+
+
+@torch.library.custom_op("fastvit::patch_embed_backward", mutates_args=())
+def patch_embed_backward(
+    dtokens: torch.Tensor,
+    image: torch.Tensor,
+    weight: torch.Tensor,
+    bias: Optional[torch.Tensor],
+    pos_embed: Optional[torch.Tensor],
+    prefix: Optional[torch.Tensor],
+    mean: Optional[list[float]],
+    std: Optional[list[float]],
+    needs: list[bool],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    from fastvit.kernels import patch_embed as kernels
+
+    prefix_rows = 0 if prefix is None else prefix.shape[0]
+    needs_image, needs_weight, needs_bias, needs_position, needs_prefix = needs
+    with on_device_of(image):
+        dimage, dweight, by_token = kernels.patch_embed_backward(
+            dtokens, image, weight, prefix_rows, mean, std, needs_image, needs_weight
+        )
+        dbias = by_token[prefix_rows:].sum(dim=0) if needs_bias else None
+        # Clones: what an op returns must not share memory.
+        dposition = by_token[-pos_embed.shape[0] :].clone() if needs_position else None
+        dprefix = by_token[:prefix_rows].clone() if needs_prefix else None
+        grads = (dimage, dweight, dbias, dposition, dprefix)
+        return _common.gradients(grads, (image, weight, bias, pos_embed, prefix))
+
+
+@patch_embed_backward.register_fake
+def _(dtokens, image, weight, bias, pos_embed, prefix, mean, std, needs):
+    dimage, *rest = _common.fake_gradients((image, weight, bias, pos_embed, prefix), needs)
+    return torch.empty_like(image) if needs[0] else dimage, *rest
+
+
+class PatchEmbedFunction(torch.autograd.Function):
+    """patch_embed on the kernels: (image (B, C, H, W), weight (D, C, ph, pw), bias, pos_embed, prefix, mean, std) ->
+    (B, P + N, D)."""
+
+    @staticmethod
+    def forward(ctx, image, weight, bias, pos_embed, prefix, mean, std):
+        ctx.save_for_backward(image, weight, bias, pos_embed, prefix)
+        ctx.normalisation = mean, std
+        return patch_embed_forward(image, weight, bias, pos_embed, prefix, mean, std)
+
+    @staticmethod
+    def backward(ctx, dtokens):
+        needs = ctx.needs_input_grad[:5]
+        grads = patch_embed_backward(dtokens.contiguous(), *ctx.saved_tensors, *ctx.normalisation, list(needs))
+        return *or_none(grads, needs), None, None
+
+
+def _check(image, weight, bias, pos_embed, prefix, mean, std):
+    name = "patch_embed"
+    _common.check_float(name, weight=weight, bias=bias, pos_embed=pos_embed, prefix=prefix)
+    if not isinstance(image, torch.Tensor):
+        raise TypeError(f"{name}: image must be a torch.Tensor, got {type(image).__name__}")
+    if not image.is_floating_point() and image.dtype != torch.uint8:
+        raise TypeError(f"{name}: image must be floating-point or uint8, got {image.dtype}")
+    if image.dim() != 4:
+        raise ValueError(f"{name}: image must have shape (B, C, H, W), got {tuple(image.shape)}")
+    if weight.dim() != 4:
+        raise ValueError(f"{name}: weight must have shape (D, C, ph, pw), got {tuple(weight.shape)}")
+    _, channels, height, width = image.shape
+    embed_dim, weight_channels, patch_height, patch_width = weight.shape
+    if channels != weight_channels:
+        raise ValueError(f"{name}: image has {channels} channels, but weight is for {weight_channels}")
+    if height % patch_height or width % patch_width or not height or not width:
+        raise ValueError(
+            f"{name}: image size {height}x{width} is not divisible by the patch size {patch_height}x{patch_width}"
+        )
+    _common.check_shape(name, "bias", bias, (embed_dim,), "(D,)")
+    if prefix is not None and (prefix.dim() != 2 or prefix.shape[1] != embed_dim):
+        raise ValueError(f"{name}: prefix must have shape (P, D) with D = {embed_dim}, got {tuple(prefix.shape)}")
+    patches = height // patch_height * (width // patch_width)
+    tokens = patches + (0 if prefix is None else prefix.shape[0])
+    if pos_embed is not None and tuple(pos_embed.shape) not in ((patches, embed_dim), (tokens, embed_dim)):
+        raise ValueError(
+            f"{name}: pos_embed must have shape (N, D) = {(patches, embed_dim)} or (P + N, D) = {(tokens, embed_dim)}, "
+            f"got {tuple(pos_embed.shape)}"
+        )
+    for label, values in (("mean", mean), ("std", std)):
+        if values is not None and len(values) != channels:
+            raise ValueError(f"{name}: {label} must have one value per channel ({channels}), got {len(values)}")
+    if std is not None and not all(value > 0 for value in std):
+        raise ValueError(f"{name}: std must be positive, got {tuple(std)}")
+    _common.check_devices(name, image=image, weight=weight, bias=bias, pos_embed=pos_embed, prefix=prefix)
+
+
+def _unsupported(image, weight, bias, pos_embed, prefix, mean, std):
+    dtypes = [_common.compute_dtype(weight, weight)]
+    dtypes += [tensor.dtype for tensor in (pos_embed, prefix) if tensor is not None]
+    if image.is_floating_point():
+        dtypes.append(image.dtype)
+    return [*dispatch.missing_requirements(image), *_common.unsupported_dtypes(*dtypes)]
+
+
+def _torch(image, weight, bias, pos_embed, prefix, mean, std):
+    return reference.patch_embed(image, weight, bias, pos_embed=pos_embed, prefix=prefix, mean=mean, std=std)
+
+
+def _triton(image, weight, bias, pos_embed, prefix, mean, std):
+    weight, bias = _common.cast(weight, weight, bias)
+    return PatchEmbedFunction.apply(
+        image,
+        dense(weight),
+        dense(bias),
+        dense(pos_embed),
+        dense(prefix),
+        None if mean is None else [float(value) for value in mean],
+        None if std is None else [float(value) for value in std],
+    )
+
+
+OP = Op("patch_embed", _check, _unsupported, _torch, _triton)
+
+
+def patch_embed(image, weight, bias=None, *, pos_embed=None, prefix=None, mean=None, std=None):
+    """Image to token sequence: patches, linear projection, positions, prefix rows (arXiv 2010.11929, equation 1).
+
+    image (B, C, H, W) of any strides (NCHW, channels_last, ...), floating-point, or uint8, taken as pixel / 255; weight
+    (D, C, ph, pw); bias (D,); pos_embed (N, D), or (P + N, D) when the prefix rows have positions too; prefix (P, D): class,
+    register and distillation rows; mean, std: C floats, applied to the image as (image - mean) / std. Returns
+    (B, P + N, D) in the widest dtype of weight (autocast's when it is on), pos_embed and prefix. Raises TypeError for a
+    dtype, ValueError for a shape, size or device that does not fit, before any launch.
+    """
+    return OP(image, weight, bias, pos_embed, prefix, mean, std)

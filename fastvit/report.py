@@ -1,0 +1,136 @@
+"""What every command writes: tables, JSON, and the facts of the machine a number was measured on."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TextIO
+
+
+class Table:
+    """Rows of text in aligned columns, printed as they come; the widths are given first, so that nothing waits."""
+
+    def __init__(self, columns: dict[str, int], out: TextIO | None = None):
+        """columns: heading -> width; a negative width aligns left."""
+        self._widths = [(abs(width), width < 0) for width in columns.values()]
+        self._out = out
+        self.row(*columns)
+        self.row(*("-" * abs(width) for width in columns.values()))
+
+    def row(self, *cells: object) -> None:
+        """Print one row; a cell wider than its column pushes the rest to the right rather than being cut."""
+        padded = (
+            str(cell).ljust(width) if left else str(cell).rjust(width)
+            for cell, (width, left) in zip(cells, self._widths, strict=True)
+        )
+        print("  ".join(padded).rstrip(), file=self._out or sys.stdout, flush=True)
+
+
+def write_atomically(path: str | Path, data: bytes) -> None:
+    """Write `data` to `path` by way of a file beside it, so that no reader ever sees half of it."""
+    path = Path(path)
+    handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(beside, 0o666 & ~_umask())  # mkstemp's files are for the owner alone
+        os.replace(beside, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(beside)
+        raise
+
+
+def write_json(path: str | Path, value: object) -> None:
+    """Write `value` as indented JSON, atomically. NaN and infinity, which JSON has not, are refused."""
+    write_atomically(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def progress(items: Iterable, total: int, what: str) -> Iterator:
+    """`items`, with a progress bar on stderr when that is a terminal and rich is installed."""
+    if sys.stderr.isatty():
+        with contextlib.suppress(ImportError):
+            from rich.console import Console
+            from rich.progress import track
+
+            items = track(items, total=total, description=what, console=Console(stderr=True), transient=True)
+    yield from items
+
+
+def version_of(package: str) -> str | None:
+    """The installed version of a package, read without importing it; None where it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def device_name(device: str) -> str:
+    """What the device is called: a GPU's name, or the processor's."""
+    if device.startswith("cuda"):
+        import torch
+
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def slug(name: str) -> str:
+    """`name` as part of a path: lower-case letters and digits, hyphens between."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def environment(device: str) -> dict:
+    """The machine and the software, as every results file records them."""
+    import torch
+
+    import fastvit
+
+    facts = {
+        "fastvit": fastvit.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": device_name("cpu"),
+        "cpu_count": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "device": device_name(device),
+        "packages": {
+            name: version_of(name)
+            for name in ("triton", "numpy", "timm", "torchvision", "transformers", "pillow", "safetensors")
+        },
+        "variables": {
+            name: value
+            for name, value in sorted(os.environ.items())
+            if name.startswith(("FASTVIT_", "TRITON_", "CUDA_VISIBLE", "OMP_NUM"))
+        },
+    }
+    if device.startswith("cuda"):
+        properties = torch.cuda.get_device_properties(device)
+        facts["gpu"] = {
+            "capability": f"{properties.major}.{properties.minor}",
+            "memory_bytes": properties.total_memory,
+            "multiprocessors": properties.multi_processor_count,
+            "cuda": torch.version.cuda,
+            "hip": torch.version.hip,
+        }
+    return facts

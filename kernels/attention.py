@@ -1,0 +1,402 @@
+"""Multi-head self-attention in the flash style (arXiv 2205.14135, 2307.08691), forward and backward.
+
+Fused: scores, scale, additive bias, key padding mask, online softmax and the product with v, reading q, k and v by
+strides from the packed (B, N, 3, H, d) and writing (B, N, H * d); no score matrix exists in memory, nothing is
+transposed or copied. Backward: two kernels, one a query tile for dq (and the gradient of the bias where wanted), one a
+key tile for dk and dv, each written once, straight into the packed gradient: deterministic, no atomics.
+Saved for backward: qkv, the output and the log-sum-exp of each row (in base 2, float32; +inf for a query that may
+attend to no key, whose output is 0). Recomputed: the scores and probabilities, once in each backward kernel.
+A call moves, for B H N d elements a head tensor of size s: forward 4 s each, backward 15 s each.
+
+Head dims that are no power of two are split into two parts, the largest power of two and the rest padded to 16 or
+more (72 = 64 + 16, 80 = 64 + 16, 96 = 64 + 32), instead of padding the whole to the next power of two.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from . import configs
+from ._math import TRITON_DTYPES, accumulator_dtype, float32_precision, widen
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def load_part(ptr, row, row_ok, FIRST: tl.constexpr, WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr):
+    d = FIRST + tl.arange(0, WIDTH)
+    mask = row_ok[:, None] & (d < HEAD_DIM)[None, :]
+    return tl.load(ptr + (row[:, None] + d[None, :]), mask=mask, other=0.0)
+
+
+@triton.jit
+def load_head(ptr, row, row_ok, HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
+    """Rows of one head at offsets `row`, as parts of D0 and D1 columns; the first part twice when D1 is 0."""
+    first = load_part(ptr, row, row_ok, 0, D0, HEAD_DIM)
+    second = first
+    if D1 > 0:
+        second = load_part(ptr, row, row_ok, D0, D1, HEAD_DIM)
+    return first, second
+
+
+@triton.jit
+def store_head(ptr, row, row_ok, first, second, HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
+    d = tl.arange(0, D0)
+    mask = row_ok[:, None] & (d < HEAD_DIM)[None, :]
+    tl.store(ptr + (row[:, None] + d[None, :]), first.to(ptr.dtype.element_ty), mask=mask)
+    if D1 > 0:
+        d = D0 + tl.arange(0, D1)
+        mask = row_ok[:, None] & (d < HEAD_DIM)[None, :]
+        tl.store(ptr + (row[:, None] + d[None, :]), second.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def product(a0, a1, b0, b1, D1: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
+    """a b^T over the head's dimension."""
+    out = tl.dot(a0, tl.trans(b0), input_precision=PRECISION, out_dtype=ACC)
+    if D1 > 0:
+        out = tl.dot(a1, tl.trans(b1), out, input_precision=PRECISION, out_dtype=ACC)
+    return out
+
+
+@triton.jit
+def accumulate(p, x0, x1, acc0, acc1, D1: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + p x, p rounded to x's dtype."""
+    p = p.to(x0.dtype)
+    acc0 = tl.dot(p, x0, acc0, input_precision=PRECISION, out_dtype=ACC)
+    if D1 > 0:
+        acc1 = tl.dot(p, x1, acc1, input_precision=PRECISION, out_dtype=ACC)
+    return acc0, acc1
+
+
+@triton.jit
+def key_allowed(n, N, mask_ptr, batch, mask_stride_b, mask_stride_n):
+    allowed = n < N
+    if mask_ptr is not None:
+        offset = batch * mask_stride_b + n.to(tl.int64) * mask_stride_n
+        allowed = allowed & (tl.load(mask_ptr + offset, mask=n < N, other=0) != 0)
+    return allowed
+
+
+@triton.jit
+def attention_kernel(
+    qkv_ptr,
+    out_ptr,
+    lse_ptr,
+    mask_ptr,  # None, or (B, N) bytes
+    bias_ptr,  # None, or (B, H, N, N) by strides
+    N,
+    H,
+    scale,
+    stride_b,
+    stride_n,
+    stride_3,
+    stride_h,
+    mask_stride_b,
+    mask_stride_n,
+    bias_stride_b,
+    bias_stride_h,
+    bias_stride_m,
+    bias_stride_n,
+    HEAD_DIM: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    tiles = tl.cdiv(N, BLOCK_M)
+    head = tl.program_id(0) // tiles
+    batch, head_in_batch = (head // H).to(tl.int64), (head % H).to(tl.int64)
+    q_ptr = qkv_ptr + batch * stride_b + head_in_batch * stride_h
+    k_ptr, v_ptr = q_ptr + stride_3, q_ptr + stride_3 * 2
+    m = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_ok = m < N
+    q0, q1 = load_head(q_ptr, m.to(tl.int64) * stride_n, row_ok, HEAD_DIM, D0, D1)
+
+    largest = tl.full((BLOCK_M,), float("-inf"), ACC)
+    total = tl.zeros((BLOCK_M,), ACC)
+    acc0 = tl.zeros((BLOCK_M, D0), ACC)
+    acc1 = acc0
+    if D1 > 0:
+        acc1 = tl.zeros((BLOCK_M, D1), ACC)
+    for start in range(0, N, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        k0, k1 = load_head(k_ptr, n.to(tl.int64) * stride_n, n < N, HEAD_DIM, D0, D1)
+        v0, v1 = load_head(v_ptr, n.to(tl.int64) * stride_n, n < N, HEAD_DIM, D0, D1)
+        scores = product(q0, q1, k0, k1, D1, ACC, PRECISION) * (scale * LOG2_E)
+        if bias_ptr is not None:
+            offset = m.to(tl.int64)[:, None] * bias_stride_m + n.to(tl.int64)[None, :] * bias_stride_n
+            offset += batch * bias_stride_b + head_in_batch * bias_stride_h
+            bias = tl.load(bias_ptr + offset, mask=row_ok[:, None] & (n < N)[None, :], other=0.0)
+            scores += bias.to(ACC) * LOG2_E
+        allowed = key_allowed(n, N, mask_ptr, batch, mask_stride_b, mask_stride_n)
+        scores = tl.where(allowed[None, :], scores, float("-inf"))
+        larger = tl.maximum(largest, tl.max(scores, axis=1))
+        shift = larger
+        if mask_ptr is not None or bias_ptr is not None:
+            shift = tl.where(larger == float("-inf"), 0.0, larger)  # no key so far: avoid -inf - -inf
+        p = tl.exp2(scores - shift[:, None])
+        correction = tl.exp2(largest - shift)
+        total = total * correction + tl.sum(p, axis=1)
+        acc0 = acc0 * correction[:, None]
+        if D1 > 0:
+            acc1 = acc1 * correction[:, None]
+        acc0, acc1 = accumulate(p, v0, v1, acc0, acc1, D1, ACC, PRECISION)
+        largest = larger
+
+    safe_total = tl.where(total == 0.0, 1.0, total)
+    lse = tl.where(total == 0.0, float("inf"), largest + tl.log2(safe_total))
+    tl.store(lse_ptr + head.to(tl.int64) * N + m, lse, mask=row_ok)
+    out_row = (batch * N + m) * (H * HEAD_DIM) + head_in_batch * HEAD_DIM
+    acc0 = acc0 / safe_total[:, None]
+    if D1 > 0:
+        acc1 = acc1 / safe_total[:, None]
+    store_head(out_ptr, out_row, row_ok, acc0, acc1, HEAD_DIM, D0, D1)
+
+
+@triton.jit
+def attention_backward_dq_kernel(
+    qkv_ptr,
+    out_ptr,
+    dout_ptr,
+    lse_ptr,
+    delta_ptr,  # written here for the other backward kernel: rowsum(out * dout)
+    dqkv_ptr,
+    dbias_ptr,  # None, or (B, H, N, N) contiguous
+    mask_ptr,
+    bias_ptr,
+    N,
+    H,
+    scale,
+    stride_b,
+    stride_n,
+    stride_3,
+    stride_h,
+    dout_stride_b,
+    dout_stride_n,
+    mask_stride_b,
+    mask_stride_n,
+    bias_stride_b,
+    bias_stride_h,
+    bias_stride_m,
+    bias_stride_n,
+    HEAD_DIM: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    tiles = tl.cdiv(N, BLOCK_M)
+    head = tl.program_id(0) // tiles
+    batch, head_in_batch = (head // H).to(tl.int64), (head % H).to(tl.int64)
+    q_ptr = qkv_ptr + batch * stride_b + head_in_batch * stride_h
+    k_ptr, v_ptr = q_ptr + stride_3, q_ptr + stride_3 * 2
+    m = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_ok = m < N
+    m_wide = m.to(tl.int64)
+    out_row = (batch * N + m) * (H * HEAD_DIM) + head_in_batch * HEAD_DIM
+    dout_row = batch * dout_stride_b + m_wide * dout_stride_n + head_in_batch * HEAD_DIM
+
+    q0, q1 = load_head(q_ptr, m_wide * stride_n, row_ok, HEAD_DIM, D0, D1)
+    out0, out1 = load_head(out_ptr, out_row, row_ok, HEAD_DIM, D0, D1)
+    dout0, dout1 = load_head(dout_ptr, dout_row, row_ok, HEAD_DIM, D0, D1)
+    delta = tl.sum(widen(out0) * widen(dout0), axis=1)
+    if D1 > 0:
+        delta += tl.sum(widen(out1) * widen(dout1), axis=1)
+    lse = tl.load(lse_ptr + head.to(tl.int64) * N + m, mask=row_ok, other=0.0)
+    tl.store(delta_ptr + head.to(tl.int64) * N + m, delta, mask=row_ok)
+
+    dq0 = tl.zeros((BLOCK_M, D0), ACC)
+    dq1 = dq0
+    if D1 > 0:
+        dq1 = tl.zeros((BLOCK_M, D1), ACC)
+    for start in range(0, N, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        k0, k1 = load_head(k_ptr, n.to(tl.int64) * stride_n, n < N, HEAD_DIM, D0, D1)
+        v0, v1 = load_head(v_ptr, n.to(tl.int64) * stride_n, n < N, HEAD_DIM, D0, D1)
+        scores = product(q0, q1, k0, k1, D1, ACC, PRECISION) * (scale * LOG2_E)
+        tile = row_ok[:, None] & (n < N)[None, :]
+        if bias_ptr is not None:
+            offset = m_wide[:, None] * bias_stride_m + n.to(tl.int64)[None, :] * bias_stride_n
+            offset += batch * bias_stride_b + head_in_batch * bias_stride_h
+            scores += tl.load(bias_ptr + offset, mask=tile, other=0.0).to(ACC) * LOG2_E
+        allowed = key_allowed(n, N, mask_ptr, batch, mask_stride_b, mask_stride_n)
+        p = tl.where(allowed[None, :], tl.exp2(scores - lse[:, None]), 0.0)
+        dscores = p * (product(dout0, dout1, v0, v1, D1, ACC, PRECISION) - delta[:, None])
+        if dbias_ptr is not None:
+            offset = (head.to(tl.int64) * N + m_wide)[:, None] * N + n[None, :]
+            tl.store(dbias_ptr + offset, dscores.to(dbias_ptr.dtype.element_ty), mask=tile)
+        dq0, dq1 = accumulate(dscores, k0, k1, dq0, dq1, D1, ACC, PRECISION)
+
+    dq_row = (batch * N + m) * (3 * H * HEAD_DIM) + head_in_batch * HEAD_DIM
+    store_head(dqkv_ptr, dq_row, row_ok, dq0 * scale, dq1 * scale, HEAD_DIM, D0, D1)
+
+
+@triton.jit
+def attention_backward_dkdv_kernel(
+    qkv_ptr,
+    dout_ptr,
+    lse_ptr,
+    delta_ptr,
+    dqkv_ptr,
+    mask_ptr,
+    bias_ptr,
+    N,
+    H,
+    scale,
+    stride_b,
+    stride_n,
+    stride_3,
+    stride_h,
+    dout_stride_b,
+    dout_stride_n,
+    mask_stride_b,
+    mask_stride_n,
+    bias_stride_b,
+    bias_stride_h,
+    bias_stride_m,
+    bias_stride_n,
+    HEAD_DIM: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    tiles = tl.cdiv(N, BLOCK_N)
+    head = tl.program_id(0) // tiles
+    batch, head_in_batch = (head // H).to(tl.int64), (head % H).to(tl.int64)
+    q_ptr = qkv_ptr + batch * stride_b + head_in_batch * stride_h
+    k_ptr, v_ptr = q_ptr + stride_3, q_ptr + stride_3 * 2
+    dout_ptr += batch * dout_stride_b + head_in_batch * HEAD_DIM
+    n = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_ok = n < N
+    n_wide = n.to(tl.int64)
+    allowed = key_allowed(n, N, mask_ptr, batch, mask_stride_b, mask_stride_n)
+    k0, k1 = load_head(k_ptr, n_wide * stride_n, row_ok, HEAD_DIM, D0, D1)
+    v0, v1 = load_head(v_ptr, n_wide * stride_n, row_ok, HEAD_DIM, D0, D1)
+
+    dk0 = tl.zeros((BLOCK_N, D0), ACC)
+    dv0 = tl.zeros((BLOCK_N, D0), ACC)
+    dk1 = dk0
+    dv1 = dv0
+    if D1 > 0:
+        dk1 = tl.zeros((BLOCK_N, D1), ACC)
+        dv1 = tl.zeros((BLOCK_N, D1), ACC)
+    # Query rows past the end load as zeros in q, dout, lse and delta, and so add nothing.
+    for start in range(0, N, BLOCK_M):
+        m = start + tl.arange(0, BLOCK_M)
+        m_ok = m < N
+        m_wide = m.to(tl.int64)
+        q0, q1 = load_head(q_ptr, m_wide * stride_n, m_ok, HEAD_DIM, D0, D1)
+        dout0, dout1 = load_head(dout_ptr, m_wide * dout_stride_n, m_ok, HEAD_DIM, D0, D1)
+        lse = tl.load(lse_ptr + head.to(tl.int64) * N + m, mask=m_ok, other=0.0)
+        delta = tl.load(delta_ptr + head.to(tl.int64) * N + m, mask=m_ok, other=0.0)
+        scores = product(k0, k1, q0, q1, D1, ACC, PRECISION) * (scale * LOG2_E)
+        if bias_ptr is not None:
+            offset = m_wide[None, :] * bias_stride_m + n_wide[:, None] * bias_stride_n
+            offset += batch * bias_stride_b + head_in_batch * bias_stride_h
+            scores += tl.load(bias_ptr + offset, mask=row_ok[:, None] & m_ok[None, :], other=0.0).to(ACC) * LOG2_E
+        p = tl.where(allowed[:, None], tl.exp2(scores - lse[None, :]), 0.0)
+        dv0, dv1 = accumulate(p, dout0, dout1, dv0, dv1, D1, ACC, PRECISION)
+        dscores = p * (product(v0, v1, dout0, dout1, D1, ACC, PRECISION) - delta[None, :])
+        dk0, dk1 = accumulate(dscores, q0, q1, dk0, dk1, D1, ACC, PRECISION)
+
+    dk_row = (batch * N + n) * (3 * H * HEAD_DIM) + (H + head_in_batch) * HEAD_DIM
+    store_head(dqkv_ptr, dk_row, row_ok, dk0 * scale, dk1 * scale, HEAD_DIM, D0, D1)
+    store_head(dqkv_ptr, dk_row + H * HEAD_DIM, row_ok, dv0, dv1, HEAD_DIM, D0, D1)
+
+
+def _split_head(head_dim: int) -> tuple[int, int]:
+    """Widths of the two parts that a head is loaded in; powers of two of at least 16, or 0 for no second part."""
+    first = max(16, 1 << (head_dim.bit_length() - 1))
+    rest = head_dim - first
+    return first, max(16, triton.next_power_of_2(rest)) if rest > 0 else 0
+
+
+def _constants(qkv):
+    head_dim = qkv.shape[-1]
+    d0, d1 = _split_head(head_dim)
+    return dict(
+        HEAD_DIM=head_dim,
+        D0=d0,
+        D1=d1,
+        ACC=TRITON_DTYPES[accumulator_dtype(qkv.dtype)],
+        PRECISION=float32_precision(),
+    )
+
+
+def _mask_arguments(qkv, key_padding_mask, attn_bias):
+    """Pointers and strides of mask and bias, the bias broadcast to (B, H, N, N)."""
+    batch, tokens, _, heads, _ = qkv.shape
+    mask = None if key_padding_mask is None else key_padding_mask.view(torch.uint8)
+    bias = None if attn_bias is None else attn_bias.expand(batch, heads, tokens, tokens)
+    strides = [*((0, 0) if mask is None else mask.stride()), *((0,) * 4 if bias is None else bias.stride())]
+    return mask, bias, strides
+
+
+def attention_forward(qkv, scale: float, key_padding_mask=None, attn_bias=None):
+    """qkv (B, N, 3, H, d) with unit stride along d, key_padding_mask (B, N) bool, attn_bias broadcastable to
+    (B, H, N, N) -> out (B, N, H * d) in qkv's dtype, lse (B, H, N) in base 2, float32 (float64 for float64)."""
+    batch, tokens, _, heads, head_dim = qkv.shape
+    out = torch.empty(batch, tokens, heads * head_dim, dtype=qkv.dtype, device=qkv.device)
+    lse = torch.empty(batch, heads, tokens, dtype=accumulator_dtype(qkv.dtype), device=qkv.device)
+    if out.numel():
+        config = configs.attention_config(head_dim, qkv.dtype)
+        mask, bias, strides = _mask_arguments(qkv, key_padding_mask, attn_bias)
+        attention_kernel[(triton.cdiv(tokens, config.BLOCK_M) * batch * heads,)](
+            qkv,
+            out,
+            lse,
+            mask,
+            bias,
+            tokens,
+            heads,
+            scale,
+            *qkv.stride()[:4],
+            *strides,
+            **_constants(qkv),
+            BLOCK_M=config.BLOCK_M,
+            BLOCK_N=config.BLOCK_N,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+    return out, lse
+
+
+def attention_backward(
+    dout, qkv, out, lse, scale: float, key_padding_mask=None, attn_bias=None, needs_bias: bool = False
+):
+    """Gradients of `attention_forward` for dout (B, N, H * d) with unit stride along the last axis.
+
+    Returns dqkv (B, N, 3, H, d) contiguous in qkv's dtype, and the gradient of the broadcast bias (B, H, N, N) in
+    float32 (float64 for float64), or None when needs_bias is False.
+    """
+    batch, tokens, _, heads, head_dim = qkv.shape
+    acc = accumulator_dtype(qkv.dtype)
+    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+    dbias = torch.empty(batch, heads, tokens, tokens, dtype=acc, device=qkv.device) if needs_bias else None
+    if dqkv.numel():
+        delta = torch.empty_like(lse)
+        config = configs.attention_backward_config(head_dim, qkv.dtype)
+        mask, bias, strides = _mask_arguments(qkv, key_padding_mask, attn_bias)
+        sizes = (tokens, heads, scale, *qkv.stride()[:4], *dout.stride()[:2], *strides)
+        options = dict(
+            **_constants(qkv),
+            BLOCK_M=config.BLOCK_M,
+            BLOCK_N=config.BLOCK_N,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+        attention_backward_dq_kernel[(triton.cdiv(tokens, config.BLOCK_M) * batch * heads,)](
+            qkv, out, dout, lse, delta, dqkv, dbias, mask, bias, *sizes, **options
+        )
+        attention_backward_dkdv_kernel[(triton.cdiv(tokens, config.BLOCK_N) * batch * heads,)](
+            qkv, dout, lse, delta, dqkv, mask, bias, *sizes, **options
+        )
+    return dqkv, dbias

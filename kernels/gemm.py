@@ -1,0 +1,187 @@
+"""The one matrix product of the package: every GEMM is `gemm_kernel` with two loaders and an epilogue.
+
+    out = EPILOGUE(sum over k of LOAD_A(i, k) * LOAD_B(k, j))
+
+A loader is a Triton function (i, j, source) -> tile, where `source` is the tuple of pointers, sizes and strides that
+it reads; it may transform what it loads (normalise, scale, gather patches), so no transformed tensor ever exists in
+memory. An epilogue is a Triton function (accumulator, i, j, part, target, ACTIVATION) that finishes and stores a tile.
+The reduction may be cut in `parts`, each of which stores its own float32 partial sums, added by one reduction after.
+Forward products, gradients of inputs and gradients of weights differ in nothing but these.
+
+A call moves at least (M K + K N + M N) * itemsize bytes; each operation's file says what it adds.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from . import configs
+from ._math import TRITON_DTYPES, accumulator_dtype, float32_precision, widen
+
+
+@triton.jit
+def load_matrix(i, j, source):
+    """A tile of a matrix of (I, J) elements, one of whose strides is 1."""
+    ptr, I, J, stride_i, stride_j = source
+    offset = i.to(tl.int64)[:, None] * stride_i + j.to(tl.int64)[None, :] * stride_j
+    return tl.load(ptr + offset, mask=(i < I)[:, None] & (j < J)[None, :], other=0.0)
+
+
+@triton.jit
+def load_scaled(i, j, source):
+    """A tile of tokens times a scale per sample (drop path) and one per channel (layer-scale); each may be None."""
+    ptr, row_scale_ptr, column_scale_ptr, rows_per_sample, I, J, stride = source
+    x = load_matrix(i, j, (ptr, I, J, stride, 1))
+    if row_scale_ptr is not None:
+        x = widen(x) * widen(tl.load(row_scale_ptr + i // rows_per_sample, mask=i < I, other=0.0))[:, None]
+    if column_scale_ptr is not None:
+        x = widen(x) * widen(tl.load(column_scale_ptr + j, mask=j < J, other=0.0))[None, :]
+    return x
+
+
+@triton.jit
+def load_normalised(i, j, source):
+    """A tile of LayerNorm(tokens), from the rows' statistics."""
+    ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, I, J, stride = source
+    row_ok, column_ok = i < I, j < J
+    mean = tl.load(mean_ptr + i, mask=row_ok, other=0.0)
+    rstd = tl.load(rstd_ptr + i, mask=row_ok, other=0.0)
+    weight = tl.load(weight_ptr + j, mask=column_ok, other=0.0).to(mean.dtype)
+    bias = tl.load(bias_ptr + j, mask=column_ok, other=0.0).to(mean.dtype)
+    x = load_matrix(i, j, (ptr, I, J, stride, 1)).to(mean.dtype)
+    return (x - mean[:, None]) * rstd[:, None] * weight[None, :] + bias[None, :]
+
+
+@triton.jit
+def store(acc, i, j, part, target, ACTIVATION: tl.constexpr):
+    """Store the tile, into partial sums number `part` when there are several."""
+    ptr, I, J = target
+    offset = part.to(tl.int64) * I * J + i.to(tl.int64)[:, None] * J + j[None, :]
+    tl.store(ptr + offset, acc.to(ptr.dtype.element_ty), mask=(i < I)[:, None] & (j < J)[None, :])
+
+
+@triton.jit
+def matmul_loop(
+    acc,
+    LOAD_A: tl.constexpr,
+    a,
+    LOAD_B: tl.constexpr,
+    b,
+    i,
+    j,
+    k_first,
+    k_last,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """acc + A[i, k_first:k_last] B[k_first:k_last, j], the operands rounded to DTYPE."""
+    for start in range(k_first, k_last, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        left = LOAD_A(i, k, a).to(DTYPE)
+        right = LOAD_B(k, j, b).to(DTYPE)
+        acc = tl.dot(left, right, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+    return acc
+
+
+@triton.jit
+def gemm_kernel(
+    LOAD_A: tl.constexpr,
+    a,
+    LOAD_B: tl.constexpr,
+    b,
+    EPILOGUE: tl.constexpr,
+    target,
+    M,
+    N,
+    K,
+    k_per_part,
+    ACTIVATION: tl.constexpr,
+    DTYPE: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    # Tiles in groups of GROUP_M rows, so that programs that run together share their operands in L2.
+    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    part = tl.program_id(0) // (tiles_m * tiles_n)
+    tile = tl.program_id(0) % (tiles_m * tiles_n)
+    group = tile // (GROUP_M * tiles_n)
+    group_rows = tl.minimum(tiles_m - group * GROUP_M, GROUP_M)
+    within = tile % (GROUP_M * tiles_n)
+    i = (group * GROUP_M + within % group_rows) * BLOCK_M + tl.arange(0, BLOCK_M)
+    j = within // group_rows * BLOCK_N + tl.arange(0, BLOCK_N)
+
+    k_first = part * k_per_part
+    k_last = tl.minimum(k_first + k_per_part, K)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+    acc = matmul_loop(acc, LOAD_A, a, LOAD_B, b, i, j, k_first, k_last, DTYPE, PRECISION, BLOCK_K)
+    EPILOGUE(acc, i, j, part, target, ACTIVATION)
+
+
+def launch(
+    load_a, a, load_b, b, epilogue, target, m, n, k, dtype, device, *, activation=None, config=None, parts=1
+) -> None:
+    """Launch `gemm_kernel` over an (m, n) output with reduction k, operands rounded to `dtype` (a torch dtype)."""
+    if m == 0 or n == 0:
+        return
+    config = config or configs.gemm_config(m, n, dtype, device)
+    tiles = triton.cdiv(m, config.BLOCK_M) * triton.cdiv(n, config.BLOCK_N)
+    gemm_kernel[(tiles * parts,)](
+        load_a,
+        a,
+        load_b,
+        b,
+        epilogue,
+        target,
+        m,
+        n,
+        k,
+        triton.cdiv(triton.cdiv(k, parts), config.BLOCK_K) * config.BLOCK_K,
+        ACTIVATION=activation,
+        DTYPE=TRITON_DTYPES[dtype],
+        ACC=TRITON_DTYPES[accumulator_dtype(dtype)],
+        PRECISION=float32_precision(),
+        BLOCK_M=config.BLOCK_M,
+        BLOCK_N=config.BLOCK_N,
+        BLOCK_K=config.BLOCK_K,
+        GROUP_M=config.GROUP_M,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+
+
+def weight_gradient(dy, load_x, x, inputs: int, dtype, *, scattered=False) -> torch.Tensor:
+    """dy^T X, summed over tokens: dy (M, O), X (M, inputs) as loaded by `load_x` from `x`, rounded to `dtype`.
+
+    Returns (O, inputs) in float32 (float64 for float64), so that what is made of it is rounded once.
+    """
+    tokens, outputs = dy.shape
+    acc = accumulator_dtype(dtype)
+    if tokens == 0:
+        return torch.zeros(outputs, inputs, dtype=acc, device=dy.device)
+    config = configs.gemm_config(outputs, inputs, dtype, dy.device, scattered)
+    parts = configs.split_k(outputs, inputs, tokens, config, dy.device)
+    # Rounding a part's length up to whole blocks can leave the last parts nothing to do.
+    parts = triton.cdiv(tokens, triton.cdiv(triton.cdiv(tokens, parts), config.BLOCK_K) * config.BLOCK_K)
+    out = torch.empty(parts, outputs, inputs, dtype=acc, device=dy.device)
+    transposed = (dy, outputs, tokens, 1, dy.stride(0))
+    launch(
+        load_matrix,
+        transposed,
+        load_x,
+        x,
+        store,
+        (out, outputs, inputs),
+        outputs,
+        inputs,
+        tokens,
+        dtype,
+        dy.device,
+        config=config,
+        parts=parts,
+    )
+    return out[0] if parts == 1 else out.sum(dim=0)

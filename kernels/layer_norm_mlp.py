@@ -1,0 +1,145 @@
+"""residual + drop_path_scale * layer_scale * fc2(activation(fc1(layer_norm(x)))), forward and backward.
+
+Two GEMMs (after the row statistics). Fused: the normalisation as fc1 loads x; bias and activation in fc1's epilogue;
+bias, scales and residual in fc2's. In backward: the scales as the gradient of the activated tensor loads dout, the
+activation's derivative in that GEMM's epilogue, the normalisation in the gradient of fc1's weight, and the residual's
+gradient in the norm's.
+Saved for backward: x, mean, rstd and the pre-activation fc1(layer_norm(x)). Recomputed: the normalised values, and the
+activated tensor, by the very kernel that needs the pre-activation for the derivative.
+A call moves, beyond the weights, for M rows, D inputs, H hidden, O outputs of size s: forward M (2 D + 2 H + 2 O) s,
+plus M H s when the pre-activation is saved; backward M (2 O + 6 H + 5 D) s.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from . import gemm, layer_norm
+from ._math import activate, activation_gradient
+from .layer_norm_linear import layer_norm_linear_backward, normalised_source, plain_weight, transposed_weight
+from .linear_residual import linear_parameter_gradients, linear_residual_forward, scaled_source
+
+
+@triton.jit
+def store_activated(acc, i, j, part, target, ACTIVATION: tl.constexpr):
+    """ACTIVATION(acc + bias), and acc + bias itself where wanted."""
+    activated_ptr, preactivation_ptr, bias_ptr, I, J = target
+    offset = i.to(tl.int64)[:, None] * J + j[None, :]
+    mask = (i < I)[:, None] & (j < J)[None, :]
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + j, mask=j < J, other=0.0).to(acc.dtype)[None, :]
+    if preactivation_ptr is not None:
+        tl.store(preactivation_ptr + offset, acc.to(preactivation_ptr.dtype.element_ty), mask=mask)
+    tl.store(activated_ptr + offset, activate(acc, ACTIVATION).to(activated_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def store_activation_gradient(acc, i, j, part, target, ACTIVATION: tl.constexpr):
+    """acc * ACTIVATION'(preactivation), and the activated tensor, made again, for the gradient of fc2's weight."""
+    dpreactivation_ptr, activated_ptr, preactivation_ptr, I, J = target
+    offset = i.to(tl.int64)[:, None] * J + j[None, :]
+    mask = (i < I)[:, None] & (j < J)[None, :]
+    preactivation = tl.load(preactivation_ptr + offset, mask=mask, other=0.0).to(acc.dtype)
+    activated = activate(preactivation, ACTIVATION)
+    tl.store(activated_ptr + offset, activated.to(activated_ptr.dtype.element_ty), mask=mask)
+    gradient = acc * activation_gradient(preactivation, ACTIVATION)
+    tl.store(dpreactivation_ptr + offset, gradient.to(dpreactivation_ptr.dtype.element_ty), mask=mask)
+
+
+def layer_norm_mlp_forward(
+    x,
+    norm_weight,
+    norm_bias,
+    fc1_weight,
+    fc1_bias,
+    fc2_weight,
+    fc2_bias,
+    residual,
+    layer_scale,
+    drop_path_scale,
+    eps: float,
+    activation: str,
+    out_dtype: torch.dtype,
+    keep_preactivation: bool,
+):
+    """x (M, D), fc1_weight (H, D), fc2_weight (O, H), residual (M, O) or None, the other optional ones None where absent
+    -> out (M, O) in out_dtype, mean (M,), rstd (M,), preactivation (M, H) or None."""
+    rows, inputs = x.shape
+    hidden = fc1_weight.shape[0]
+    mean, rstd = layer_norm.row_statistics(x, eps)
+    activated = torch.empty(rows, hidden, dtype=fc1_weight.dtype, device=x.device)
+    preactivation = torch.empty_like(activated) if keep_preactivation else None
+    gemm.launch(
+        gemm.load_normalised,
+        normalised_source(x, mean, rstd, norm_weight, norm_bias),
+        gemm.load_matrix,
+        transposed_weight(fc1_weight),
+        store_activated,
+        (activated, preactivation, fc1_bias, rows, hidden),
+        rows,
+        hidden,
+        inputs,
+        fc1_weight.dtype,
+        x.device,
+        activation=activation,
+    )
+    out = linear_residual_forward(activated, fc2_weight, fc2_bias, residual, layer_scale, drop_path_scale, out_dtype)
+    return out, mean, rstd, preactivation
+
+
+def layer_norm_mlp_backward(
+    dout,
+    x,
+    mean,
+    rstd,
+    preactivation,
+    norm_weight,
+    norm_bias,
+    fc1_weight,
+    fc2_weight,
+    fc2_bias,
+    layer_scale,
+    drop_path_scale,
+    activation: str,
+    residual_is_x: bool,
+    needs,
+):
+    """Gradients of `layer_norm_mlp_forward` for dout (M, O); residual_is_x: dout is added to the gradient of x.
+
+    needs: six bools, for the input and norm parameters, fc1's weight and bias, fc2's weight and bias, layer_scale.
+    Returns dx in x's dtype, dnorm_weight, dnorm_bias, dfc1_weight, dfc1_bias, dfc2_weight, dfc2_bias, dlayer_scale in
+    float32 (float64 for float64); None for each that is not needed.
+    """
+    needs_norm, needs_fc1_weight, needs_fc1_bias, *needs_fc2 = needs
+    rows, hidden = preactivation.shape
+    dpreactivation, activated = torch.empty_like(preactivation), torch.empty_like(preactivation)
+    gemm.launch(
+        gemm.load_scaled,
+        scaled_source(dout, drop_path_scale, layer_scale),
+        gemm.load_matrix,
+        plain_weight(fc2_weight),
+        store_activation_gradient,
+        (dpreactivation, activated, preactivation, rows, hidden),
+        rows,
+        hidden,
+        dout.shape[1],
+        fc2_weight.dtype,
+        x.device,
+        activation=activation,
+    )
+    fc2_gradients = linear_parameter_gradients(
+        dout, activated, fc2_weight, fc2_bias, layer_scale, drop_path_scale, needs_fc2
+    )
+    del activated
+    fc1_gradients = layer_norm_linear_backward(
+        dpreactivation,
+        x,
+        mean,
+        rstd,
+        norm_weight,
+        norm_bias,
+        fc1_weight,
+        (needs_norm, needs_fc1_weight, needs_fc1_bias),
+        dresidual=dout if residual_is_x else None,
+    )
+    return *fc1_gradients, *fc2_gradients

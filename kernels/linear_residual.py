@@ -1,0 +1,102 @@
+"""residual + drop_path_scale * layer_scale * linear(x), forward and backward.
+
+Fused: bias, both scales and the residual sum in the GEMM's epilogue; in backward the scales as the GEMMs load their
+tiles, so the scaled gradient never exists in memory.
+Saved for backward: x only. Recomputed: nothing; the gradient of layer_scale, sum over tokens of dout * linear(x), comes
+from the unscaled gradient G = dout^T x of the weight as rowsum(weight * G) + bias * sum(dout), so linear(x) is not
+needed again.
+A call moves, beyond the weights, for M rows, K inputs, O outputs of size s: forward M (K + 2 O) s, backward
+M (3 O + 2 K) s (the gradient of the residual is dout itself).
+"""
+
+import torch
+
+from . import gemm, reduce
+from .layer_norm_linear import plain_weight, store_linear, transposed_weight
+
+
+def scaled_source(x, row_scale, column_scale):
+    """The source of `gemm.load_scaled` for x (M, K)."""
+    rows = x.shape[0]
+    return (x, row_scale, column_scale, 1 if row_scale is None else rows // len(row_scale), *x.shape, x.stride(0))
+
+
+def linear_residual_forward(x, weight, bias, residual, layer_scale, drop_path_scale, out_dtype):
+    """x (M, K), weight (O, K), bias (O,), residual (M, O), layer_scale (O,), drop_path_scale (B,), the last four None
+    where absent -> (M, O) in out_dtype."""
+    rows, inputs = x.shape
+    outputs = weight.shape[0]
+    out = torch.empty(rows, outputs, dtype=out_dtype, device=x.device)
+    gemm.launch(
+        gemm.load_matrix,
+        (x, rows, inputs, x.stride(0), 1),
+        gemm.load_matrix,
+        transposed_weight(weight),
+        store_linear,
+        (
+            out,
+            bias,
+            layer_scale,
+            drop_path_scale,
+            residual,
+            1 if drop_path_scale is None else rows // len(drop_path_scale),
+            0 if residual is None else residual.stride(0),
+            rows,
+            outputs,
+        ),
+        rows,
+        outputs,
+        inputs,
+        weight.dtype,
+        x.device,
+    )
+    return out
+
+
+def linear_parameter_gradients(dout, x, weight, bias, layer_scale, drop_path_scale, needs):
+    """Gradients of weight, bias and layer_scale for dout (M, O) and x (M, K), None where not needed.
+
+    needs: three bools. Returns dweight (O, K), dbias (O,), dlayer_scale (O,) in float32 (float64 for float64).
+    """
+    needs_weight, needs_bias, needs_layer_scale = needs
+    dweight = dbias = dlayer_scale = None
+    if needs_bias or needs_layer_scale:
+        dbias = reduce.column_sum(dout, drop_path_scale)
+    if needs_weight or needs_layer_scale:
+        source = scaled_source(x, drop_path_scale, None)
+        dweight = gemm.weight_gradient(dout, gemm.load_scaled, source, x.shape[1], weight.dtype)
+    if needs_layer_scale:
+        dlayer_scale = (weight * dweight).sum(dim=1)
+        if bias is not None:
+            dlayer_scale += bias * dbias
+    if layer_scale is not None:
+        dweight = None if dweight is None else dweight * layer_scale[:, None]
+        dbias = None if dbias is None else dbias * layer_scale
+    return dweight if needs_weight else None, dbias if needs_bias else None, dlayer_scale
+
+
+def linear_residual_backward(dout, x, weight, bias, layer_scale, drop_path_scale, needs):
+    """Gradients of `linear_residual_forward` for dout (M, O); that of the residual is dout.
+
+    needs: four bools, for x, weight, bias, layer_scale. Returns dx (M, K) in x's dtype, and the parameters' gradients
+    in float32 (float64 for float64); None for each that is not needed.
+    """
+    needs_x, *needs_parameters = needs
+    rows, inputs = x.shape
+    dx = None
+    if needs_x:
+        dx = torch.empty(rows, inputs, dtype=x.dtype, device=x.device)
+        gemm.launch(
+            gemm.load_scaled,
+            scaled_source(dout, drop_path_scale, layer_scale),
+            gemm.load_matrix,
+            plain_weight(weight),
+            gemm.store,
+            (dx, rows, inputs),
+            rows,
+            inputs,
+            weight.shape[0],
+            weight.dtype,
+            x.device,
+        )
+    return dx, *linear_parameter_gradients(dout, x, weight, bias, layer_scale, drop_path_scale, needs_parameters)

@@ -1,0 +1,188 @@
+"""Patch embedding: patches, flatten, linear projection, bias, position table, prefix tokens; forward and backward.
+
+One GEMM whose rows are the tokens of the output, prefix rows included. Fused: the gather of the patches as the GEMM
+loads its tile (no im2col tensor, no convolution), the scaling of uint8 pixels and the mean/std normalisation in that
+load; bias, positions and prefix rows in the epilogue, which writes straight into the token sequence. In backward the
+gather again for the gradient of the weight, and a scatter in the epilogue for the gradient of the image: patches do not
+overlap, so each pixel is written once.
+Saved for backward: the image as it came. Recomputed: the gathered and normalised patches.
+A call moves, beyond the weight, for B images of C * H * W pixels of size p and T tokens of D channels of size s:
+forward B (C H W p + T D s), backward B (C H W p + 2 T D s), plus B (C H W p + T D s) for the gradient of the image.
+"""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+
+from . import configs, gemm, reduce
+from ._math import accumulator_dtype, widen
+from .layer_norm_linear import plain_weight, transposed_weight
+
+
+@triton.jit
+def pixel_offsets(i, j, geometry):
+    """Offset of the pixel that token i has at index j of its flattened patch, as one part by row and one by column;
+    the image's channel by column; and the token's index among the patches (negative for a prefix row)."""
+    tokens, prefix, patches_across, stride_b, stride_c, stride_h, stride_w, PH, PW = geometry
+    patch = i % tokens - prefix
+    y, x = patch // patches_across * PH, patch % patches_across * PW
+    row = (i // tokens).to(tl.int64) * stride_b + y.to(tl.int64) * stride_h + x.to(tl.int64) * stride_w
+    channel = j // (PH * PW)
+    y, x = j // PW % PH, j % PW
+    column = channel.to(tl.int64) * stride_c + y.to(tl.int64) * stride_h + x.to(tl.int64) * stride_w
+    return row, column, channel, patch
+
+
+@triton.jit
+def load_patches(i, j, source):
+    """A tile of flattened patches, pixel * gain + shift per channel; rows of zeros for the prefix tokens."""
+    ptr, gain_ptr, shift_ptr, geometry, I, J = source
+    row, column, channel, patch = pixel_offsets(i, j, geometry)
+    row_ok, column_ok = (i < I) & (patch >= 0), j < J
+    mask = row_ok[:, None] & column_ok[None, :]
+    pixels = tl.load(ptr + (row[:, None] + column[None, :]), mask=mask, other=0)
+    if gain_ptr is not None:
+        gain = tl.load(gain_ptr + channel, mask=column_ok, other=0.0)
+        shift = tl.load(shift_ptr + channel, mask=column_ok, other=0.0)
+        pixels = tl.where(mask, pixels.to(gain.dtype) * gain[None, :] + shift[None, :], 0.0)
+    return pixels
+
+
+@triton.jit
+def store_tokens(acc, i, j, part, target, ACTIVATION: tl.constexpr):
+    """Patch rows: acc + bias + position. Prefix rows: the prefix, + position where the table has rows for them."""
+    ptr, bias_ptr, position_ptr, prefix_ptr, tokens, prefix, first_position, I, J = target
+    row_ok, column_ok = i < I, j < J
+    token = i % tokens
+    is_patch = token >= prefix
+    if bias_ptr is not None:
+        acc += widen(tl.load(bias_ptr + j, mask=column_ok, other=0.0))[None, :]
+    if prefix_ptr is not None:
+        rows = prefix_ptr + token.to(tl.int64)[:, None] * J + j[None, :]
+        prefix_mask = (row_ok & (token < prefix))[:, None] & column_ok[None, :]
+        acc = tl.where(is_patch[:, None], acc, widen(tl.load(rows, mask=prefix_mask, other=0.0)))
+    if position_ptr is not None:
+        rows = position_ptr + (token - first_position).to(tl.int64)[:, None] * J + j[None, :]
+        position_mask = (row_ok & (token >= first_position))[:, None] & column_ok[None, :]
+        acc += widen(tl.load(rows, mask=position_mask, other=0.0))
+    out = ptr + i.to(tl.int64)[:, None] * J + j[None, :]
+    tl.store(out, acc.to(ptr.dtype.element_ty), mask=row_ok[:, None] & column_ok[None, :])
+
+
+@triton.jit
+def store_pixels(acc, i, j, part, target, ACTIVATION: tl.constexpr):
+    """Scatter the gradient of flattened patches into the image's, times the gain per channel."""
+    ptr, gain_ptr, geometry, I, J = target
+    row, column, channel, patch = pixel_offsets(i, j, geometry)
+    row_ok, column_ok = (i < I) & (patch >= 0), j < J
+    if gain_ptr is not None:
+        acc *= tl.load(gain_ptr + channel, mask=column_ok, other=0.0)[None, :]
+    out = ptr + (row[:, None] + column[None, :])
+    tl.store(out, acc.to(ptr.dtype.element_ty), mask=row_ok[:, None] & column_ok[None, :])
+
+
+def _geometry(image, patch_height: int, patch_width: int, prefix: int):
+    """The `geometry` of `pixel_offsets`, and the tokens of one image."""
+    _, _, height, width = image.shape
+    across = width // patch_width
+    tokens = prefix + height // patch_height * across
+    # The patch's size as compile-time constants: the divisions by it become shifts or multiplications, and the
+    # compiler sees how many neighbouring pixels one load can take.
+    size = (tl.constexpr(patch_height), tl.constexpr(patch_width))
+    return (tokens, prefix, across, *image.stride(), *size), tokens
+
+
+def _scattered(image, patch_width: int) -> bool:
+    """Whether runs of neighbouring pixels in a patch are too short for 16-byte loads."""
+    return image.stride(3) != 1 or patch_width * image.element_size() % 16 != 0
+
+
+@functools.lru_cache(maxsize=64)
+def _gain_and_shift(mean, std, channels: int, is_integer: bool, dtype: torch.dtype, device: torch.device):
+    """(pixel / 255 - mean) / std as pixel * gain + shift: two (C,) tensors, or None twice where nothing is to be done.
+    Kept, because a copy to the GPU at every call would wait for it."""
+    if mean is None and std is None and not is_integer:
+        return None, None
+    mean = torch.tensor(mean or [0.0] * channels, dtype=torch.float64)
+    std = torch.tensor(std or [1.0] * channels, dtype=torch.float64)
+    gain = 1 / (std * (255 if is_integer else 1))
+    return gain.to(device, dtype), (-mean / std).to(device, dtype)
+
+
+def _normalisation(image, weight, mean, std):
+    acc = accumulator_dtype(weight.dtype)
+    as_tuple = [None if values is None else tuple(values) for values in (mean, std)]
+    return _gain_and_shift(*as_tuple, image.shape[1], not image.is_floating_point(), acc, image.device)
+
+
+def patch_embed_forward(image, weight, bias, pos_embed, prefix, mean, std, out_dtype):
+    """image (B, C, H, W) of any strides, weight (D, C, ph, pw), bias (D,), pos_embed (N, D) or (P + N, D), prefix
+    (P, D), mean and std C floats each, the last five None where absent -> tokens (B, P + N, D) in out_dtype."""
+    batch = image.shape[0]
+    embed_dim, _, *patch_size = weight.shape
+    prefix_rows = 0 if prefix is None else prefix.shape[0]
+    geometry, tokens = _geometry(image, *patch_size, prefix_rows)
+    flat = weight.reshape(embed_dim, -1)
+    pixels = flat.shape[1]
+    rows = batch * tokens
+    out = torch.empty(batch, tokens, embed_dim, dtype=out_dtype, device=image.device)
+    first_position = 0 if pos_embed is None else tokens - pos_embed.shape[0]
+    gain, shift = _normalisation(image, weight, mean, std)
+    gemm.launch(
+        load_patches,
+        (image, gain, shift, geometry, rows, pixels),
+        gemm.load_matrix,
+        transposed_weight(flat),
+        store_tokens,
+        (out, bias, pos_embed, prefix, tokens, prefix_rows, first_position, rows, embed_dim),
+        rows,
+        embed_dim,
+        pixels,
+        weight.dtype,
+        image.device,
+        config=configs.gemm_config(rows, embed_dim, weight.dtype, image.device, _scattered(image, patch_size[1])),
+    )
+    return out
+
+
+def patch_embed_backward(dtokens, image, weight, prefix_rows: int, mean, std, needs_image: bool, needs_weight: bool):
+    """Gradients of `patch_embed_forward` for contiguous dtokens (B, P + N, D).
+
+    Returns dimage in image's dtype and layout and dweight (D, C, ph, pw) in float32 (float64 for float64), None where
+    not needed, and the sum of dtokens over the batch, (P + N, D) in float32 (float64), of which the gradients of bias,
+    positions and prefix are parts.
+    """
+    batch, tokens, embed_dim = dtokens.shape
+    patch_size = weight.shape[2:]
+    geometry, _ = _geometry(image, *patch_size, prefix_rows)
+    flat = weight.reshape(embed_dim, -1)
+    pixels = flat.shape[1]
+    rows = batch * tokens
+    dtokens_rows = dtokens.view(rows, embed_dim)
+    gain, shift = _normalisation(image, weight, mean, std)
+    dimage = dweight = None
+    if needs_weight:
+        source = (image, gain, shift, geometry, rows, pixels)
+        scattered = _scattered(image, patch_size[1])
+        dweight = gemm.weight_gradient(dtokens_rows, load_patches, source, pixels, weight.dtype, scattered=scattered)
+        dweight = dweight.view(weight.shape)
+    if needs_image:
+        dimage = torch.empty_like(image)
+        geometry, _ = _geometry(dimage, *patch_size, prefix_rows)
+        gemm.launch(
+            gemm.load_matrix,
+            (dtokens_rows, rows, embed_dim, embed_dim, 1),
+            gemm.load_matrix,
+            plain_weight(flat),
+            store_pixels,
+            (dimage, gain, geometry, rows, pixels),
+            rows,
+            pixels,
+            embed_dim,
+            weight.dtype,
+            image.device,
+        )
+    by_token = reduce.column_sum(dtokens.view(batch, tokens * embed_dim)).view(tokens, embed_dim)
+    return dimage, dweight, by_token

@@ -1,0 +1,93 @@
+"""Test set-up: on a machine without a GPU, the kernels run in the repaired and guarded interpreter.
+
+FASTVIT_GUARD=off|bounds|race chooses what the interpreter checks (race, if not said). With a GPU the kernels run on
+it, or in the interpreter as well where TRITON_INTERPRET=1 is set.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from fastvit import use_backend  # noqa: E402
+from fastvit.dispatch import interpreting  # noqa: E402
+
+if interpreting():
+    from fastvit.interpret import install
+
+    install(os.environ.get("FASTVIT_GUARD", "race"))
+    # numpy's threads and torch's would fight for the cores.
+    torch.set_num_threads(1)
+
+
+def _define_torchvision_operators() -> torch.library.Library | None:
+    """Let a torchvision built for CUDA be imported beside a torch built without.
+
+    Its native library does not load there, and its Python modules then fail for want of two operators.
+    """
+    spec = importlib.util.find_spec("torchvision")
+    if spec is None or torch.version.cuda or torch.version.hip:
+        return None
+    try:
+        for native in Path(spec.origin).parent.glob("_C*.so"):
+            torch.ops.load_library(str(native))
+        return None
+    except OSError:
+        library = torch.library.Library("torchvision", "DEF")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        return library
+
+
+# The operators live as long as this object.
+_torchvision_operators = _define_torchvision_operators()
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="run the tests marked slow as well")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--slow"):
+        return
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    if slow:
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in slow]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _poisoned_memory():
+    """Memory that nothing wrote reads as NaN, so that a kernel that uses it is found by its result."""
+    if not interpreting():
+        yield
+        return
+    from fastvit.interpret import poison_empty
+
+    with poison_empty():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def device() -> str:
+    """The device that the kernels run on."""
+    return "cpu" if interpreting() else "cuda"
+
+
+@pytest.fixture
+def triton_backend():
+    """Every op of the test runs on the Triton kernels, or raises."""
+    with use_backend("triton"):
+        yield

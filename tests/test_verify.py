@@ -1,0 +1,187 @@
+"""`fastvit verify` itself: sound kernels pass, and every planted fault fails its row, and only its row."""
+
+import json
+import math
+
+import pytest
+import torch
+
+import fastvit
+from fastvit import cli, verify
+from fastvit.dispatch import requested_backend
+
+needs_interpreter = pytest.mark.skipif(torch.cuda.is_available(), reason="the small list is for the interpreter")
+SMALL = verify._op_case(
+    "layer_norm", "small", torch.float32, lambda draw: verify._layer_norm(draw, batch=2, tokens=5, dim=64)
+)
+
+
+def plant(monkeypatch, op: str, fault):
+    """Make op's Triton back end wrong by `fault(output)`, and leave plain PyTorch as it is."""
+    right = getattr(fastvit.ops, op)
+
+    def wrong(*args, **kwargs):
+        out = right(*args, **kwargs)
+        return fault(out) if requested_backend() == "triton" else out
+
+    monkeypatch.setattr(fastvit.ops, op, wrong)
+
+
+def test_relative_rms():
+    truth = torch.tensor([3.0, 4.0], dtype=torch.float64)
+    assert verify.relative_rms(truth * 1.25, truth) == pytest.approx(0.25)
+    assert verify.relative_rms(truth.bfloat16(), truth) == 0
+    assert verify.relative_rms(torch.full((4,), 2.0), torch.zeros(4)) == 2
+    assert math.isnan(verify.relative_rms(truth * math.nan, truth))
+
+
+def test_floor_is_what_one_rounding_costs():
+    values = torch.rand(100_000, dtype=torch.float64) + 1
+    for dtype in (torch.bfloat16, torch.float16):
+        rounding = verify.relative_rms(values.to(dtype), values)
+        assert 0.5 * verify.floor(dtype) < rounding <= verify.floor(dtype)
+
+
+def test_nan_is_never_ok():
+    assert not verify.TensorResult("out", math.nan, 0.1, 0.2).ok
+    assert not verify.TensorResult("out", 0.1, math.nan, math.nan).ok
+
+
+def test_a_sound_op_passes():
+    result = verify.run_case(SMALL, "cpu")
+    assert (result.status, result.reason) == ("passed", "")
+    assert [t.name for t in result.tensors] == ["out", "d x", "d weight", "d bias"]
+    assert all(0 < t.ours < 1e-6 for t in result.tensors)
+
+
+@pytest.mark.parametrize(
+    ("fault", "wrong"),
+    [
+        (lambda out: out * 1.00001, {"out"}),
+        (lambda out: out + (out - out.detach()) * 1e-5, {"d x", "d weight", "d bias"}),
+        (lambda out: out * math.nan, {"out", "d x", "d weight", "d bias"}),
+    ],
+    ids=["forward", "backward", "nan"],
+)
+def test_a_planted_fault_fails(monkeypatch, fault, wrong):
+    plant(monkeypatch, "layer_norm", fault)
+    result = verify.run_case(SMALL, "cpu")
+    assert result.status == "failed"
+    assert wrong <= {t.name for t in result.tensors if not t.ok}
+    assert all(name in result.reason for name in wrong)
+    json.dumps(result.as_dict(), allow_nan=False)
+
+
+def test_a_wrong_dtype_or_shape_fails(monkeypatch):
+    plant(monkeypatch, "layer_norm", lambda out: out.double())
+    assert "torch.float64" in verify.run_case(SMALL, "cpu").reason
+
+
+def test_an_exception_is_a_failed_row_and_the_rest_goes_on(monkeypatch):
+    def explode(out):
+        raise RuntimeError("kernel fault\nand its details")
+
+    plant(monkeypatch, "layer_norm", explode)
+    other = verify._op_case(
+        "linear_residual", "small", torch.float32, lambda draw: verify._linear_residual(draw, batch=2, tokens=5, dim=64)
+    )
+    broken, sound = verify.run([SMALL, other], "cpu")
+    assert (broken.status, broken.reason) == ("failed", "RuntimeError: kernel fault")
+    assert sound.status == "passed"
+
+
+def test_the_time_limit_skips_and_says_so():
+    results = list(verify.run([SMALL, SMALL], "cpu", time_limit=1e-9))
+    assert [result.status for result in results] == ["skipped", "skipped"]
+    assert "time limit" in results[0].reason
+
+
+@pytest.mark.parametrize("sizes", [verify.DEVICE, verify.INTERPRETER], ids=["device", "interpreter"])
+def test_the_lists_cover_every_op_and_dtype(sizes):
+    cases = verify.cases(sizes)
+    assert len({case.name for case in cases}) == len(cases)
+    for dtype in verify.FACTOR:
+        assert {case.op for case in cases if case.dtype == dtype} == set(cli.OPS)
+    assert [case.rank for case in cases] == sorted(case.rank for case in cases)
+    assert {case.op for case in verify.cases(sizes, ops=["attention"])} == {"attention"}
+
+
+def test_the_models_of_the_lists_exist():
+    for sizes in (verify.DEVICE, verify.INTERPRETER):
+        for name, _ in sizes.models:
+            assert fastvit.list_models(name) == [name]
+
+
+def test_randomise_makes_every_parameter_matter():
+    model = fastvit.create_model("vit_tiny_patch16_224", img_size=32, depth=1, init_values=1e-5, reg_tokens=1)
+    verify.randomise(model)
+    before = model.state_dict()
+    for name, parameter in model.named_parameters():
+        assert parameter.std() > 0.01, name
+    verify.randomise(model)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@needs_interpreter
+def test_command_writes_json_and_says_it_is_the_interpreter(tmp_path, capsys):
+    output = tmp_path / "v.json"
+    assert cli.main(["verify", "--device", "cpu", "--ops", "layer_norm", "--dtypes", "bf16", "--json", str(output)]) == 0
+    printed = capsys.readouterr()
+    assert "interpreter on the CPU, not on a GPU" in printed.err
+    assert "1 passed, 0 failed, 0 not run" in printed.out
+    assert "\x1b" not in printed.out + printed.err
+    written = json.loads(output.read_text())
+    assert written["finished"] is True
+    assert [row["status"] for row in written["results"]] == ["passed"]
+    assert written["environment"]["torch"] == torch.__version__
+
+
+@needs_interpreter
+def test_command_fails_on_a_planted_fault(monkeypatch, tmp_path, capsys):
+    plant(monkeypatch, "layer_norm", lambda out: out * 1.01)
+    output = tmp_path / "v.json"
+    assert cli.main(["verify", "--device", "cpu", "--ops", "layer_norm", "--json", str(output)]) == 1
+    printed = capsys.readouterr()
+    assert "FAIL" in printed.out
+    assert "0 passed, 3 failed" in printed.out
+    assert {row["status"] for row in json.loads(output.read_text())["results"]} == {"failed"}
+
+
+@needs_interpreter
+def test_command_never_calls_a_skipped_list_a_success(capsys):
+    assert cli.main(["verify", "--device", "cpu", "--ops", "layer_norm", "--time-limit", "1e-9"]) == 1
+    printed = capsys.readouterr()
+    assert "0 passed, 0 failed, 3 not run" in printed.out
+    assert "what was not run has not passed" in printed.err
+
+
+@needs_interpreter
+def test_command_keeps_what_it_has_when_interrupted(monkeypatch, tmp_path, capsys):
+    right, output = verify.run_case, tmp_path / "v.json"
+
+    def interrupted_at_the_second(case, device):
+        if case.dtype == torch.float32:
+            raise KeyboardInterrupt
+        return right(case, device)
+
+    monkeypatch.setattr(verify, "run_case", interrupted_at_the_second)
+    assert cli.main(["verify", "--device", "cpu", "--ops", "layer_norm", "--json", str(output)]) == 130
+    assert "Interrupted after 1 of 3 cases" in capsys.readouterr().err
+    written = json.loads(output.read_text())
+    assert (written["finished"], len(written["results"])) == (False, 1)
+
+
+def test_command_refuses_a_path_it_could_not_write(tmp_path, capsys):
+    assert cli.main(["verify", "--device", "cpu", "--json", str(tmp_path / "absent" / "v.json")]) == 2
+    assert "no such folder" in capsys.readouterr().err
+    assert cli.main(["verify", "--device", "cpu", "--json", str(tmp_path)]) == 2
+    assert "is a folder" in capsys.readouterr().err
+
+
+def test_command_without_triton(monkeypatch, capsys):
+    find_spec = cli.importlib.util.find_spec
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None if name == "triton" else find_spec(name))
+    assert cli.main(["verify", "--device", "cpu"]) == 2
+    error = capsys.readouterr().err
+    assert "Triton is not installed" in error
+    assert error.count("\n") == 1
