@@ -8,6 +8,7 @@ interleaved. No model is timed whose output is wrong: its error against the floa
 from __future__ import annotations
 
 import copy
+import importlib.util
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -16,7 +17,6 @@ from pathlib import Path
 import torch
 
 import fastvit
-from fastvit import images as image_files
 from fastvit.verify import FACTOR, SHORT, floor, randomise, reference_options, relative_rms
 
 from .peers import PEERS
@@ -45,8 +45,36 @@ class Settings:
     def weights(self) -> str:
         return "pretrained" if self.pretrained else f"random, seed {SEED}"
 
+    @property
+    def images(self) -> str:
+        if importlib.util.find_spec("PIL") is None:
+            return f"random pixels, seed {SEED}, because Pillow is not installed"
+        return "the shipped photographs" if self.photos == PHOTOS else f"photographs in {self.photos}"
+
     def as_dict(self) -> dict:
-        return asdict(self) | {"dtypes": [SHORT[d] for d in self.dtypes], "photos": None, "weights": self.weights}
+        """For JSON: the settings, and what they mean here."""
+        described = {"dtypes": [SHORT[d] for d in self.dtypes], "weights": self.weights, "images": self.images}
+        return asdict(self) | {"photos": str(self.photos)} | described
+
+
+def read_pixels(config, settings: Settings) -> tuple[list[str], torch.Tensor]:
+    """Names and uint8 images (B, 3, H, W) of the photographs, prepared as a model of `config` takes them."""
+    if importlib.util.find_spec("PIL") is None:
+        generator = torch.Generator().manual_seed(SEED)
+        shape = (6, config.in_chans, *config.img_size)
+        return [f"random {i}" for i in range(6)], torch.randint(256, shape, generator=generator, dtype=torch.uint8)
+    from fastvit import images
+
+    paths = images.find_images(settings.photos)
+    if not paths:
+        raise ValueError(f"no images in {settings.photos}")
+    return [path.name for path in paths], torch.stack([images.read(path, config) for path in paths])
+
+
+def normalise(images: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
+    """uint8 images (..., C, H, W) as the floats that every peer takes: (image / 255 - mean) / std."""
+    mean, std = (torch.tensor(values, device=images.device)[:, None, None] for values in (mean, std))
+    return (images.float() / 255 - mean) / std
 
 
 def default_settings(device: str, **chosen) -> Settings:
@@ -130,12 +158,9 @@ class _Subject:
         if not settings.pretrained:
             randomise(self.model, SEED)
         config = self.model.config
-        self.paths = image_files.find_images(settings.photos)
-        if not self.paths:
-            raise ValueError(f"no images in {settings.photos}")
-        pixels = torch.stack([image_files.read(path, config) for path in self.paths])
+        self.names, pixels = read_pixels(config, settings)
         self.model.to(settings.device)
-        self.photos = image_files.normalise(pixels.to(settings.device), config.mean, config.std)
+        self.photos = normalise(pixels.to(settings.device), config.mean, config.std)
         state = {key: tensor.double() for key, tensor in self.model.state_dict().items()}
         with torch.inference_mode():
             self.truth = fastvit.reference.vision_transformer(
@@ -178,7 +203,7 @@ class _Contestants:
         """The five likeliest classes of every photograph by ours and by the reference, and how far they agree."""
         ours, truth = (scores.float().topk(TOP).indices.tolist() for scores in (logits, self.subject.truth))
         return {
-            "photos": [path.name for path in self.subject.paths],
+            "photos": self.subject.names,
             "ours": ours,
             "reference": truth,
             "same_first": sum(a[0] == b[0] for a, b in zip(ours, truth, strict=True)),

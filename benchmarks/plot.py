@@ -34,7 +34,8 @@ def picture(rows: list[Row], title: str) -> bytes:
     speed.legend()
     error.set_yscale("log")
     error.set_ylabel("relative rms error of the\nlogits against float64")
-    labels = [f"{row.model.removeprefix('vit_').removesuffix('_patch16_224')}\n{row.dtype}\nx{row.batch}" for row in timed]
+    short = [row.model.removeprefix("vit_").removesuffix("_patch16_224") for row in timed]
+    labels = [f"{name}\n{row.dtype}\nbatch {row.batch}" for name, row in zip(short, timed, strict=True)]
     error.set_xticks(range(len(timed)), labels, fontsize=8)
     for axes in (speed, error):
         axes.grid(axis="y", alpha=0.3)

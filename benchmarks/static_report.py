@@ -190,7 +190,9 @@ def compile_launch(launch: _Launch) -> Record:
     return Record(**about, has_16_bit_dot=dots is not None, **read(compiled, launch.arch, log.getvalue()))
 
 
-def report(cases: Iterable[Case], archs: Iterable[str], progress: Callable[[str], None] = lambda line: None) -> list[Record]:
+def report(
+    cases: Iterable[Case], archs: Iterable[str], progress: Callable[[str], None] = lambda line: None
+) -> list[Record]:
     """A record of every distinct launch of the cases on every architecture, in the order of the cases."""
     # Unset, the newest Triton warns that its default will change.
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
@@ -198,9 +200,10 @@ def report(cases: Iterable[Case], archs: Iterable[str], progress: Callable[[str]
     found = [launch for arch in archs for launch in launches(cases, arch)]
     records = []
     # Forked, the workers know the launches already: functions and modules of the cases need not be pickled.
-    with _forked_with(found), ProcessPoolExecutor(
-        len(os.sched_getaffinity(0)), multiprocessing.get_context("fork")
-    ) as pool:
+    with (
+        _forked_with(found),
+        ProcessPoolExecutor(len(os.sched_getaffinity(0)), multiprocessing.get_context("fork")) as pool,
+    ):
         for record in pool.map(_compile_forked, range(len(found))):
             records.append(record)
             progress(f"{len(records)}/{len(found)} {record.arch} {record.case}: {record.kernel}")
@@ -382,7 +385,9 @@ def table(records: list[Record]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="static_report.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--arch", nargs="+", choices=list(ARCHS), default=list(ARCHS), metavar="ARCH", help=", ".join(ARCHS))
+    parser.add_argument(
+        "--arch", nargs="+", choices=list(ARCHS), default=list(ARCHS), metavar="ARCH", help=", ".join(ARCHS)
+    )
     parser.add_argument("--match", default="", metavar="TEXT", help="only the cases whose label holds TEXT")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the records to FILE as well")
     options = parser.parse_args(arguments)

@@ -31,7 +31,7 @@ def interleave(calls: dict[str, Callable[[], object]], device: str, seconds: flo
     """
     timer = _time_cuda if device.startswith("cuda") else _time_cpu
     for call in calls.values():
-        timer(call, 2)  # compiles, loads, fills caches
+        timer(call, 1)  # compiles, loads, fills caches
     single = {name: timer(call, 1) for name, call in calls.items()}
     repeats = {name: max(1, math.ceil(ROUND_SECONDS / duration)) for name, duration in single.items()}
     round_seconds = sum(single[name] * repeats[name] for name in calls)

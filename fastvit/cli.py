@@ -232,6 +232,10 @@ def info(arguments: argparse.Namespace) -> int:
 
 
 def verify(arguments: argparse.Namespace) -> int:
+    if not arguments.device.startswith("cuda"):
+        # The interpreter's arrays are small: threads cost it twice the time. Read when numpy and torch are imported.
+        for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+            os.environ.setdefault(name, "1")
     device = _device(arguments.device)
     if importlib.util.find_spec("triton") is None:
         raise UsageError("Triton is not installed: pip install triton (it has wheels for Linux)")
@@ -338,12 +342,15 @@ def bench(arguments: argparse.Namespace) -> int:
         if peer not in models.PEERS:
             raise UsageError(f"unknown peer {peer!r}, expected some of {', '.join(models.PEERS)}")
 
+    if not settings.photos.is_dir():
+        raise UsageError(f"--photos {settings.photos}: no such folder")
+
     folder = Path(arguments.output.replace("{device}", _slug(device)))
     folder.mkdir(parents=True, exist_ok=True)
     environment = report.environment(device)
     backend = "Triton kernels" if device.startswith("cuda") else "PyTorch back end; the Triton kernels need a GPU"
     _note(
-        f"Timing on {environment['device']} ({backend}); weights: {settings.weights}. images/s: median. ours/this: our "
+        f"Timing on {environment['device']} ({backend}); weights: {settings.weights}; images: {settings.images}. images/s: median. ours/this: our "
         "speed over this peer's in paired rounds, median [quartiles]. error: of the logits, relative rms against the "
         "float64 reference. peak MB: what a forward pass takes beyond weights and input."
     )
@@ -447,7 +454,10 @@ def embed(arguments: argparse.Namespace) -> int:
     output = _writable(arguments.output, "OUT")
     from . import features
 
-    features.check_format(output)
+    try:
+        features.check_format(output)
+    except ValueError as error:
+        raise UsageError(error) from None
     device = _device(arguments.device)
     from . import images, report
 

@@ -1,7 +1,7 @@
 """From image files to batches for a model, numerically as timm's evaluation transform does it. Needs Pillow.
 
 Resize the shorter side to img_size / crop_pct, crop the centre, and leave the normalisation to the model, which
-takes uint8 images; `normalise` does it for models that want floats.
+takes uint8 images.
 """
 
 from __future__ import annotations
@@ -95,12 +95,6 @@ def resize_and_crop(
 def to_tensor(image: Image.Image) -> torch.Tensor:
     """An RGB image as a uint8 tensor (3, H, W)."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
-
-
-def normalise(images: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
-    """uint8 images (..., C, H, W) as floats: (image / 255 - mean) / std."""
-    mean, std = (torch.tensor(values, device=images.device)[:, None, None] for values in (mean, std))
-    return (images.float() / 255 - mean) / std
 
 
 def read(path: str | Path, config) -> torch.Tensor:

@@ -32,77 +32,39 @@ def widen(x):
 
 
 @triton.jit
-def gelu(x):
-    """x * Phi(x), exact (arXiv 1606.08415)."""
-    return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-
-
-@triton.jit
-def gelu_gradient(x):
-    """Phi(x) + x * phi(x)."""
-    return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
-
-
-# tanh(u) = 2 * sigmoid(2u) - 1, so 0.5 * (1 + tanh(u)) = sigmoid(2u); libdevice's tanh is not in the interpreter.
-@triton.jit
-def gelu_tanh(x):
-    """0.5 * x * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3)))."""
-    return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
-
-
-@triton.jit
-def gelu_tanh_gradient(x):
-    s = tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
-    return s + x * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * x * x)
-
-
-@triton.jit
-def quick_gelu(x):
-    """x * sigmoid(1.702 x), the GELU of OpenAI's CLIP."""
-    return x * tl.sigmoid(1.702 * x)
-
-
-@triton.jit
-def quick_gelu_gradient(x):
-    s = tl.sigmoid(1.702 * x)
-    return s + 1.702 * x * s * (1.0 - s)
-
-
-@triton.jit
-def silu(x):
-    """x * sigmoid(x)."""
-    return x * tl.sigmoid(x)
-
-
-@triton.jit
-def silu_gradient(x):
-    s = tl.sigmoid(x)
-    return s + x * s * (1.0 - s)
-
-
-@triton.jit
 def activate(x, ACTIVATION: tl.constexpr):
     """The activation of that name; the names are the reference's."""
-    if ACTIVATION == "gelu":
-        return gelu(x)
-    elif ACTIVATION == "gelu_tanh":
-        return gelu_tanh(x)
-    elif ACTIVATION == "quick_gelu":
-        return quick_gelu(x)
+    if ACTIVATION == "gelu":  # x * Phi(x), exact (arXiv 1606.08415)
+        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
     else:
-        tl.static_assert(ACTIVATION == "silu", "unknown activation")
-        return silu(x)
+        inner, _ = sigmoid_argument(x, ACTIVATION)
+        return x * tl.sigmoid(inner)
 
 
 @triton.jit
-def activation_gradient(x, ACTIVATION: tl.constexpr):
-    """The derivative of `activate`."""
-    if ACTIVATION == "gelu":
-        return gelu_gradient(x)
-    elif ACTIVATION == "gelu_tanh":
-        return gelu_tanh_gradient(x)
-    elif ACTIVATION == "quick_gelu":
-        return quick_gelu_gradient(x)
+def activate_with_gradient(x, ACTIVATION: tl.constexpr):
+    """`activate` and its derivative, which share the costly part."""
+    if ACTIVATION == "gelu":  # Phi(x) + x * phi(x)
+        cdf = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
+        return x * cdf, cdf + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
+    else:  # x * s(u(x)): s + x * s * (1 - s) * u'(x)
+        inner, slope = sigmoid_argument(x, ACTIVATION)
+        s = tl.sigmoid(inner)
+        return x * s, s + x * s * (1.0 - s) * slope
+
+
+@triton.jit
+def sigmoid_argument(x, ACTIVATION: tl.constexpr):
+    """u(x) and u'(x) of the activations of the form x * sigmoid(u(x))."""
+    if ACTIVATION == "gelu_tanh":
+        # 0.5 * (1 + tanh(t)) = sigmoid(2t) with t = sqrt(2 / pi) * (x + 0.044715 x^3); libdevice's tanh is not in the
+        # interpreter.
+        return (
+            1.5957691216057308 * (x + 0.044715 * x * x * x),
+            1.5957691216057308 * (1.0 + 0.134145 * x * x),
+        )
+    elif ACTIVATION == "quick_gelu":  # OpenAI's CLIP
+        return 1.702 * x, 1.702
     else:
         tl.static_assert(ACTIVATION == "silu", "unknown activation")
-        return silu_gradient(x)
+        return x, 1.0

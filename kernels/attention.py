@@ -347,9 +347,9 @@ def attention_forward(qkv, scale: float, key_padding_mask=None, attn_bias=None):
     out = torch.empty(batch, tokens, heads * head_dim, dtype=qkv.dtype, device=qkv.device)
     lse = torch.empty(batch, heads, tokens, dtype=accumulator_dtype(qkv.dtype), device=qkv.device)
     if out.numel():
-        config = configs.attention_config(head_dim, qkv.dtype)
         mask, bias, strides = _mask_arguments(qkv, key_padding_mask, attn_bias)
-        attention_kernel[(triton.cdiv(tokens, config.BLOCK_M) * batch * heads,)](
+        config = configs.attention_config(head_dim, qkv.dtype, masked=not (mask is None and bias is None))
+        attention_kernel[(triton.cdiv(tokens, config.BLOCK_ROWS) * batch * heads,)](
             qkv,
             out,
             lse,
@@ -361,8 +361,8 @@ def attention_forward(qkv, scale: float, key_padding_mask=None, attn_bias=None):
             *qkv.stride()[:4],
             *strides,
             **_constants(qkv),
-            BLOCK_M=config.BLOCK_M,
-            BLOCK_N=config.BLOCK_N,
+            BLOCK_M=config.BLOCK_ROWS,
+            BLOCK_N=config.BLOCK_STEP,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
@@ -383,20 +383,37 @@ def attention_backward(
     dbias = torch.empty(batch, heads, tokens, tokens, dtype=acc, device=qkv.device) if needs_bias else None
     if dqkv.numel():
         delta = torch.empty_like(lse)
-        config = configs.attention_backward_config(head_dim, qkv.dtype)
         mask, bias, strides = _mask_arguments(qkv, key_padding_mask, attn_bias)
+        config = configs.attention_backward_config(head_dim, qkv.dtype, masked=not (mask is None and bias is None))
+        grid = (triton.cdiv(tokens, config.BLOCK_ROWS) * batch * heads,)
         sizes = (tokens, heads, scale, *qkv.stride()[:4], *dout.stride()[:2], *strides)
-        options = dict(
-            **_constants(qkv),
-            BLOCK_M=config.BLOCK_M,
-            BLOCK_N=config.BLOCK_N,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
+        options = dict(**_constants(qkv), num_warps=config.num_warps, num_stages=config.num_stages)
+        attention_backward_dq_kernel[grid](
+            qkv,
+            out,
+            dout,
+            lse,
+            delta,
+            dqkv,
+            dbias,
+            mask,
+            bias,
+            *sizes,
+            **options,
+            BLOCK_M=config.BLOCK_ROWS,
+            BLOCK_N=config.BLOCK_STEP,
         )
-        attention_backward_dq_kernel[(triton.cdiv(tokens, config.BLOCK_M) * batch * heads,)](
-            qkv, out, dout, lse, delta, dqkv, dbias, mask, bias, *sizes, **options
-        )
-        attention_backward_dkdv_kernel[(triton.cdiv(tokens, config.BLOCK_N) * batch * heads,)](
-            qkv, dout, lse, delta, dqkv, mask, bias, *sizes, **options
+        attention_backward_dkdv_kernel[grid](
+            qkv,
+            dout,
+            lse,
+            delta,
+            dqkv,
+            mask,
+            bias,
+            *sizes,
+            **options,
+            BLOCK_M=config.BLOCK_STEP,
+            BLOCK_N=config.BLOCK_ROWS,
         )
     return dqkv, dbias

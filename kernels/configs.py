@@ -1,6 +1,6 @@
 """Launch configurations as data: frozen dataclasses, and the heuristic that picks one without measuring."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -22,10 +22,11 @@ class GemmConfig:
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """BLOCK_M query rows against BLOCK_N keys."""
+    """BLOCK_ROWS rows of the result a program (queries, or keys for dk and dv) against BLOCK_STEP of the other at a
+    time."""
 
-    BLOCK_M: int
-    BLOCK_N: int
+    BLOCK_ROWS: int
+    BLOCK_STEP: int
     num_warps: int
     num_stages: int
 
@@ -39,20 +40,33 @@ class RowConfig:
     num_warps: int
 
 
-# Narrow or gathered loads (a patch of 14 pixels) keep whole tiles in registers: smaller tiles.
-SCATTERED = GemmConfig(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, num_warps=4, num_stages=2)
+# 16-bit products. LARGE: the largest tile that leaves the loaders and most epilogues their registers; HEAVY: for the
+# epilogue that holds three tiles at once; SMALL: for outputs of few tiles. Narrower than 128 columns, Hopper's compiler
+# serializes the products of operands that a loader has transformed.
+LARGE = GemmConfig(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3)
+HEAVY = GemmConfig(BLOCK_M=128, BLOCK_N=64, BLOCK_K=64, num_warps=8, num_stages=3)
+SMALL = GemmConfig(BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, num_warps=4, num_stages=3)
+# Pixels gathered by less than 16 bytes at a time, or converted, pass through registers: nothing to pipeline.
+SCATTERED = GemmConfig(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, num_warps=4, num_stages=1)
+# float32 in full precision has no tensor cores.
+FULL_PRECISION = GemmConfig(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, num_warps=8, num_stages=3)
 
 
-def gemm_config(m: int, n: int, dtype: torch.dtype, device: torch.device, scattered: bool = False) -> GemmConfig:
-    """The tile for an (m, n) product in `dtype`; `scattered`: an operand is gathered by less than 16 bytes at a time."""
-    if scattered:
-        return SCATTERED
-    stages = 2 if hardware.is_amd() else 3  # 64 KiB of local data share on CDNA3
+def gemm_config(m: int, n: int, dtype: torch.dtype, device: torch.device, *, scattered=False, heavy=False) -> GemmConfig:
+    """The tile for an (m, n) product in `dtype`. scattered: pixels are gathered or scattered by less than 16 bytes at a
+    time; heavy: the epilogue holds several tiles at once."""
     if dtype.itemsize > 2:
-        return GemmConfig(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, num_warps=4, num_stages=stages)
-    if triton.cdiv(m, 128) * triton.cdiv(n, 128) < hardware.num_sms(device):
-        return GemmConfig(BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=stages)
-    return GemmConfig(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=stages)
+        config = FULL_PRECISION
+    elif scattered:
+        config = SCATTERED
+    elif heavy:
+        config = HEAVY
+    elif triton.cdiv(m, LARGE.BLOCK_M) * triton.cdiv(n, LARGE.BLOCK_N) < hardware.num_sms(device):
+        config = SMALL
+    else:
+        config = LARGE
+    # CDNA3 has 64 KiB of shared memory a block, room for two stages.
+    return replace(config, num_stages=min(config.num_stages, 2)) if hardware.is_amd() else config
 
 
 def split_k(m: int, n: int, k: int, config: GemmConfig, device: torch.device) -> int:
@@ -62,18 +76,29 @@ def split_k(m: int, n: int, k: int, config: GemmConfig, device: torch.device) ->
     return max(1, min(hardware.num_sms(device) // tiles, k // (8 * config.BLOCK_K)))
 
 
-def attention_config(head_dim: int, dtype: torch.dtype) -> AttentionConfig:
-    """The tile of the forward kernel."""
+# By whether the head is wider than 64.
+FULL_PRECISION_ATTENTION = (
+    AttentionConfig(BLOCK_ROWS=32, BLOCK_STEP=32, num_warps=8, num_stages=1),
+    AttentionConfig(BLOCK_ROWS=16, BLOCK_STEP=16, num_warps=8, num_stages=1),
+)
+
+
+def attention_config(head_dim: int, dtype: torch.dtype, masked: bool) -> AttentionConfig:
+    """The tile of the forward kernel; masked: with a key padding mask or a bias."""
     if dtype.itemsize > 2:
-        return AttentionConfig(BLOCK_M=64, BLOCK_N=32, num_warps=4, num_stages=1 if hardware.is_amd() else 2)
-    return AttentionConfig(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=1 if hardware.is_amd() else 3)
+        return FULL_PRECISION_ATTENTION[head_dim > 64]
+    # Pipelined, the loads of a mask between the two products make the compiler serialize them on Hopper.
+    stages = 1 if masked or hardware.is_amd() else 3
+    return AttentionConfig(BLOCK_ROWS=64, BLOCK_STEP=64, num_warps=8 if masked and head_dim > 64 else 4, num_stages=stages)
 
 
-def attention_backward_config(head_dim: int, dtype: torch.dtype) -> AttentionConfig:
+def attention_backward_config(head_dim: int, dtype: torch.dtype, masked: bool) -> AttentionConfig:
     """The tile of both backward kernels."""
     if dtype.itemsize > 2:
-        return AttentionConfig(BLOCK_M=32, BLOCK_N=32, num_warps=4, num_stages=1)
-    return AttentionConfig(BLOCK_M=64, BLOCK_N=64, num_warps=4 if head_dim <= 64 else 8, num_stages=1)
+        return FULL_PRECISION_ATTENTION[head_dim > 64]
+    if head_dim <= 64:
+        return AttentionConfig(BLOCK_ROWS=64, BLOCK_STEP=64, num_warps=8 if masked else 4, num_stages=1)
+    return AttentionConfig(BLOCK_ROWS=64, BLOCK_STEP=32 if masked else 64, num_warps=8, num_stages=1)
 
 
 def row_config(columns: int, elements: int) -> RowConfig:

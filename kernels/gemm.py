@@ -163,7 +163,7 @@ def weight_gradient(dy, load_x, x, inputs: int, dtype, *, scattered=False) -> to
     acc = accumulator_dtype(dtype)
     if tokens == 0:
         return torch.zeros(outputs, inputs, dtype=acc, device=dy.device)
-    config = configs.gemm_config(outputs, inputs, dtype, dy.device, scattered)
+    config = configs.gemm_config(outputs, inputs, dtype, dy.device, scattered=scattered)
     parts = configs.split_k(outputs, inputs, tokens, config, dy.device)
     # Rounding a part's length up to whole blocks can leave the last parts nothing to do.
     parts = triton.cdiv(tokens, triton.cdiv(triton.cdiv(tokens, parts), config.BLOCK_K) * config.BLOCK_K)

@@ -14,8 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
-from . import gemm, layer_norm
-from ._math import activate, activation_gradient
+from . import configs, gemm, layer_norm
+from ._math import activate, activate_with_gradient
 from .layer_norm_linear import layer_norm_linear_backward, normalised_source, plain_weight, transposed_weight
 from .linear_residual import linear_parameter_gradients, linear_residual_forward, scaled_source
 
@@ -40,10 +40,9 @@ def store_activation_gradient(acc, i, j, part, target, ACTIVATION: tl.constexpr)
     offset = i.to(tl.int64)[:, None] * J + j[None, :]
     mask = (i < I)[:, None] & (j < J)[None, :]
     preactivation = tl.load(preactivation_ptr + offset, mask=mask, other=0.0).to(acc.dtype)
-    activated = activate(preactivation, ACTIVATION)
+    activated, derivative = activate_with_gradient(preactivation, ACTIVATION)
+    tl.store(dpreactivation_ptr + offset, (acc * derivative).to(dpreactivation_ptr.dtype.element_ty), mask=mask)
     tl.store(activated_ptr + offset, activated.to(activated_ptr.dtype.element_ty), mask=mask)
-    gradient = acc * activation_gradient(preactivation, ACTIVATION)
-    tl.store(dpreactivation_ptr + offset, gradient.to(dpreactivation_ptr.dtype.element_ty), mask=mask)
 
 
 def layer_norm_mlp_forward(
@@ -126,6 +125,7 @@ def layer_norm_mlp_backward(
         fc2_weight.dtype,
         x.device,
         activation=activation,
+        config=configs.gemm_config(rows, hidden, fc2_weight.dtype, x.device, heavy=True),
     )
     fc2_gradients = linear_parameter_gradients(
         dout, activated, fc2_weight, fc2_bias, layer_scale, drop_path_scale, needs_fc2

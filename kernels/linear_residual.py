@@ -15,10 +15,14 @@ from . import gemm, reduce
 from .layer_norm_linear import plain_weight, store_linear, transposed_weight
 
 
+def rows_per_sample(rows: int, row_scale) -> int:
+    """How many rows of a matrix share a scale; 1 where there is none, or there are no rows."""
+    return rows // len(row_scale) if rows and row_scale is not None else 1
+
+
 def scaled_source(x, row_scale, column_scale):
     """The source of `gemm.load_scaled` for x (M, K)."""
-    rows = x.shape[0]
-    return (x, row_scale, column_scale, 1 if row_scale is None else rows // len(row_scale), *x.shape, x.stride(0))
+    return (x, row_scale, column_scale, rows_per_sample(len(x), row_scale), *x.shape, x.stride(0))
 
 
 def linear_residual_forward(x, weight, bias, residual, layer_scale, drop_path_scale, out_dtype):
@@ -39,7 +43,7 @@ def linear_residual_forward(x, weight, bias, residual, layer_scale, drop_path_sc
             layer_scale,
             drop_path_scale,
             residual,
-            1 if drop_path_scale is None else rows // len(drop_path_scale),
+            rows_per_sample(rows, drop_path_scale),
             0 if residual is None else residual.stride(0),
             rows,
             outputs,

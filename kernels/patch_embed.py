@@ -95,8 +95,9 @@ def _geometry(image, patch_height: int, patch_width: int, prefix: int):
 
 
 def _scattered(image, patch_width: int) -> bool:
-    """Whether runs of neighbouring pixels in a patch are too short for 16-byte loads."""
-    return image.stride(3) != 1 or patch_width * image.element_size() % 16 != 0
+    """Whether runs of neighbouring pixels in a patch are too short for 16-byte loads, or bytes, which must be converted
+    in registers."""
+    return image.stride(3) != 1 or patch_width * image.element_size() % 16 != 0 or not image.is_floating_point()
 
 
 @functools.lru_cache(maxsize=64)
@@ -142,7 +143,9 @@ def patch_embed_forward(image, weight, bias, pos_embed, prefix, mean, std, out_d
         pixels,
         weight.dtype,
         image.device,
-        config=configs.gemm_config(rows, embed_dim, weight.dtype, image.device, _scattered(image, patch_size[1])),
+        config=configs.gemm_config(
+            rows, embed_dim, weight.dtype, image.device, scattered=_scattered(image, patch_size[1])
+        ),
     )
     return out
 
@@ -163,9 +166,9 @@ def patch_embed_backward(dtokens, image, weight, prefix_rows: int, mean, std, ne
     dtokens_rows = dtokens.view(rows, embed_dim)
     gain, shift = _normalisation(image, weight, mean, std)
     dimage = dweight = None
+    scattered = _scattered(image, patch_size[1])
     if needs_weight:
         source = (image, gain, shift, geometry, rows, pixels)
-        scattered = _scattered(image, patch_size[1])
         dweight = gemm.weight_gradient(dtokens_rows, load_patches, source, pixels, weight.dtype, scattered=scattered)
         dweight = dweight.view(weight.shape)
     if needs_image:
@@ -183,6 +186,7 @@ def patch_embed_backward(dtokens, image, weight, prefix_rows: int, mean, std, ne
             embed_dim,
             weight.dtype,
             image.device,
+            config=configs.gemm_config(rows, pixels, weight.dtype, image.device, scattered=scattered),
         )
     by_token = reduce.column_sum(dtokens.view(batch, tokens * embed_dim)).view(tokens, embed_dim)
     return dimage, dweight, by_token

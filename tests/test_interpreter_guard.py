@@ -55,13 +55,47 @@ def shift_second_kernel(x_ptr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def atomic_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr, ALSO_STORE: tl.constexpr, ALSO_LOAD: tl.constexpr):
-    program, i = tl.program_id(0), tl.arange(0, BLOCK)
-    tl.atomic_add(x_ptr + i, 1.0)
-    if ALSO_STORE and program == 1:
-        tl.store(x_ptr + i, 0.0)
-    if ALSO_LOAD and program == 1:
-        tl.store(out_ptr + i, tl.load(x_ptr + i))
+def touch(x_ptr, out_ptr, ACTION: tl.constexpr):
+    if ACTION == "load":
+        tl.store(out_ptr + tl.program_id(0), tl.load(x_ptr))
+    elif ACTION == "store":
+        tl.store(x_ptr, 1)
+    elif ACTION == "update":
+        tl.atomic_add(x_ptr, 1)
+    else:
+        tl.atomic_cas(x_ptr, 0, 1)
+
+
+@triton.jit
+def two_actions_kernel(x_ptr, out_ptr, FIRST: tl.constexpr, SECOND: tl.constexpr):
+    if tl.program_id(0) < 2:
+        touch(x_ptr, out_ptr, FIRST)
+    else:
+        touch(x_ptr, out_ptr, SECOND)
+
+
+@triton.jit
+def store_first_kernel(x_ptr, out_ptr, SECOND: tl.constexpr):
+    if tl.program_id(0) == 0:
+        touch(x_ptr, out_ptr, "store")
+    else:
+        touch(x_ptr, out_ptr, SECOND)
+
+
+@triton.jit
+def touch_out_of_bounds_kernel(x_ptr, out_ptr, ACTION: tl.constexpr):
+    touch(x_ptr + 2, out_ptr, ACTION)
+
+
+@triton.jit
+def wide_store_kernel(bytes_ptr, step):
+    tl.store((bytes_ptr + tl.program_id(0) * step).to(tl.pointer_type(tl.int32)), 7)
+
+
+@triton.jit
+def tuple_kernel(tensors, BLOCK: tl.constexpr):
+    x_ptr, out_ptr = tensors
+    tl.store(out_ptr + tl.arange(0, BLOCK), tl.load(x_ptr + tl.arange(0, BLOCK)))
 
 
 @triton.jit
@@ -149,6 +183,7 @@ def test_transposed_expanded_and_overlapping_views_have_no_gaps():
         rows_kernel[(1,)](view, out, 32, COLUMNS=32)
     rows_kernel[(8,)](x[:1].expand(8, 32), out, 0, COLUMNS=32)
     assert torch.equal(out, x[:1].expand(8, 32))
+    rows_kernel[(3,)](torch.randn(20).as_strided((3, 4), (5, 3)), out, 3, COLUMNS=1)
 
 
 def test_interleaved_views_of_one_storage():
@@ -176,7 +211,7 @@ def test_two_programs_store_the_same_element():
 
 
 def test_a_program_stores_what_a_later_one_loads():
-    with pytest.raises(KernelFault, match=r"program \(1, 0, 0\): race, load of element 31 of `x_ptr` after a store by pro"):
+    with pytest.raises(KernelFault, match=r"program \(1, 0, 0\): race, load of element 31 of `x_ptr` after a store"):
         shift_second_kernel[(2,)](torch.randn(64), BLOCK=32)
 
 
@@ -190,14 +225,63 @@ def test_in_place_kernels_pass():
     shift_kernel[(2,)](x, 0, BLOCK=32)
 
 
-def test_atomics():
-    x, out = torch.zeros(32), torch.empty(32)
-    atomic_kernel[(4,)](x, out, BLOCK=32, ALSO_STORE=False, ALSO_LOAD=False)
-    assert x.eq(4).all()
-    with pytest.raises(KernelFault, match="race, store of element 0 of `x_ptr` after a update by several programs"):
-        atomic_kernel[(2,)](x, out, BLOCK=32, ALSO_STORE=True, ALSO_LOAD=False)
-    with pytest.raises(KernelFault, match="race, load of element 0 of `x_ptr` after a update by several programs"):
-        atomic_kernel[(2,)](x, out, BLOCK=32, ALSO_STORE=False, ALSO_LOAD=True)
+ACTIONS = ("load", "store", "update", "compare and swap")
+
+
+@pytest.mark.parametrize("first", ["load", "update", "compare and swap"])
+@pytest.mark.parametrize("second", ACTIONS)
+def test_which_actions_of_two_programs_may_meet(first, second):
+    """Programs 0 and 1 do the first, program 2 the second, all to one element."""
+    x, out = torch.zeros(1, dtype=torch.int32), torch.empty(3, dtype=torch.int32)
+    may_meet = first == second or {first, second} == {"update", "compare and swap"}
+    if may_meet:
+        two_actions_kernel[(3,)](x, out, FIRST=first, SECOND=second)
+        assert (x.item() == 0) == (first == "load")
+        return
+    names = {action: action if action in ("load", "store") else "update" for action in ACTIONS}
+    with pytest.raises(
+        KernelFault, match=rf"program \(2, 0, 0\): race, {names[second]} of element 0 of `x_ptr`"
+    ) as fault:
+        two_actions_kernel[(3,)](x, out, FIRST=first, SECOND=second)
+    article = "an" if names[first] == "update" else "a"
+    assert f"after {article} {names[first]} by several programs" in str(fault.value)
+
+
+@pytest.mark.parametrize("second", ACTIONS)
+def test_nothing_may_meet_a_store(second):
+    x, out = torch.zeros(1, dtype=torch.int32), torch.empty(2, dtype=torch.int32)
+    with pytest.raises(KernelFault, match=r"race, .* of element 0 of `x_ptr` after a store by program \(0, 0, 0\)"):
+        store_first_kernel[(2,)](x, out, SECOND=second)
+
+
+def test_a_race_with_one_of_very_many_reads(monkeypatch):
+    monkeypatch.setattr("fastvit.interpret.guard._KEPT_READS", 10)
+    test_a_program_stores_what_an_earlier_one_loaded()
+
+
+def test_accesses_wider_than_an_element():
+    wide_store_kernel[(3,)](torch.empty(12, dtype=torch.uint8), 4)
+    with pytest.raises(KernelFault, match="store out of bounds of 1"):
+        wide_store_kernel[(1,)](torch.empty(3, dtype=torch.uint8), 4)
+    with pytest.raises(
+        KernelFault, match=r"race, store of element 3 of `bytes_ptr` after a store by program \(0, 0, 0\)"
+    ):
+        wide_store_kernel[(2,)](torch.empty(12, dtype=torch.uint8), 3)
+
+
+def test_atomics_out_of_bounds():
+    x, out = torch.zeros(2, dtype=torch.int32), torch.empty(2, dtype=torch.int32)
+    for action in ("update", "compare and swap"):
+        with pytest.raises(KernelFault, match="update out of bounds"):
+            touch_out_of_bounds_kernel[(1,)](x, out, ACTION=action)
+
+
+def test_tensors_in_a_tuple():
+    x, out = torch.randn(32), torch.empty(32)
+    tuple_kernel[(1,)]((x, out), BLOCK=32)
+    assert torch.equal(x, out)
+    with pytest.raises(KernelFault, match=r"element 31 of `tensors\[0\]`"):
+        tuple_kernel[(1,)]((x[:31], out), BLOCK=32)
 
 
 def test_fault_in_a_helper_is_named_where_it_happens():
@@ -225,7 +309,12 @@ def test_memory_that_nothing_wrote_is_nan(dtype):
 def test_poison_ends_with_its_context():
     makers = [torch.empty, torch.empty_like, torch.empty_strided, torch.Tensor.new_empty]
     with poison_empty():
-        inner = [torch.empty(3), torch.empty_like(torch.ones(3)), torch.empty_strided((3,), (1,)), torch.ones(3).new_empty(3)]
+        inner = [
+            torch.empty(3),
+            torch.empty_like(torch.ones(3)),
+            torch.empty_strided((3,), (1,)),
+            torch.ones(3).new_empty(3),
+        ]
         assert all(tensor.isnan().all() for tensor in inner)
         assert torch.empty(3, dtype=torch.int16).eq(2**15 - 1).all()
     assert makers == [torch.empty, torch.empty_like, torch.empty_strided, torch.Tensor.new_empty]

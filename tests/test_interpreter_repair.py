@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -20,6 +21,12 @@ pytestmark = pytest.mark.skipif(not interpreting(), reason="tests Triton's inter
 def cast_kernel(x_ptr, out_ptr, N: tl.constexpr):
     i = tl.arange(0, N)
     tl.store(out_ptr + i, tl.load(x_ptr + i).to(out_ptr.dtype.element_ty))
+
+
+@triton.jit
+def cast_towards_zero_kernel(x_ptr, out_ptr, N: tl.constexpr):
+    i = tl.arange(0, N)
+    tl.store(out_ptr + i, tl.load(x_ptr + i).to(tl.bfloat16, fp_downcast_rounding="rtz"))
 
 
 @triton.jit
@@ -90,13 +97,20 @@ def rearrange_kernel(x_ptr, out_ptr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     tl.store(out_ptr + i, tl.reshape(tl.trans(tl.reshape(out, (ROWS, COLUMNS))), (ROWS * COLUMNS,)))
 
 
+# Rounded up as if they were numbers, they become zero and minus zero.
+NANS_THAT_ROUND_UP = torch.tensor([0x7FFFFFFF, -1], dtype=torch.int32)
+
+
 def special_values(dtype: torch.dtype) -> torch.Tensor:
     """1024 numbers: random ones of every magnitude, ties between two bfloat16 or float8 numbers, specials."""
     x = torch.randn(1024, dtype=torch.float64) * 2.0 ** torch.randint(-30, 30, (1024,))
     x[:8] = torch.tensor([0.0, -0.0, float("inf"), -float("inf"), float("nan"), 3e38, -3e38, 1e-40])
     x[8:200] = 1 + torch.arange(192) / 256
     x[200:300] = torch.linspace(-460, 460, 100)
-    return x.to(dtype)
+    x = x.to(dtype)
+    if dtype == torch.float32:
+        x.view(torch.int32)[8:10] = NANS_THAT_ROUND_UP
+    return x
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -117,6 +131,13 @@ def test_casts_round_as_torch(source, target):
     out = torch.empty(1024, dtype=target)
     cast_kernel[(1,)](x, out, N=1024)
     assert same_bits(out, x.to(target))
+
+
+def test_rounding_towards_zero_when_asked():
+    x = torch.randn(1024)
+    out = torch.empty(1024, dtype=torch.bfloat16)
+    cast_towards_zero_kernel[(1,)](x, out, N=1024)
+    assert same_bits(out, (x.view(torch.int32) & -0x10000).view(torch.float32).bfloat16())
 
 
 def test_integers_cast_to_bfloat16_as_torch():
@@ -201,7 +222,8 @@ def test_dot_in_float64():
 
 def test_dot_in_tf32_rounds_its_inputs():
     a, b = torch.randn(16, 32), torch.randn(64, 32)
-    a[0, 0], a[1, 1] = float("inf"), float("nan")
+    a[0, 0] = float("inf")
+    a.view(torch.int32)[1, :2] = NANS_THAT_ROUND_UP
     out = {name: torch.empty(16, 64) for name in ("ieee", "tf32")}
     for name, tensor in out.items():
         dot_kernel[(1,)](a, b, tensor, M=16, N=64, K=32, PRECISION=name)
@@ -230,6 +252,14 @@ def test_math_functions_run_on_whole_blocks(monkeypatch):
     monkeypatch.setattr("math.erf", element_by_element)
     out = torch.empty(6, 512)
     math_kernel[(1,)](torch.rand(512), out, N=512)
+
+
+def test_infinities_and_nans_warn_no_more_than_on_a_gpu():
+    out = torch.empty(6, 64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        math_kernel[(1,)](torch.full((64,), -0.0), out, N=64)
+    assert out[2].eq(-float("inf")).all()
 
 
 def test_reshape_join_split_and_trans_of_bfloat16():

@@ -98,7 +98,10 @@ VARIANTS = {
     "one_channel": ({"in_chans": 1, "mean": (0.5,), "std": (0.5,)}, {"in_chans": 1}),
     "layer_scale": ({"init_values": 1e-5}, {}),
     "registers": ({"init_values": 1e-5, "reg_tokens": 4, "no_embed_class": True}, {}),
-    "swiglu": ({"mlp": "swiglu", "mlp_ratio": 2.5}, {"mlp_layer": "SwiGLUPacked", "act_layer": "silu", "mlp_ratio": 2.5}),
+    "swiglu": (
+        {"mlp": "swiglu", "activation": "silu", "mlp_ratio": 2.5},
+        {"mlp_layer": "SwiGLUPacked", "act_layer": "silu", "mlp_ratio": 2.5},
+    ),
     "gelu_tanh": ({"activation": "gelu_tanh"}, {"act_layer": "gelu_tanh"}),
     "quick_gelu": ({"activation": "quick_gelu"}, {"act_layer": "quick_gelu"}),
 }
@@ -335,7 +338,7 @@ DROP_INS = {
 @pytest.mark.parametrize("drop_in", DROP_INS)
 def test_drop_ins_for_timm(drop_in, dtype):
     modules = DROP_INS[drop_in]
-    stock = {name: value for name, value in modules.items() if not getattr(value, "__module__", "").startswith("fastvit")}
+    stock = {name: layer for name, layer in modules.items() if "fastvit" not in getattr(layer, "__module__", "")}
     peer = small_timm(**stock)
     ours = timm.create_model("vit_tiny_patch16_224", **SMALL, **modules)
     kinds = {type(module) for module in ours.modules()}

@@ -186,7 +186,8 @@ class _Launch:
             if clash is not None:
                 element, other = clash
                 who = "several programs" if other == _SEVERAL else f"program {self.programs[other]}"
-                raise self._fault(f"race, {action} of element {element} of `{region.name}` after a {other_action} by {who}")
+                what = "an update" if other_action == "update" else f"a {other_action}"
+                raise self._fault(f"race, {action} of element {element} of `{region.name}` after {what} by {who}")
         region.enter(action, elements, program)
 
     def _fault(self, what: str) -> KernelFault:

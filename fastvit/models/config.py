@@ -24,9 +24,9 @@ class ViTConfig:
     init_values: first value of layer scale (arXiv 2103.17239), None for no layer scale. reg_tokens: registers (arXiv
     2309.16588). no_embed_class: prefix tokens have no position. fc_norm: the last norm comes after pooling; None
     means it does for the pools over patches. distilled: a second token and head (arXiv 2012.12877). mlp: "mlp" or
-    "swiglu". norm_eps: of every LayerNorm. The *_rate fields are dropout rates and the largest drop-path rate.
-    pos_resampling: a policy for position tables of another grid. mean, std, crop_pct, interpolation: how the images
-    were prepared in training; mean and std are per channel, for pixels in [0, 1].
+    "swiglu", whose gate has activation "silu". norm_eps: of every LayerNorm. The *_rate fields are dropout rates and
+    the largest drop-path rate. pos_resampling: a policy for position tables of another grid. mean, std, crop_pct,
+    interpolation: how the images were prepared in training; mean and std are per channel, for pixels in [0, 1].
 
     Raises ValueError, or TypeError for a flag that is no bool, naming the field, what came and what was expected.
     """
@@ -102,15 +102,17 @@ class ViTConfig:
             raise ValueError(f"num_heads is {self.num_heads}, expected a divisor of embed_dim, {self.embed_dim}")
         for name in ("mean", "std"):
             if len(getattr(self, name)) != self.in_chans:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected one number for each of {self.in_chans} channels")
+                raise ValueError(f"{name} is {getattr(self, name)}, expected one number for each channel")
         if any(not value > 0 for value in self.std):
             raise ValueError(f"std is {self.std}, expected positive numbers")
+        if self.mlp == "swiglu" and self.activation != "silu":
+            raise ValueError(f"activation is {self.activation!r}, expected 'silu' for mlp 'swiglu', whose gate it is")
         if self.global_pool == "token" and not self.class_token:
             raise ValueError("global_pool is 'token', expected another pool where class_token is False")
         if self.distilled and (not self.class_token or self.reg_tokens or self.global_pool != "token"):
             raise ValueError("distilled is True, expected class_token=True, reg_tokens=0 and global_pool='token'")
         if self.distilled and self.fc_norm:
-            raise ValueError("fc_norm is True, expected False or None for a distilled model, whose heads share one norm")
+            raise ValueError("fc_norm is True, expected False or None where distilled is True")
 
     @property
     def grid_size(self) -> tuple[int, int]:

@@ -20,7 +20,10 @@ _SIZES = {  # arXiv 2010.11929 (B, L, H), 2012.12877 (Ti, S), 2304.07193 (g)
     "large": {"embed_dim": 1024, "depth": 24, "num_heads": 16},
     "huge": {"embed_dim": 1280, "depth": 32, "num_heads": 16},
     # fc1 holds gate and value, each 2/3 of 4 * embed_dim rounded up to a multiple of 8.
-    "giant": {"embed_dim": 1536, "depth": 40, "num_heads": 24, "mlp_ratio": 2.66667 * 2, "mlp": "swiglu"},
+    "giant": {
+        **{"embed_dim": 1536, "depth": 40, "num_heads": 24},
+        **{"mlp": "swiglu", "activation": "silu", "mlp_ratio": 2.66667 * 2},
+    },
 }
 _IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 _HEADLESS = {"num_classes": 0}

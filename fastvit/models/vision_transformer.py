@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastvit import ops
 from fastvit.nn import Block, PatchEmbed, SwiGLU
-from fastvit.nn.layers import ACTIVATION_LAYERS, norm_bypassable
+from fastvit.nn.layers import ACTIVATION_LAYERS, LAYER_NORM, bypassable, norm_complete
 
 from .config import AVERAGING_POOLS, MLPS, ViTConfig
 
@@ -55,7 +55,7 @@ class VisionTransformer(nn.Module):
                     attn_drop=config.attn_drop_rate,
                     init_values=config.init_values,
                     drop_path=drop_path,
-                    act_layer=nn.SiLU if config.mlp == "swiglu" else ACTIVATION_LAYERS[config.activation],
+                    act_layer=ACTIVATION_LAYERS[config.activation],
                     norm_layer=layer_norm,
                     mlp_layer=MLPS[config.mlp],
                 )
@@ -289,4 +289,6 @@ def _init_linear(module: nn.Module) -> None:
 
 
 def _normalise(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    return ops.layer_norm(x, norm.weight, norm.bias, norm.eps) if norm_bypassable(norm) else norm(x)
+    if bypassable((norm, LAYER_NORM)) and norm_complete(norm):
+        return ops.layer_norm(x, norm.weight, norm.bias, norm.eps)
+    return norm(x)

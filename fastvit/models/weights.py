@@ -35,7 +35,7 @@ def load_checkpoint(
     state = convert_names(read_state_dict(path))
     wanted = model.state_dict()
     if any(tensor.is_meta for tensor in wanted.values()):
-        raise ValueError("model is on the meta device, expected one with storage: call model.to_empty(device=...) first")
+        raise ValueError("model is on the meta device, expected one with storage: call model.to_empty first")
     if "pos_embed" in state:
         state["pos_embed"] = _fit_position_table(state["pos_embed"], model.config, grid_size, path)
     if new_classifier:
@@ -78,12 +78,12 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, torch.Tensor]:
         try:
             return load_file(path)
         except SafetensorError as error:
-            raise ValueError(f"{path} is no whole safetensors file: {error}") from error
+            raise ValueError(f"{path} cannot be read as a safetensors file: {error}") from error
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path} is no torch file of plain tensors: {reason}") from error
+        raise ValueError(f"{path} cannot be read as a torch file of plain tensors: {reason}") from error
     for wrapper in ("model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
@@ -123,7 +123,9 @@ def _fit_position_table(table, config, grid_size, path):
         elif rows > 0 and side * side == rows:
             grid_size = (side, side)
         else:
-            raise ValueError(f"pos_embed in {os.fspath(path)} has {rows} patch rows, expected a square number or grid_size")
+            raise ValueError(
+                f"pos_embed in {os.fspath(path)} has {rows} patch rows, expected a square number, the model's or grid_size's"
+            )
     return resample_position_table(table, grid_size, config.grid_size, prefix_rows, config.pos_resampling)
 
 

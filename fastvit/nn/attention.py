@@ -7,13 +7,16 @@ from torch import nn
 
 from fastvit import ops
 
+from .layers import dropout_active
+
 
 class Attention(nn.Module):
     """Multi-head self-attention with packed q, k, v (arXiv 2010.11929, appendix A), a drop-in for timm's `Attention`.
 
     Parameters: qkv.weight (3 * H * d, D), rows in the order q, k, v; qkv.bias with `qkv_bias`; proj.weight
     (dim_out, H * d); proj.bias with `proj_bias`. H is num_heads, d is `attn_head_dim` or dim / num_heads.
-    attn_drop: dropout rate of the attention probabilities; proj_drop: of the output. norm_layer is accepted for
+    attn_drop: dropout rate of the attention probabilities, which the attention op applies itself, so that the
+    `attn_drop` module only holds the rate and is never called; proj_drop: of the output. norm_layer is accepted for
     timm's sake and has no use without qk_norm or scale_norm.
 
     Raises ValueError when num_heads does not divide dim, and for qk_norm, scale_norm and gated, which it has not.
@@ -62,7 +65,7 @@ class Attention(nn.Module):
             scale=self.scale,
             key_padding_mask=key_padding_mask,
             attn_bias=attn_bias,
-            dropout_p=self.attn_drop.p if self.attn_drop.training else 0.0,
+            dropout_p=self.attn_drop.p if dropout_active(self.attn_drop) else 0.0,
         )
 
     def _masks(self, attn_mask, is_causal, batch, tokens, like):

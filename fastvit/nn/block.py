@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import nn
 
@@ -11,15 +9,20 @@ from fastvit import ops
 
 from .attention import Attention
 from .layers import (
+    DROP_PATH,
+    DROPOUT,
+    LAYER_NORM,
+    LAYER_SCALE,
+    LINEAR,
     DropPath,
     LayerScale,
     branch_end,
-    branch_end_bypassable,
     build_layer_norm,
     bypassable,
     dropout_active,
-    norm_bypassable,
+    norm_complete,
     timm_layer,
+    vit_layer_norm,
 )
 from .mlp import Mlp, SwiGLU
 
@@ -68,7 +71,7 @@ class Block(nn.Module):
         init_values: float | None = None,
         drop_path: float = 0.0,
         act_layer=nn.GELU,
-        norm_layer=partial(nn.LayerNorm, eps=1e-6),  # noqa: B008
+        norm_layer=vit_layer_norm,
         mlp_layer=Mlp,
         attn_layer=Attention,
         depth: int = 0,
@@ -103,27 +106,41 @@ class Block(nn.Module):
         self.ls2 = LayerScale(dim, init_values, **dd) if init_values else nn.Identity()
         self.drop_path2 = DropPath(drop_path) if drop_path else nn.Identity()
 
+    # The children are looked up in `_modules`: nn.Module's own attribute access would cost more than the checks.
+
     def attention_fusible(self) -> bool:
         """Whether the first line runs on fused ops."""
-        attn = self.attn
+        own = self._modules
+        attn = own["attn"]
+        if type(attn) is not Attention:
+            return False
+        inside = attn._modules
         return (
-            bypassable(attn, Attention)
-            and norm_bypassable(self.norm1)
-            and bypassable(attn.qkv, nn.Linear)
-            and bypassable(attn.attn_drop, nn.Dropout)
-            and bypassable(attn.proj, nn.Linear)
-            and bypassable(attn.proj_drop, nn.Dropout)
-            and not dropout_active(attn.proj_drop)
-            and branch_end_bypassable(self.ls1, self.drop_path1)
+            bypassable(
+                (attn, (Attention,)),
+                (own["norm1"], LAYER_NORM),
+                (inside["qkv"], LINEAR),
+                (inside["proj"], LINEAR),
+                (inside["proj_drop"], DROPOUT),
+                (own["ls1"], LAYER_SCALE),
+                (own["drop_path1"], DROP_PATH),
+            )
+            and norm_complete(own["norm1"])
+            and not dropout_active(inside["proj_drop"])
         )
 
     def mlp_fusible(self) -> bool:
         """Whether the second line runs on fused ops."""
+        own = self._modules
         return (
-            bypassable(self.mlp, Mlp, SwiGLU)
-            and norm_bypassable(self.norm2)
-            and self.mlp.fusible()
-            and branch_end_bypassable(self.ls2, self.drop_path2)
+            bypassable(
+                (own["mlp"], (Mlp, SwiGLU)),
+                (own["norm2"], LAYER_NORM),
+                (own["ls2"], LAYER_SCALE),
+                (own["drop_path2"], DROP_PATH),
+            )
+            and norm_complete(own["norm2"])
+            and own["mlp"].fusible()
         )
 
     def forward(
@@ -132,7 +149,8 @@ class Block(nn.Module):
         """x (B, N, D) -> (B, N, D). For attn_mask and is_causal, and what they raise, see `Attention.forward`."""
         if x.dim() != 3 or x.shape[-1] != self.dim:
             raise ValueError(f"x has shape {tuple(x.shape)}, expected (batch, tokens, {self.dim})")
-        norm, attn = self.norm1, self.attn
+        own = self._modules
+        norm, attn = own["norm1"], own["attn"]
         if self.attention_fusible():
             qkv = ops.layer_norm_linear(x, norm.weight, norm.bias, attn.qkv.weight, attn.qkv.bias, eps=norm.eps)
             x = ops.linear_residual(
@@ -140,10 +158,10 @@ class Block(nn.Module):
                 attn.proj.weight,
                 attn.proj.bias,
                 x,
-                **branch_end(self.ls1, self.drop_path1, x),
+                **branch_end(own["ls1"], own["drop_path1"], x),
             )
         else:
             x = x + self.drop_path1(self.ls1(attn(norm(x), attn_mask=attn_mask, is_causal=is_causal)))
         if self.mlp_fusible():
-            return self.mlp.fused(x, self.norm2, **branch_end(self.ls2, self.drop_path2, x))
+            return own["mlp"].fused(x, own["norm2"], **branch_end(own["ls2"], own["drop_path2"], x))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))

@@ -10,21 +10,27 @@ from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
 
-def bypassable(module: nn.Module, *types: type) -> bool:
-    """Whether a fused op may use `module`'s parameters without calling it, and nobody can tell the difference.
+def bypassable(*roles: tuple[nn.Module, tuple[type, ...]]) -> bool:
+    """Whether a fused op may use the parameters of all these modules without calling any, and nobody can tell.
 
-    That is so when the module is exactly one of `types`, not a subclass or a stand-in (an adapter, a quantised or
-    parametrised layer), no forward or backward hook waits on it or on all modules, and its `forward` is its class's
-    own. Dropout that is active also forbids it; see `dropout_active`.
+    Each role is a module and the types it may have. It must be exactly one of them, not a subclass or a stand-in (an
+    adapter, a quantised or parametrised layer); no forward or backward hook may wait on it or on all modules; and its
+    `forward` must be its class's own. A LayerNorm must have weight and bias, and dropout that is active would also
+    be missed: see `norm_complete` and `dropout_active`.
     """
-    return type(module) in types and not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-        or _has_any_global_hook()
-    )
+    if _has_any_global_hook():
+        return False
+    for module, types in roles:
+        if (
+            type(module) not in types
+            or module._forward_hooks
+            or module._forward_pre_hooks
+            or module._backward_hooks
+            or module._backward_pre_hooks
+            or "forward" in module.__dict__
+        ):
+            return False
+    return True
 
 
 def dropout_active(dropout: nn.Dropout) -> bool:
@@ -32,14 +38,18 @@ def dropout_active(dropout: nn.Dropout) -> bool:
     return dropout.training and dropout.p > 0
 
 
-def norm_bypassable(norm: nn.Module) -> bool:
-    """`bypassable` for a LayerNorm: it must also have both a weight and a bias, as the fused ops do."""
-    return bypassable(norm, nn.LayerNorm) and norm.weight is not None and norm.bias is not None
+def norm_complete(norm: nn.LayerNorm) -> bool:
+    """Whether a LayerNorm has both a weight and a bias, as the fused ops do."""
+    return norm.elementwise_affine and norm._parameters["bias"] is not None
 
 
 def timm_layer(name: str):
     """timm's own layer of that name, or None when nobody has imported timm."""
     return getattr(sys.modules.get("timm.layers"), name, None)
+
+
+# torch's LayerNorm with the eps of the ViT family; torch's own default is 1e-5.
+vit_layer_norm = partial(nn.LayerNorm, eps=1e-6)
 
 
 def build_layer_norm(norm_layer, dim: int, device=None, dtype=None) -> nn.LayerNorm:
@@ -112,18 +122,20 @@ ACTIVATION_LAYERS = {
 }
 
 
-def activation_name(module: nn.Module) -> str | None:
-    """The key of ACTIVATION_LAYERS that a fused MLP may use in place of `module`, or None."""
-    if not bypassable(module, nn.GELU, nn.SiLU, QuickGELU):
-        return None
+def activation_name(module: nn.Module) -> str:
+    """The key of ACTIVATION_LAYERS for a module of one of the types in FUSED_ACTIVATION."""
     if type(module) is nn.GELU:
         return "gelu" if module.approximate == "none" else "gelu_tanh"
     return "silu" if type(module) is nn.SiLU else "quick_gelu"
 
 
-def branch_end_bypassable(layer_scale: nn.Module, drop_path: nn.Module) -> bool:
-    """`bypassable` for the two modules that end a residual branch."""
-    return bypassable(layer_scale, LayerScale, nn.Identity) and bypassable(drop_path, DropPath, nn.Identity)
+# The types that modules may have in the roles that `bypassable` judges.
+LINEAR = (nn.Linear,)
+LAYER_NORM = (nn.LayerNorm,)
+DROPOUT = (nn.Dropout,)
+FUSED_ACTIVATION = (nn.GELU, nn.SiLU, QuickGELU)
+LAYER_SCALE = (LayerScale, nn.Identity)
+DROP_PATH = (DropPath, nn.Identity)
 
 
 def branch_end(layer_scale: nn.Module, drop_path: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor | None]:

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import nn
 
 from fastvit import ops
 
 from .layers import (
+    DROP_PATH,
+    DROPOUT,
+    FUSED_ACTIVATION,
+    LAYER_NORM,
+    LAYER_SCALE,
+    LINEAR,
     DropPath,
     LayerScale,
     activation_name,
     branch_end,
-    branch_end_bypassable,
     build_layer_norm,
     bypassable,
     dropout_active,
-    norm_bypassable,
+    norm_complete,
+    vit_layer_norm,
 )
 
 
@@ -53,14 +57,18 @@ class _TwoLayers(nn.Module):
         )
         self.drop2 = nn.Dropout(drop)
 
-    def _linears_bypassable(self) -> bool:
+    def fusible(self) -> bool:
+        """Whether `fused` gives what calling this module's submodules would."""
+        own = self._modules
         return (
-            bypassable(self.fc1, nn.Linear)
-            and bypassable(self.fc2, nn.Linear)
-            and bypassable(self.drop1, nn.Dropout)
-            and bypassable(self.drop2, nn.Dropout)
-            and not dropout_active(self.drop1)
-            and not dropout_active(self.drop2)
+            bypassable(
+                (own["fc1"], LINEAR),
+                (own["drop1"], DROPOUT),
+                (own["fc2"], LINEAR),
+                (own["drop2"], DROPOUT),
+            )
+            and not dropout_active(own["drop1"])
+            and not dropout_active(own["drop2"])
         )
 
 
@@ -76,8 +84,7 @@ class Mlp(_TwoLayers):
         return self.drop2(self.fc2(self.drop1(self.act(self.fc1(x)))))
 
     def fusible(self) -> bool:
-        """Whether `fused` gives what calling this module and its submodules would."""
-        return self._linears_bypassable() and activation_name(self.act) is not None
+        return super().fusible() and bypassable((self.act, FUSED_ACTIVATION))
 
     def fused(self, x: torch.Tensor, norm: nn.LayerNorm, **branch_end) -> torch.Tensor:
         """x + scales * self(norm(x)), x (B, ..., D), in one op."""
@@ -123,10 +130,6 @@ class SwiGLU(_TwoLayers):
         """x (..., in_features) -> (..., out_features)."""
         return self.drop2(self.fc2(self.drop1(self._gate(self.fc1(x)))))
 
-    def fusible(self) -> bool:
-        """Whether `fused` gives what calling this module and its submodules would."""
-        return self._linears_bypassable()
-
     def fused(self, x: torch.Tensor, norm: nn.LayerNorm, **branch_end) -> torch.Tensor:
         """x + scales * self(norm(x)), x (B, ..., D), in two ops with the gate between them."""
         packed = ops.layer_norm_linear(x, norm.weight, norm.bias, self.fc1.weight, self.fc1.bias, eps=norm.eps)
@@ -147,7 +150,7 @@ class LayerNormMLP(nn.Module):
         dim: int,
         hidden_features: int | None = None,
         act_layer=nn.GELU,
-        norm_layer=partial(nn.LayerNorm, eps=1e-6),  # noqa: B008
+        norm_layer=vit_layer_norm,
         bias: bool = True,
         init_values: float | None = None,
         drop_path: float = 0.0,
@@ -168,13 +171,14 @@ class LayerNormMLP(nn.Module):
 
     def fusible(self) -> bool:
         """Whether one op gives what calling the submodules would."""
-        return (
-            norm_bypassable(self.norm)
-            and bypassable(self.fc1, nn.Linear)
-            and bypassable(self.fc2, nn.Linear)
-            and activation_name(self.act) is not None
-            and branch_end_bypassable(self.ls, self.drop_path)
-        )
+        return bypassable(
+            (self.norm, LAYER_NORM),
+            (self.fc1, LINEAR),
+            (self.act, FUSED_ACTIVATION),
+            (self.fc2, LINEAR),
+            (self.ls, LAYER_SCALE),
+            (self.drop_path, DROP_PATH),
+        ) and norm_complete(self.norm)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (B, ..., D) -> (B, ..., D). Raises ValueError for another width."""

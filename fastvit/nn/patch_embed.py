@@ -113,7 +113,7 @@ class PatchEmbed(nn.Module):
             raise ValueError(f"image is {size[0]} x {size[1]}, expected {self.img_size[0]} x {self.img_size[1]}")
         grid = self._grid("image", *size)
 
-        if bypassable(self.proj, nn.Conv2d):
+        if bypassable((self.proj, (nn.Conv2d,))):
             tokens = ops.patch_embed(
                 image, self.proj.weight, self.proj.bias, pos_embed=pos_embed, prefix=prefix, mean=mean, std=std
             )

@@ -118,7 +118,8 @@ def _check(image, weight, bias, pos_embed, prefix, mean, std):
         raise ValueError(f"{name}: prefix must have shape (P, D) with D = {embed_dim}, got {tuple(prefix.shape)}")
     patches = height // patch_height * (width // patch_width)
     tokens = patches + (0 if prefix is None else prefix.shape[0])
-    if pos_embed is not None and tuple(pos_embed.shape) not in ((patches, embed_dim), (tokens, embed_dim)):
+    fits = pos_embed is None or (pos_embed.dim() == 2 and pos_embed.shape[1] == embed_dim)
+    if not fits or (pos_embed is not None and pos_embed.shape[0] != patches and pos_embed.shape[0] != tokens):
         raise ValueError(
             f"{name}: pos_embed must have shape (N, D) = {(patches, embed_dim)} or (P + N, D) = {(tokens, embed_dim)}, "
             f"got {tuple(pos_embed.shape)}"

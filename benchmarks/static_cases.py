@@ -1,0 +1,105 @@
+"""The calls whose kernels the static report compiles: every launcher, on meta tensors of real models' sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from fastvit.kernels import (
+    attention,
+    layer_norm,
+    layer_norm_linear,
+    layer_norm_mlp,
+    linear_residual,
+    patch_embed,
+)
+
+BATCH = 64
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    """A tensor without memory: aligned as an allocation would be."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _attention(tokens, heads, head_dim, dtype, masked=False, batch=BATCH):
+    qkv = meta(batch, tokens, 3, heads, head_dim, dtype=dtype)
+    mask = meta(batch, tokens, dtype=torch.bool) if masked else None
+    bias = meta(heads, tokens, tokens, dtype=dtype) if masked else None
+    out, lse = attention.attention_forward(qkv, head_dim**-0.5, mask, bias)
+    attention.attention_backward(out, qkv, out, lse, head_dim**-0.5, mask, bias, needs_bias=masked)
+
+
+def _block(tokens, dim, dtype, stream=None, scaled=False, activation="gelu", batch=BATCH):
+    """Everything of a block but attention; stream: the dtype of the residual stream; scaled: with layer-scale and drop
+    path."""
+    rows = batch * tokens
+    x = meta(rows, dim, dtype=stream or dtype)
+    inner = meta(rows, dim, dtype=dtype)
+    norm = [meta(dim, dtype=stream or dtype) for _ in range(2)]
+    scales = [meta(dim, dtype=dtype), meta(batch, dtype=dtype)] if scaled else [None, None]
+    weight = {n: meta(n * dim, dim, dtype=dtype) for n in (1, 3, 4)}
+    bias = {n: meta(n * dim, dtype=dtype) for n in (1, 3, 4)}
+    fc2 = meta(dim, 4 * dim, dtype=dtype)
+
+    layer_norm.layer_norm_forward(x, *norm, 1e-6)
+    qkv, mean, rstd = layer_norm_linear.layer_norm_linear_forward(x, *norm, weight[3], bias[3], 1e-6)
+    layer_norm_linear.layer_norm_linear_backward(qkv, x, mean, rstd, *norm, weight[3], (True,) * 3)
+    out = linear_residual.linear_residual_forward(inner, weight[1], bias[1], x, *scales, x.dtype)
+    needs = (True, True, True, scaled)
+    linear_residual.linear_residual_backward(out, inner, weight[1], bias[1], *scales, needs)
+    for keep in (False, True):
+        out, mean, rstd, preactivation = layer_norm_mlp.layer_norm_mlp_forward(
+            x, *norm, weight[4], bias[4], fc2, bias[1], x, *scales, 1e-6, activation, x.dtype, keep
+        )
+    needs = (True,) * 5 + (scaled,)
+    layer_norm_mlp.layer_norm_mlp_backward(
+        out, x, mean, rstd, preactivation, *norm, weight[4], fc2, bias[1], *scales, activation, True, needs
+    )
+
+
+def _patch_embed(size, patch, dim, dtype, image_dtype=None, channels_last=False, prefix=1, batch=BATCH):
+    image = meta(batch, 3, size, size, dtype=image_dtype or dtype)
+    if channels_last:
+        image = image.to(memory_format=torch.channels_last)
+    weight, bias = meta(dim, 3, patch, patch, dtype=dtype), meta(dim, dtype=dtype)
+    tokens = (size // patch) ** 2 + prefix
+    rows = [meta(tokens, dim, dtype=dtype), meta(prefix, dim, dtype=dtype)]
+    # Each image dtype is normalised as the models do it: uint8 in the kernel, floats before.
+    normalisation = [(0.5,) * 3, (0.5,) * 3] if image_dtype == torch.uint8 else [None, None]
+    # The statistics are made on the CPU and copied, which a meta tensor cannot take part in.
+    out = patch_embed.patch_embed_forward(image, weight, bias, *rows, *normalisation, dtype)
+    needs_image = image.is_floating_point()
+    patch_embed.patch_embed_backward(out, image, weight, prefix, *normalisation, needs_image, True)
+
+
+def cases() -> list[tuple[str, Callable[[], object]]]:
+    """(label, call) pairs; each call runs real launchers on meta tensors."""
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    listed = [
+        ("block S/16 bf16", lambda: _block(197, 384, bf16)),
+        ("block B/16 bf16", lambda: _block(197, 768, bf16)),
+        ("block B/16 bf16, batch 1", lambda: _block(197, 768, bf16, batch=1)),
+        ("block B/16 bf16, float32 stream, scaled", lambda: _block(197, 768, bf16, stream=fp32, scaled=True)),
+        ("block B/16 fp16, scaled", lambda: _block(197, 768, fp16, scaled=True)),
+        ("block B/16 fp32", lambda: _block(197, 768, fp32, scaled=True)),
+        ("patch embedding B/16 bf16", lambda: _patch_embed(224, 16, 768, bf16)),
+        ("patch embedding B/16 bf16, uint8", lambda: _patch_embed(224, 16, 768, bf16, torch.uint8)),
+        ("patch embedding B/16 bf16, channels_last", lambda: _patch_embed(224, 16, 768, bf16, channels_last=True)),
+        ("patch embedding B/32 bf16, float32 image", lambda: _patch_embed(224, 32, 768, bf16, fp32)),
+        ("patch embedding B/8 bf16", lambda: _patch_embed(224, 8, 768, bf16)),
+        ("patch embedding L/14 fp16", lambda: _patch_embed(224, 14, 1024, fp16)),
+        ("patch embedding B/16 fp32", lambda: _patch_embed(224, 16, 768, fp32)),
+    ]
+    for activation in ("gelu_tanh", "quick_gelu", "silu"):
+        listed.append(
+            (f"block S/16 bf16, {activation}", lambda activation=activation: _block(197, 384, bf16, None, False, activation))
+        )
+    for head_dim in (16, 32, 48, 64, 72, 80, 88, 96, 104, 112, 128):
+        listed.append((f"attention d={head_dim} bf16", lambda d=head_dim: _attention(197, 8, d, bf16)))
+    for head_dim in (64, 80, 128):
+        listed.append((f"attention d={head_dim} bf16, masked", lambda d=head_dim: _attention(197, 8, d, bf16, masked=True)))
+        listed.append((f"attention d={head_dim} fp32", lambda d=head_dim: _attention(197, 8, d, fp32)))
+    listed.append(("attention d=64 fp16", lambda: _attention(257, 16, 64, fp16)))
+    return listed

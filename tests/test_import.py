@@ -1,0 +1,72 @@
+"""`import fastvit` is cheap and changes nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+SCRIPT = """
+import json, os, sys, time
+import torch
+
+def state():
+    return [torch.get_default_dtype(), torch.get_num_threads(), torch.get_num_interop_threads(),
+            torch.get_float32_matmul_precision(), torch.backends.cuda.matmul.allow_tf32,
+            torch.backends.cudnn.benchmark, torch.is_grad_enabled(), torch.are_deterministic_algorithms_enabled(),
+            dict(os.environ), list(sys.path)]
+
+before, modules = state(), set(sys.modules)
+start = time.perf_counter()
+import fastvit
+seconds = time.perf_counter() - start
+new = {name.partition(".")[0] for name in set(sys.modules) - modules} - sys.stdlib_module_names
+print(json.dumps({"seconds": seconds, "new": sorted(new), "unchanged": before == state(),
+                  "cuda": torch.cuda.is_initialized(), "names": fastvit.__all__}))
+"""
+
+
+def run(code: str, cwd=ROOT, **environment: str) -> subprocess.CompletedProcess:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("TRITON_", "FASTVIT_"))}
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=cwd, env={**kept, **environment}, capture_output=True, text=True, check=True
+    )
+
+
+@pytest.fixture(scope="module")
+def imports() -> list[dict]:
+    """What three fresh processes saw of `import fastvit` after `import torch`."""
+    return [json.loads(run(SCRIPT).stdout) for _ in range(3)]
+
+
+def test_imports_nothing_but_itself(imports):
+    assert imports[0]["new"] == ["fastvit"]
+
+
+def test_changes_no_global_state(imports):
+    assert imports[0]["unchanged"] and not imports[0]["cuda"]
+
+
+def test_adds_at_most_300_ms(imports):
+    assert min(result["seconds"] for result in imports) <= 0.3
+
+
+def test_prints_nothing():
+    done = run("import fastvit")
+    assert (done.stdout, done.stderr) == ("", "")
+
+
+def test_every_public_name_is_there():
+    run("import fastvit\nfor name in fastvit.__all__: assert getattr(fastvit, name) is not None, name")
+
+
+def test_kernels_is_no_top_level_import(tmp_path):
+    """A well-known package has that name, and transformers imports it wherever it finds one."""
+    code = "import importlib.util as u; spec = u.find_spec('kernels'); print(spec and spec.submodule_search_locations)"
+    assert str(ROOT) not in run(code, cwd=tmp_path, PYTHONPATH="").stdout

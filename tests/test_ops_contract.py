@@ -1,0 +1,315 @@
+"""What every op promises, held for all of them: see "The contract of an op" in docs/architecture.md."""
+
+from __future__ import annotations
+
+import inspect
+
+import numpy as np
+import pytest
+import torch
+from samples import SAMPLES, gradients, relative_rms
+
+import fastvit
+from fastvit import ops, reference
+from fastvit.dispatch import interpreting
+
+pytestmark = pytest.mark.usefixtures("triton_backend")
+every_op = pytest.mark.parametrize("sample", SAMPLES, ids=str)
+HALF = [torch.bfloat16, torch.float16]
+
+
+def results(sample, tensors, module=None, upstream=None):
+    """Output and gradients by name; the output gradient is drawn from its shape, the same each time."""
+    out = sample.run(tensors, module)
+    if upstream is None:
+        upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    return {"out": out, **gradients(out, tensors, upstream.to(out))}
+
+
+def in_float64(sample, tensors):
+    """The truth for these tensors: the reference in float64."""
+    wide = {n: t.detach().double() if t.is_floating_point() else t for n, t in tensors.items()}
+    for name, tensor in wide.items():
+        tensor.requires_grad_(tensors[name].requires_grad)
+    return results(sample, wide, reference)
+
+
+def assert_as_good_as_torch(sample, tensors, got, factor):
+    """Each tensor's error against float64 is at most `factor` times plain PyTorch's in the same dtype."""
+    truth, plain = in_float64(sample, tensors), results(sample, tensors, reference)
+    for name, value in got.items():
+        assert value.dtype == plain[name].dtype, name
+        assert value.shape == truth[name].shape, name
+        # A result rounded once is off by eps / sqrt(12); below that the ratio of two errors is luck.
+        limit = max(factor * relative_rms(plain[name], truth[name]), torch.finfo(value.dtype).eps / 12**0.5)
+        assert relative_rms(value, truth[name]) <= limit, name
+
+
+@every_op
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+def test_matches_reference(sample, dtype, device):
+    tensors = sample.tensors(dtype, device)
+    assert_as_good_as_torch(sample, tensors, results(sample, tensors), 2.0 if dtype == torch.float32 else 1.5)
+
+
+@every_op
+def test_same_call_as_reference(sample):
+    assert str(inspect.signature(getattr(ops, sample.op))) == str(inspect.signature(getattr(reference, sample.op)))
+
+
+@every_op
+@pytest.mark.skipif(not interpreting(), reason="float64 runs in the interpreter only")
+def test_gradcheck(sample):
+    tensors = sample.tensors(torch.float64)
+    names = [name for name, tensor in tensors.items() if tensor.requires_grad]
+
+    def function(*values):
+        return sample.run({**tensors, **dict(zip(names, values, strict=True))})
+
+    assert torch.autograd.gradcheck(function, [tensors[name] for name in names], fast_mode=True)
+
+
+@every_op
+def test_custom_ops_pass_opcheck(sample, device, monkeypatch):
+    calls = []
+    modules = inspect.getmodule(getattr(ops, sample.op))
+    for name in (f"{sample.op}_forward", f"{sample.op}_backward"):
+        op = getattr(modules, name)
+        monkeypatch.setattr(modules, name, lambda *args, op=op: calls.append((op, args)) or op(*args))
+    tensors = sample.tensors(device=device)
+    results(sample, tensors)
+    assert len(calls) == 2
+    for op, args in calls:
+        args = [arg.detach() if isinstance(arg, torch.Tensor) else arg for arg in args]
+        torch.library.opcheck(op, args)
+
+
+@every_op
+def test_compiles_to_one_graph(sample, device):
+    torch.compiler.reset()  # the samples share one function, and its compiled forms would add up to torch's limit
+    tensors = sample.tensors(device=device)
+    compiled = torch.compile(sample.run, fullgraph=True, backend="aot_eager")
+    expected = results(sample, tensors)
+    out = compiled(tensors)
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
+    got = {"out": out, **gradients(out, tensors, upstream)}
+    for name, value in expected.items():
+        assert torch.equal(got[name], value), name
+
+
+@every_op
+def test_differentiating_twice_is_refused(sample, device):
+    tensors = sample.tensors(device=device)
+    out = sample.run(tensors)
+    first = torch.autograd.grad(out.square().sum(), next(iter(tensors.values())), create_graph=True) if (
+        next(iter(tensors.values())).requires_grad
+    ) else torch.autograd.grad(out.square().sum(), tensors["weight"], create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+        first[0].square().sum().backward()
+
+
+@every_op
+def test_backward_is_deterministic(sample, device):
+    tensors = sample.tensors(torch.bfloat16, device)
+    first, second = results(sample, tensors), results(sample, tensors)
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+@every_op
+@pytest.mark.parametrize("batch", [0, 1])
+def test_batch_of_none_and_of_one(sample, batch, device):
+    tensors = sample.tensors(device=device)
+    for name in ("x", "qkv", "image", "residual", "key_padding_mask", "drop_path_scale"):
+        if name in tensors:
+            tensors[name] = tensors[name].detach()[:batch].requires_grad_(tensors[name].requires_grad)
+    got = results(sample, tensors)
+    if batch:
+        assert_as_good_as_torch(sample, tensors, got, 2.0)
+    for name, tensor in tensors.items():
+        if name in got:
+            assert got[name].shape == tensor.shape
+            assert batch or not got[name].any(), name
+
+
+@every_op
+def test_strided_inputs_and_gradients(sample, device):
+    """Every other element of a buffer twice as long, along every axis; an output gradient of zero strides."""
+    tensors = sample.tensors(device=device)
+    expected_upstream = torch.randn(sample.run(tensors).shape[-1]).to(device)
+    expected = results(sample, tensors, upstream=expected_upstream.expand(sample.run(tensors).shape).contiguous())
+    strided = {}
+    for name, tensor in tensors.items():
+        buffer = torch.zeros([2 * size for size in tensor.shape], dtype=tensor.dtype, device=device)
+        view = buffer[tuple(slice(None, None, 2) for _ in tensor.shape)]
+        view.copy_(tensor.detach())
+        strided[name] = view.requires_grad_(tensor.requires_grad)
+    got = results(sample, strided, upstream=expected_upstream.expand(sample.run(tensors).shape))
+    for name, value in expected.items():
+        assert torch.equal(got[name], value), name
+
+
+@every_op
+def test_expanded_inputs(sample, device):
+    """One sample shown B times with a batch stride of 0."""
+    tensors = sample.tensors(device=device)
+    batched = next(name for name in ("x", "qkv", "image") if name in tensors)
+    tensors[batched] = tensors[batched].detach()[:1].expand_as(tensors[batched])
+    tensors[batched].requires_grad_(tensors[batched].is_floating_point())
+    whole = {**tensors, batched: tensors[batched].detach().clone().requires_grad_(tensors[batched].requires_grad)}
+    got, expected = results(sample, tensors), results(sample, whole)
+    for name, value in expected.items():
+        assert torch.equal(got[name], value), name
+
+
+@every_op
+def test_autocast_follows_torch(sample, device):
+    """float32 tensors under bfloat16 autocast: the reference's dtypes, and errors as small."""
+    tensors = sample.tensors(device=device)
+    with torch.autocast(device, torch.bfloat16):
+        plain = results(sample, tensors, reference)
+        got = results(sample, tensors)
+    truth = in_float64(sample, tensors)
+    for name, value in got.items():
+        assert value.dtype == plain[name].dtype, name
+        limit = max(1.5 * relative_rms(plain[name], truth[name]), torch.finfo(torch.float32).eps)
+        assert relative_rms(value, truth[name]) <= limit, name
+
+
+@every_op
+def test_frozen_tensors_cost_nothing(sample, device, monkeypatch):
+    """With only one tensor to train, fewer kernels run than with all, and the others get no gradient."""
+    from fastvit.kernels import gemm, reduce
+
+    launches = []
+    for module, name in ((gemm, "launch"), (reduce, "column_sum")):
+        original = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, original=original, **k: launches.append(1) or original(*a, **k))
+
+    def backward(trained):
+        tensors = sample.tensors(device=device)
+        for name, tensor in tensors.items():
+            tensor.requires_grad_(tensor.requires_grad and name in trained)
+        out = sample.run(tensors)
+        launches.clear()
+        gradients(out, tensors, torch.ones_like(out))
+        return len(launches)
+
+    names = [name for name, tensor in sample.tensors().items() if tensor.requires_grad]
+    last_bias = [name for name in names if "bias" in name][-1:]
+    if sample.op in ("layer_norm", "attention"):
+        assert backward(names) == 0  # one launch for everything, and no product or sum beside it
+    else:
+        assert backward(last_bias) < backward(names)
+
+
+@every_op
+def test_explain_names_the_back_end(sample, device):
+    tensors = sample.tensors(device=device)
+    explanation = fastvit.explain(sample.op, **tensors, **sample.options)
+    assert (explanation.backend, explanation.reasons) == ("triton", ())
+    with fastvit.use_backend("torch"):
+        explanation = fastvit.explain(sample.op, **tensors, **sample.options)
+    assert explanation.backend == "torch"
+    assert "asked for" in str(explanation)
+
+
+@every_op
+def test_all_reasons_are_given(sample):
+    """Asked for kernels that cannot run, an op lists every reason, and `explain` lists the same."""
+    tensors = sample.tensors(device="meta")
+    explanation = fastvit.explain(sample.op, **tensors, **sample.options)
+    assert explanation.backend == "torch"
+    assert any("meta" in reason for reason in explanation.reasons)
+    with pytest.raises(RuntimeError) as error:
+        sample.run(tensors)
+    for reason in explanation.reasons:
+        assert reason in str(error.value)
+
+
+@every_op
+def test_mixed_devices_are_refused(sample):
+    tensors = sample.tensors()
+    last = next(name for name in reversed(tensors) if name not in ("x", "qkv", "image"))if len(tensors) > 1 else None
+    if last is None:
+        return
+    tensors[last] = tensors[last].to("meta")
+    with pytest.raises(ValueError, match=f"{last.removeprefix('norm_')} is on meta"):
+        sample.run(tensors)
+
+
+@every_op
+def test_integer_weights_are_refused(sample):
+    tensors = sample.tensors()
+    name = next((name for name in tensors if "weight" in name), "qkv")
+    tensors[name] = tensors[name].detach().int()
+    with pytest.raises(TypeError, match="floating-point"):
+        sample.run(tensors)
+
+
+@every_op
+def test_float32_products_may_use_tf32_when_torch_allows_it(sample, device):
+    if sample.op == "layer_norm":
+        return
+    tensors = sample.tensors(device=device)
+    exact = sample.run(tensors)
+    torch.set_float32_matmul_precision("high")
+    try:
+        rounded = sample.run(tensors)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert 1e-5 < relative_rms(rounded, exact) < 1e-2
+
+
+@pytest.mark.skipif(not interpreting(), reason="needs a few GB of lazily allocated memory, which a GPU does not have")
+class TestBeyond32Bits:
+    """Views whose last element lies past 2**31: an int32 offset would wrap."""
+
+    def view(self, shape, dtype=torch.bfloat16):
+        stride = 2**31 // (shape[0] - 1) + 64
+        rest = shape[1:]
+        inner = [int(np.prod(rest[i + 1 :])) for i in range(len(rest))]
+        elements = (shape[0] - 1) * stride + int(np.prod(rest))
+        # numpy's zeros are mapped when touched: a few pages of these GBs ever are.
+        buffer = torch.from_numpy(np.zeros(elements * dtype.itemsize, np.uint8)).view(dtype)
+        view = buffer.as_strided(shape, (stride, *inner))
+        view.copy_(torch.randn(shape) if dtype.is_floating_point else torch.randint(0, 256, shape))
+        return view
+
+    @pytest.mark.parametrize("name", ["layer_norm", "layer_norm_linear", "linear_residual", "layer_norm_mlp"])
+    def test_rows(self, name):
+        sample = next(s for s in SAMPLES if s.name == name)
+        tensors = sample.tensors(torch.bfloat16)
+        shape = (3, tensors["x"].shape[-1])
+        tensors["x"] = self.view(shape).requires_grad_()
+        for extra, size in (("residual", 3), ("drop_path_scale", 3)):
+            if extra in tensors:
+                tail = tensors[extra].shape[1:] if extra == "drop_path_scale" else tensors[extra].shape[2:]
+                tensors[extra] = torch.rand(size, *tail).to(tensors[extra].dtype)
+                tensors[extra].requires_grad_(extra == "residual")
+        dense = {**tensors, "x": tensors["x"].detach().clone(memory_format=torch.contiguous_format).requires_grad_()}
+        got, expected = results(sample, tensors), results(sample, dense)
+        for key, value in expected.items():
+            assert torch.equal(got[key], value), key
+
+    def test_attention(self):
+        qkv = self.view((3, 21, 3, 2, 16))
+        dense = qkv.clone(memory_format=torch.contiguous_format)
+        for tensor in (qkv, dense):
+            tensor.requires_grad_()
+        upstream = torch.randn(3, 21, 32).bfloat16()
+        out, expected = ops.attention(qkv), ops.attention(dense)
+        assert torch.equal(out, expected)
+        (grad,) = torch.autograd.grad(out, qkv, upstream)
+        (expected_grad,) = torch.autograd.grad(expected, dense, upstream)
+        assert torch.equal(grad, expected_grad)
+
+    def test_patch_embed(self):
+        image = self.view((3, 3, 16, 16), torch.uint8)
+        weight = torch.randn(24, 3, 8, 8, requires_grad=True)
+        out, expected = ops.patch_embed(image, weight), ops.patch_embed(image.contiguous(), weight)
+        assert torch.equal(out, expected)
+        upstream = torch.randn_like(out)
+        assert torch.equal(
+            torch.autograd.grad(out, weight, upstream)[0], torch.autograd.grad(expected, weight, upstream)[0]
+        )
