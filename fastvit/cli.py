@@ -265,8 +265,8 @@ def verify(arguments: argparse.Namespace) -> int:
         _note(f"Verifying {len(cases)} cases with compiled Triton kernels on {environment['device']}.")
     else:
         _note(
-            f"Verifying {len(cases)} cases with Triton's interpreter on the CPU, not on a GPU: this checks the kernels' "
-            "arithmetic and memory accesses, at small sizes, and says nothing about speed."
+            f"Verifying {len(cases)} cases with Triton's interpreter on the CPU, not on a GPU: this checks the "
+            "kernels' arithmetic and memory accesses, at small sizes, and says nothing about speed."
         )
 
     table = report.Table({"case": -62, "worst tensor": -18, "ours": 9, "PyTorch": 9, "ratio": 6, "s": 5, "": -4})
@@ -350,9 +350,10 @@ def bench(arguments: argparse.Namespace) -> int:
     environment = report.environment(device)
     backend = "Triton kernels" if device.startswith("cuda") else "PyTorch back end; the Triton kernels need a GPU"
     _note(
-        f"Timing on {environment['device']} ({backend}); weights: {settings.weights}; images: {settings.images}. images/s: median. ours/this: our "
-        "speed over this peer's in paired rounds, median [quartiles]. error: of the logits, relative rms against the "
-        "float64 reference. peak MB: what a forward pass takes beyond weights and input."
+        f"Timing on {environment['device']} ({backend}); weights: {settings.weights}; images: {settings.images}. "
+        "images/s: median. ours/this: our speed over this peer's in paired rounds, median [quartiles]. error: of the "
+        "logits, relative rms against the float64 reference. peak MB: what a forward pass takes beyond weights and "
+        "input."
     )
     table = report.Table(
         {"model": -24, "dtype": -5, "batch": 5, "by": -9, "images/s": 9, "ours/this": 19, "error": 8, "peak MB": 8}

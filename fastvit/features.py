@@ -30,7 +30,7 @@ def check_format(path: Path) -> None:
 
 
 class Features:
-    """Rows as they are computed, and the file they go to. `facts` say what made them: rows of other facts do not mix."""
+    """Rows as they are computed, and the file they go to. `facts` say what made them: rows of others are refused."""
 
     def __init__(self, path: Path, facts: dict):
         self.path, self.partial = path, path.with_name(f"{path.name}.partial")

@@ -91,7 +91,6 @@ class Result:
 
     def as_dict(self) -> dict:
         """For JSON, which has no NaN and no infinity: those become strings."""
-        number = lambda value: value if math.isfinite(value) else str(value)  # noqa: E731
         return {
             "op": self.case.op,
             "case": self.case.label,
@@ -100,10 +99,15 @@ class Result:
             "reason": self.reason,
             "seconds": round(self.seconds, 3),
             "tensors": [
-                {"name": t.name, "ours": number(t.ours), "plain": number(t.plain), "limit": number(t.limit), "ok": t.ok}
+                {"name": t.name, "ok": t.ok}
+                | {key: _for_json(getattr(t, key)) for key in ("ours", "plain", "limit")}
                 for t in self.tensors
             ],
         }
+
+
+def _for_json(value: float) -> float | str:
+    return value if math.isfinite(value) else str(value)
 
 
 def run_case(case: Case, device: str) -> Result:
@@ -439,7 +443,8 @@ def _cases_of(sizes: Sizes, dtype: torch.dtype) -> Iterator[Case]:
                  heads=heads, dim=dim)  # fmt: skip
     for label, side, patch, dim in sizes.patches:
         rank = 0 if label == sizes.patches[0][0] else 2
-        yield op("patch_embed", label, _patch_embed, rank, batch=batch, size=(side, side), patch=(patch, patch), dim=dim)
+        image = {"batch": batch, "size": (side, side), "patch": (patch, patch), "dim": dim}
+        yield op("patch_embed", label, _patch_embed, rank, **image)
 
     for name, overrides in sizes.models:
         label = " ".join([name, *(f"{key}={value}" for key, value in overrides.items())])

@@ -140,7 +140,8 @@ def test_randomise_makes_every_parameter_matter():
 @needs_interpreter
 def test_command_writes_json_and_says_it_is_the_interpreter(tmp_path, capsys):
     output = tmp_path / "v.json"
-    assert cli.main(["verify", "--device", "cpu", "--ops", "layer_norm", "--dtypes", "bf16", "--json", str(output)]) == 0
+    chosen = ["--device", "cpu", "--ops", "layer_norm", "--dtypes", "bf16"]
+    assert cli.main(["verify", *chosen, "--json", str(output)]) == 0
     printed = capsys.readouterr()
     assert "interpreter on the CPU, not on a GPU" in printed.err
     assert "1 passed, 0 failed, 0 not run" in printed.out

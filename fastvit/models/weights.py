@@ -124,7 +124,7 @@ def _fit_position_table(table, config, grid_size, path):
             grid_size = (side, side)
         else:
             raise ValueError(
-                f"pos_embed in {os.fspath(path)} has {rows} patch rows, expected a square number, the model's or grid_size's"
+                f"pos_embed in {os.fspath(path)} has {rows} patch rows, expected grid_size's, the model's or a square"
             )
     return resample_position_table(table, grid_size, config.grid_size, prefix_rows, config.pos_resampling)
 

@@ -1,0 +1,146 @@
+"""attention beyond the contract: head dims, lengths, masks and biases, extreme scores, bad input."""
+
+import pytest
+import torch
+from samples import relative_rms
+
+import fastvit
+from fastvit import ops, reference
+
+pytestmark = pytest.mark.usefixtures("triton_backend")
+
+
+def run(function, qkv, upstream, **kwargs):
+    leaf = qkv.detach().requires_grad_()
+    out = function(leaf, **kwargs)
+    return out.detach(), torch.autograd.grad(out, leaf, upstream.to(out))[0]
+
+
+def assert_matches(qkv, **kwargs):
+    """Output and gradient against float64; the bar is plain PyTorch in the same dtype."""
+    dtype = qkv.dtype
+    shape = (*qkv.shape[:2], qkv.shape[3] * qkv.shape[4])
+    upstream = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(qkv)
+    wide = {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in kwargs.items()}
+    truth = run(reference.attention, qkv.double(), upstream, **wide)
+    # SDPA with a bias computes in float32 whatever the dtype; the formula in the dtype is the bar there.
+    plain_op = reference.attention if "attn_bias" in kwargs else ops.attention
+    with fastvit.use_backend("torch"):
+        plain = run(plain_op, qkv, upstream, **kwargs)
+    ours = run(ops.attention, qkv, upstream, **kwargs)
+    factor = 2.0 if dtype == torch.float32 else 1.5
+    for t, p, o in zip(truth, plain, ours, strict=True):
+        assert relative_rms(o, t) <= max(factor * relative_rms(p, t), torch.finfo(dtype).eps / 12**0.5)
+    return ours
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("head_dim", [16, 32, 48, 64, 72, 80, 88, 96, 104, 112, 128])
+def test_head_dims(head_dim, dtype, device):
+    assert_matches(torch.randn(1, 37, 3, 2, head_dim, device=device).to(dtype))
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 64, 65, 197, 257])
+def test_lengths(tokens, device):
+    assert_matches(torch.randn(2, tokens, 3, 2, 32, device=device).bfloat16())
+
+
+def test_qkv_of_a_linear_layer_is_read_in_place(device):
+    """A view of (B, N, 3 * H * d), and one whose heads and halves are permuted."""
+    packed = torch.randn(2, 21, 3 * 2 * 32, device=device)
+    expected = assert_matches(packed.view(2, 21, 3, 2, 32))
+    permuted = packed.view(2, 21, 3, 2, 32).permute(3, 0, 2, 1, 4).contiguous().permute(1, 3, 2, 0, 4)
+    for got, want in zip(assert_matches(permuted), expected, strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("shape", [(21, 21), (2, 21, 21), (1, 1, 21, 21), (3, 1, 1, 21), (3, 2, 21, 1)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bias_broadcasts_and_has_a_gradient(shape, dtype, device):
+    qkv = torch.randn(3, 21, 3, 2, 16, device=device).to(dtype)
+    bias = torch.randn(shape, device=device).to(dtype)
+    assert_matches(qkv, attn_bias=bias)
+    grads = []
+    for function, to in ((reference.attention, torch.float64), (reference.attention, dtype), (ops.attention, dtype)):
+        leaf = bias.detach().to(to).requires_grad_()
+        function(qkv.to(to), attn_bias=leaf).square().sum().backward()
+        grads.append(leaf.grad)
+    truth, plain, ours = grads
+    assert ours.shape == shape
+    assert relative_rms(ours, truth) <= (2.0 if dtype == torch.float32 else 1.5) * relative_rms(plain, truth)
+
+
+def test_masked_keys_do_not_count(device):
+    qkv = torch.randn(2, 70, 3, 2, 32, device=device)
+    mask = torch.ones(2, 70, dtype=torch.bool, device=device)
+    mask[0, 40:] = False
+    out, grad = assert_matches(qkv, key_padding_mask=mask)
+    short, _ = assert_matches(qkv[:1, :40])
+    assert relative_rms(out[:1, :40], short) < 1e-6
+    assert not grad[0, 40:, 1:].any()  # no gradient to masked keys and values
+    poisoned = qkv.clone()
+    poisoned[0, 40:, 1:] = 1e4
+    assert relative_rms(ops.attention(poisoned, key_padding_mask=mask)[:, :40], out[:, :40]) < 1e-6
+
+
+@pytest.mark.parametrize("how", ["mask", "bias"])
+def test_a_query_with_no_key_gets_zeros(how, device):
+    qkv = torch.randn(2, 37, 3, 2, 16, device=device)
+    if how == "mask":
+        mask = torch.ones(2, 37, dtype=torch.bool, device=device)
+        mask[1] = False
+        kwargs = {"key_padding_mask": mask}
+        dead = (1, slice(None))
+    else:
+        bias = torch.zeros(37, 37, device=device)
+        bias[5] = float("-inf")
+        kwargs = {"attn_bias": bias}
+        dead = (slice(None), 5)
+    out, grad = run(ops.attention, qkv, torch.ones(2, 37, 32), **kwargs)
+    expected, expected_grad = run(reference.attention, qkv, torch.ones(2, 37, 32), **kwargs)
+    assert not out[dead].any()
+    assert relative_rms(out, expected) < 1e-6
+    assert relative_rms(grad, expected_grad) < 1e-6
+    with fastvit.use_backend("torch"):
+        assert relative_rms(run(ops.attention, qkv, torch.ones(2, 37, 32), **kwargs)[0], expected) < 1e-6
+
+
+def test_scores_far_beyond_exp_do_not_overflow(device):
+    qkv = torch.randn(1, 70, 3, 1, 16, device=device) * 30
+    out, grad = assert_matches(qkv)
+    assert out.isfinite().all()
+    assert grad.isfinite().all()
+
+
+def test_what_the_kernels_lack_runs_in_torch(device):
+    wide = torch.randn(1, 5, 3, 1, 160, device=device)
+    explanation = fastvit.explain("attention", wide, dropout_p=0.5)
+    assert explanation.backend == "torch"
+    assert [reason for reason in explanation.reasons if "160" in reason]
+    assert [reason for reason in explanation.reasons if "dropout" in reason]
+    with pytest.raises(RuntimeError, match="head dimension 160.*dropout"):
+        ops.attention(wide, dropout_p=0.5)
+    with fastvit.use_backend("auto"):
+        assert relative_rms(ops.attention(wide), reference.attention(wide)) < 1e-6
+        dropped = ops.attention(torch.ones(1, 64, 3, 1, 16, device=device), dropout_p=0.5)
+        assert dropped.std() > 0.01  # all values are ones: only dropout makes the outputs differ
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"qkv": torch.zeros(2, 5, 2, 1, 8)}, ValueError, r"qkv must have shape \(B, N, 3, H, d\), got \(2, 5, 2, 1, 8\)"),
+        ({"qkv": torch.zeros(2, 5, 24)}, ValueError, r"qkv must have shape \(B, N, 3, H, d\)"),
+        ({"qkv": torch.zeros(2, 5, 3, 1, 0)}, ValueError, "head dimension of at least 1"),
+        ({"dropout_p": 1.0}, ValueError, r"dropout_p must be in \[0, 1\), got 1.0"),
+        ({"key_padding_mask": torch.ones(2, 5)}, TypeError, "key_padding_mask must be bool"),
+        ({"key_padding_mask": torch.ones(2, 6, dtype=torch.bool)}, ValueError, r"\(B, N\) = \(2, 5\), got \(2, 6\)"),
+        ({"attn_bias": torch.zeros(4, 5)}, ValueError, r"attn_bias must broadcast to .* got \(4, 5\)"),
+        ({"attn_bias": torch.zeros(1, 2, 1, 5, 5)}, ValueError, "attn_bias must broadcast"),
+        ({"attn_bias": torch.zeros(5, 5, dtype=torch.int64)}, TypeError, "attn_bias must have a floating-point dtype"),
+    ],
+)
+def test_bad_input(changes, error, message):
+    arguments = {"qkv": torch.zeros(2, 5, 3, 1, 8), **changes}
+    with pytest.raises(error, match=message):
+        ops.attention(arguments.pop("qkv"), **arguments)

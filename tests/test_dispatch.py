@@ -1,0 +1,72 @@
+"""Which back end runs an op, and what it says of it."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fastvit
+from fastvit import dispatch, ops
+
+
+def test_auto_takes_torch_on_the_cpu():
+    x, weight = torch.randn(2, 8), torch.ones(8)
+    explanation = fastvit.explain("layer_norm", x, weight, weight)
+    assert explanation.backend == "torch"
+    assert "CPU" in explanation.reasons[0]
+
+
+def test_the_back_end_is_restored_even_after_an_error():
+    with pytest.raises(ZeroDivisionError), fastvit.use_backend("triton"):
+        assert dispatch.requested_backend() == "triton"
+        with fastvit.use_backend("torch"):
+            assert dispatch.requested_backend() == "torch"
+        assert dispatch.requested_backend() == "triton"
+        raise ZeroDivisionError
+    assert dispatch.requested_backend() == "auto"
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ValueError, match="unknown back end 'cuda', expected one of auto, triton, torch"), fastvit.use_backend("cuda"):
+        pass
+    with pytest.raises(ValueError, match="unknown op 'softmax', expected one of attention, layer_norm"):
+        fastvit.explain("softmax", torch.zeros(1))
+
+
+def test_explain_checks_arguments_as_the_op_does():
+    with pytest.raises(ValueError, match="norm weight must have shape"):
+        fastvit.explain("layer_norm", torch.zeros(2, 8), torch.zeros(7), torch.zeros(8))
+
+
+def run(code, **environment):
+    kept = {key: value for key, value in os.environ.items() if key not in ("TRITON_INTERPRET", "FASTVIT_BACKEND")}
+    return subprocess.run(
+        [sys.executable, "-c", code], env={**kept, **environment}, capture_output=True, text=True, check=False
+    )
+
+
+def test_backend_from_the_environment():
+    code = "import fastvit.dispatch as d; print(d.requested_backend())"
+    assert run(code, FASTVIT_BACKEND="torch").stdout.strip() == "torch"
+    assert "FASTVIT_BACKEND: unknown back end 'gpu'" in run(code, FASTVIT_BACKEND="gpu").stderr
+
+
+def test_triton_without_gpu_or_interpreter_is_one_clear_error():
+    code = (
+        "import torch, fastvit\n"
+        "with fastvit.use_backend('triton'): fastvit.ops.layer_norm(torch.ones(2, 8), torch.ones(8), torch.ones(8))"
+    )
+    error = run(code).stderr.strip().splitlines()[-1]
+    assert error.startswith("RuntimeError: back end 'triton' was asked for, but layer_norm cannot run on it: ")
+    assert "TRITON_INTERPRET is not set" in error
+
+
+def test_no_triton_is_a_reason_not_a_crash(monkeypatch):
+    monkeypatch.setattr(dispatch, "_has_triton", False)
+    x, weight = torch.randn(2, 8), torch.ones(8)
+    assert "Triton is not installed" in fastvit.explain("layer_norm", x, weight, weight).reasons
+    assert torch.equal(ops.layer_norm(x, weight, weight), fastvit.reference.layer_norm(x, weight, weight))
+    with fastvit.use_backend("triton"), pytest.raises(RuntimeError, match="Triton is not installed"):
+        ops.layer_norm(x, weight, weight)

@@ -1,0 +1,148 @@
+"""layer_norm, layer_norm_linear, linear_residual and layer_norm_mlp beyond the contract."""
+
+import pytest
+import torch
+from samples import SAMPLES, gradients, relative_rms
+
+import fastvit
+from fastvit import ops, reference
+from fastvit.reference.ops import ACTIVATIONS
+
+pytestmark = pytest.mark.usefixtures("triton_backend")
+BY_NAME = {sample.name: sample for sample in SAMPLES}
+
+
+@pytest.mark.parametrize("dim", [1, 3, 64, 100, 768, 1536])
+def test_row_lengths(dim, device):
+    x = (3 + torch.randn(13, dim, device=device)).requires_grad_()
+    weight, bias = torch.randn(dim, device=device), torch.randn(dim, device=device)
+    out, truth = ops.layer_norm(x, weight, bias), reference.layer_norm(x.double(), weight.double(), bias.double())
+    assert relative_rms(out, truth) < 2e-6
+    upstream = torch.randn_like(out)
+    (grad,) = torch.autograd.grad(out, x, upstream)
+    (expected,) = torch.autograd.grad(truth, x, upstream.double())
+    assert (grad - expected).norm() <= 2e-6 * upstream.norm() * weight.norm()
+
+
+@pytest.mark.parametrize("mean", [0.0, 8.0, 1000.0])
+def test_statistics_survive_a_large_mean(mean, device):
+    x = torch.randn(64, 192, device=device) + mean
+    one, zero = torch.ones(192, device=device), torch.zeros(192, device=device)
+    truth = reference.layer_norm(x.double(), one.double(), zero.double())
+    plain = relative_rms(reference.layer_norm(x, one, zero), truth)
+    assert relative_rms(ops.layer_norm(x, one, zero), truth) <= 2 * plain
+
+
+def test_eps_is_the_one_asked_for(device):
+    x = 1e-3 * torch.randn(7, 64, device=device)
+    one, zero = torch.ones(64, device=device), torch.zeros(64, device=device)
+    eye = torch.eye(64, device=device)
+    for eps in (1e-12, 1e-6, 1e-5):
+        truth = reference.layer_norm(x.double(), one.double(), zero.double(), eps)
+        assert relative_rms(ops.layer_norm(x, one, zero, eps), truth) < 1e-6
+        assert relative_rms(ops.layer_norm_linear(x, one, zero, eye, eps=eps), truth) < 1e-6
+
+
+def test_rows_too_long_for_the_kernels_run_in_torch(device):
+    x = torch.randn(2, 8200, device=device)
+    one = torch.ones(8200, device=device)
+    assert "at most 8192" in str(fastvit.explain("layer_norm", x, one, one))
+    with fastvit.use_backend("auto"):
+        assert torch.equal(ops.layer_norm(x, one, one), reference.layer_norm(x, one, one))
+
+
+@pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
+def test_activations_are_the_ones_asked_for(activation, device):
+    """Each differs from the others by far more than its own error: a mixed-up name would show."""
+    sample = BY_NAME["layer_norm_mlp"]
+    tensors = sample.tensors(device=device)
+    wide = {name: t.detach().double().requires_grad_() for name, t in tensors.items()}
+    out, truth = (
+        module.layer_norm_mlp(**t, activation=activation) for module, t in ((ops, tensors), (reference, wide))
+    )
+    assert relative_rms(out, truth) < 1e-6
+    upstream = torch.randn_like(out)
+    expected = gradients(truth, wide, upstream.double())
+    for name, grad in gradients(out, tensors, upstream).items():
+        assert relative_rms(grad, expected[name]) < 1e-5, name
+    for other in set(ACTIVATIONS) - {activation}:
+        assert relative_rms(reference.layer_norm_mlp(**wide, activation=other), truth) > 1e-5
+
+
+def test_residual_that_is_x_gets_one_fused_gradient(device):
+    tensors = BY_NAME["layer_norm_mlp"].tensors(device=device)
+    wide = {name: t.detach().double().requires_grad_() for name, t in tensors.items()}
+    out = ops.layer_norm_mlp(**tensors, residual=tensors["x"])
+    truth = reference.layer_norm_mlp(**wide, residual=wide["x"])
+    assert relative_rms(out, truth) < 1e-6
+    upstream = torch.randn_like(out)
+    got, expected = gradients(out, tensors, upstream), gradients(truth, wide, upstream.double())
+    for name in got:
+        assert relative_rms(got[name], expected[name]) < 1e-5, name
+    # Shown as another tensor, the same residual gets its gradient by itself.
+    other = tensors["x"].detach().clone().requires_grad_()
+    out = ops.layer_norm_mlp(**tensors, residual=other)
+    dx, dresidual = torch.autograd.grad(out, [tensors["x"], other], upstream)
+    assert torch.equal(dresidual, upstream)
+    assert relative_rms(dx + dresidual, expected["x"]) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["layer_norm_linear", "linear_residual", "layer_norm_mlp-residual"])
+def test_float32_stream_beside_bfloat16_weights(name, device):
+    """x and residual in float32, weights in bfloat16: the stream stays float32, and errors are plain PyTorch's."""
+    sample = BY_NAME[name]
+    tensors = sample.tensors(device=device)
+    for key in tensors:
+        if key not in ("x", "residual", "norm_weight", "norm_bias", "drop_path_scale"):
+            tensors[key] = tensors[key].detach().bfloat16().requires_grad_()
+    if name == "linear_residual":
+        tensors["x"] = tensors["x"].detach().bfloat16().requires_grad_()
+    wide = {n: t.detach().double().requires_grad_(t.requires_grad) for n, t in tensors.items()}
+    out, plain, truth = sample.run(tensors), sample.run(tensors, reference), sample.run(wide, reference)
+    assert out.dtype == plain.dtype == (torch.bfloat16 if name == "layer_norm_linear" else torch.float32)
+    assert relative_rms(out, truth) <= 1.5 * relative_rms(plain, truth)
+    upstream = torch.randn_like(out)
+    got, by_torch = gradients(out, tensors, upstream), gradients(plain, tensors, upstream)
+    expected = gradients(truth, wide, upstream.double())
+    for key, grad in got.items():
+        assert grad.dtype == tensors[key].dtype
+        limit = max(1.5 * relative_rms(by_torch[key], expected[key]), 1e-7)
+        assert relative_rms(grad, expected[key]) <= limit, key
+
+
+def test_dropped_samples_pass_through(device):
+    tensors = BY_NAME["linear_residual"].tensors(device=device)
+    out = BY_NAME["linear_residual"].run(tensors)
+    assert torch.equal(out[1], tensors["residual"][1])
+    assert not torch.equal(out[0], tensors["residual"][0])
+
+
+def bad(name, changes):
+    sample = BY_NAME[name]
+    tensors = {key: tensor.detach() for key, tensor in sample.tensors().items()}
+    options = {**sample.options, **{k: v for k, v in changes.items() if not isinstance(v, torch.Tensor)}}
+    tensors.update({k: v for k, v in changes.items() if isinstance(v, torch.Tensor)})
+    return getattr(ops, sample.op)(**tensors, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "error", "message"),
+    [
+        ("layer_norm", {"weight": torch.zeros(25)}, ValueError, r"norm weight must have shape \(D,\) = \(24,\), got"),
+        ("layer_norm", {"x": torch.zeros(24)}, ValueError, "at least 2 dimensions"),
+        ("layer_norm", {"x": torch.zeros(2, 24, dtype=torch.int64)}, TypeError, "x must have a floating-point dtype"),
+        ("layer_norm_linear", {"weight": torch.zeros(40, 25)}, ValueError, r"weight must have shape \(O, D\) with 24"),
+        ("layer_norm_linear", {"bias": torch.zeros(41)}, ValueError, r"bias must have shape \(O,\) = \(40,\)"),
+        ("layer_norm_linear", {"x": torch.zeros(2, 24).bfloat16()}, TypeError, "x is torch.bfloat16, but weight is torch"),
+        ("linear_residual", {"residual": torch.zeros(2, 21, 25)}, ValueError, "residual must have shape"),
+        ("linear_residual", {"layer_scale": torch.zeros(25)}, ValueError, "layer_scale must have shape"),
+        ("linear_residual", {"drop_path_scale": torch.zeros(3)}, ValueError, r"drop_path_scale must have shape \(B,\)"),
+        ("linear_residual", {"drop_path_scale": torch.ones(2, requires_grad=True)}, ValueError, "not differentiable"),
+        ("layer_norm_mlp", {"fc2_weight": torch.zeros(24, 41)}, ValueError, r"fc2_weight must have shape \(O, M\)"),
+        ("layer_norm_mlp", {"fc2_weight": torch.zeros(24, 40).half()}, TypeError, "fc2_weight is torch.float16, but fc1"),
+        ("layer_norm_mlp", {"activation": "relu"}, ValueError, "unknown activation 'relu', expected one of gelu, gelu_tanh"),
+    ],
+)
+def test_bad_input(name, changes, error, message):
+    with pytest.raises(error, match=message):
+        bad(name, changes)
