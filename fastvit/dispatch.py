@@ -76,21 +76,24 @@ class Explanation:
         return "\n  - ".join([f"{self.op}: {self.backend}" + (", because" if self.reasons else ""), *self.reasons])
 
 
-def decide(op: str, reasons: list[str], device_type: str) -> Explanation:
-    """The back end for one call of `op`, given all `reasons` why the kernels cannot take it."""
+_ON_CPU = "the tensors are on the CPU, where kernels run only in the interpreter, when back end 'triton' is asked for"
+
+
+def torch_without_question(device_type: str) -> str | None:
+    """Why an op on this type of device runs in PyTorch whatever its arguments, or None when those decide."""
     if _requested == "torch":
-        return Explanation(op, "torch", ("back end 'torch' was asked for", *reasons))
-    if _requested == "auto" and device_type == "cpu" and not reasons:
-        reasons = ["the tensors are on the CPU; the interpreter runs only when back end 'triton' is asked for"]
-    return Explanation(op, "torch" if reasons else "triton", tuple(reasons))
+        return "back end 'torch' was asked for"
+    if _requested == "auto" and device_type == "cpu":
+        return _ON_CPU
+    return None
 
 
-def wants_triton(op: str, reasons: list[str], device_type: str) -> bool:
-    """Whether to launch kernels. Raises RuntimeError when "triton" was asked for and `reasons` forbid it."""
-    explanation = decide(op, reasons, device_type)
-    if _requested == "triton" and explanation.backend != "triton":
+def wants_triton(op: str, reasons: list[str]) -> bool:
+    """Whether to launch kernels, given all `reasons` why they cannot take the call. Raises RuntimeError with them when
+    "triton" was asked for."""
+    if reasons and _requested == "triton":
         raise RuntimeError(f"back end 'triton' was asked for, but {op} cannot run on it: {'; '.join(reasons)}")
-    return explanation.backend == "triton"
+    return not reasons
 
 
 def explain(op: str, *args, **kwargs) -> Explanation:

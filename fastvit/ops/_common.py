@@ -25,17 +25,21 @@ class Op:
 
     def __call__(self, *args):
         self.check(*args)
-        if dispatch.wants_triton(self.name, self.unsupported(*args), args[0].device.type):
-            return self.triton(*args)
-        return self.torch(*args)
+        if dispatch.torch_without_question(args[0].device.type):
+            return self.torch(*args)
+        return self.triton(*args) if dispatch.wants_triton(self.name, self.unsupported(*args)) else self.torch(*args)
 
     def explain(self, *args) -> dispatch.Explanation:
+        """What a call would do, and why; raises what `check` raises."""
         self.check(*args)
-        return dispatch.decide(self.name, self.unsupported(*args), args[0].device.type)
+        at_once = dispatch.torch_without_question(args[0].device.type)
+        reasons = ([at_once] if at_once else []) + self.unsupported(*args)
+        return dispatch.Explanation(self.name, "torch" if reasons else "triton", tuple(reasons))
 
 
-def check_float(op: str, **tensors: torch.Tensor | None) -> None:
-    """Raise TypeError unless each tensor is a floating-point one (or None)."""
+def check_tensors(op: str, **tensors: torch.Tensor | None) -> None:
+    """Raise TypeError unless each is a floating-point tensor (or None), ValueError unless all are on one device."""
+    device = first = None
     for name, tensor in tensors.items():
         if tensor is None:
             continue
@@ -43,11 +47,15 @@ def check_float(op: str, **tensors: torch.Tensor | None) -> None:
             raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(tensor).__name__}")
         if not tensor.is_floating_point():
             raise TypeError(f"{op}: {name} must have a floating-point dtype, got {tensor.dtype}")
+        if first is None:
+            device, first = tensor.device, name
+        elif tensor.device != device:
+            raise ValueError(f"{op}: {name} is on {tensor.device}, but {first} is on {device}")
 
 
 def check_shape(op: str, name: str, tensor: torch.Tensor | None, expected: tuple[int, ...], letters: str) -> None:
     """Raise ValueError unless the tensor (if there is one) has the shape `expected`, spelled out by `letters`."""
-    if tensor is not None and tuple(tensor.shape) != tuple(expected):
+    if tensor is not None and tensor.shape != expected:
         raise ValueError(f"{op}: {name} must have shape {letters} = {tuple(expected)}, got {tuple(tensor.shape)}")
 
 
@@ -57,29 +65,21 @@ def check_matrix(op: str, name: str, weight: torch.Tensor, letters: str, inputs:
         raise ValueError(f"{op}: {name} must have shape {letters} with {inputs} columns, got {tuple(weight.shape)}")
 
 
-def check_devices(op: str, **tensors: torch.Tensor | None) -> None:
-    """Raise ValueError unless all tensors are on the first one's device."""
-    (first_name, first), *rest = [(name, tensor) for name, tensor in tensors.items() if tensor is not None]
-    for name, tensor in rest:
-        if tensor.device != first.device:
-            raise ValueError(f"{op}: {name} is on {tensor.device}, but {first_name} is on {first.device}")
-
-
 def check_operands(op: str, x: torch.Tensor, **weights: torch.Tensor) -> None:
     """Raise TypeError unless the weights share a dtype that is x's or narrower. Under autocast any will do."""
-    if autocasting(x):
+    dtypes = {weight.dtype for weight in weights.values()}
+    if dtypes == {x.dtype} or autocasting(x):
         return
     (first_name, first), *rest = weights.items()
     for name, weight in rest:
         if weight.dtype != first.dtype:
             raise TypeError(f"{op}: {name} is {weight.dtype}, but {first_name} is {first.dtype}; expected one dtype")
-    if x.dtype != first.dtype and torch.promote_types(x.dtype, first.dtype) != x.dtype:
+    if torch.promote_types(x.dtype, first.dtype) != x.dtype:
         raise TypeError(f"{op}: x is {x.dtype}, but {first_name} is {first.dtype}; expected x of that dtype or wider")
 
 
 def check_scales(op: str, x: torch.Tensor, outputs: int, layer_scale, drop_path_scale) -> None:
     """Raise ValueError unless layer_scale is one per output channel and drop_path_scale one per sample."""
-    check_float(op, layer_scale=layer_scale, drop_path_scale=drop_path_scale)
     check_shape(op, "layer_scale", layer_scale, (outputs,), "(O,)")
     check_shape(op, "drop_path_scale", drop_path_scale, (x.shape[0],), "(B,)")
     if drop_path_scale is not None and drop_path_scale.requires_grad:

@@ -81,7 +81,7 @@ class AttentionFunction(torch.autograd.Function):
 
 def _check(qkv, scale, key_padding_mask, attn_bias, dropout_p):
     name = "attention"
-    _common.check_float(name, qkv=qkv, attn_bias=attn_bias)
+    _common.check_tensors(name, qkv=qkv, attn_bias=attn_bias)
     if qkv.dim() != 5 or qkv.shape[2] != 3:
         raise ValueError(f"{name}: qkv must have shape (B, N, 3, H, d), got {tuple(qkv.shape)}")
     batch, tokens, _, heads, head_dim = qkv.shape
@@ -89,9 +89,12 @@ def _check(qkv, scale, key_padding_mask, attn_bias, dropout_p):
         raise ValueError(f"{name}: qkv must have a head dimension of at least 1, got shape {tuple(qkv.shape)}")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"{name}: dropout_p must be in [0, 1), got {dropout_p}")
-    if key_padding_mask is not None and key_padding_mask.dtype != torch.bool:
-        raise TypeError(f"{name}: key_padding_mask must be bool (True = attend), got {key_padding_mask.dtype}")
-    _common.check_shape(name, "key_padding_mask", key_padding_mask, (batch, tokens), "(B, N)")
+    if key_padding_mask is not None:
+        if key_padding_mask.dtype != torch.bool:
+            raise TypeError(f"{name}: key_padding_mask must be bool (True = attend), got {key_padding_mask.dtype}")
+        _common.check_shape(name, "key_padding_mask", key_padding_mask, (batch, tokens), "(B, N)")
+        if key_padding_mask.device != qkv.device:
+            raise ValueError(f"{name}: key_padding_mask is on {key_padding_mask.device}, but qkv is on {qkv.device}")
     if attn_bias is not None:
         expected = (batch, heads, tokens, tokens)
         sizes = (*[1] * (4 - attn_bias.dim()), *attn_bias.shape)
@@ -99,7 +102,6 @@ def _check(qkv, scale, key_padding_mask, attn_bias, dropout_p):
             raise ValueError(
                 f"{name}: attn_bias must broadcast to (B, H, N, N) = {expected}, got {tuple(attn_bias.shape)}"
             )
-    _common.check_devices(name, qkv=qkv, key_padding_mask=key_padding_mask, attn_bias=attn_bias)
 
 
 def _unsupported(qkv, scale, key_padding_mask, attn_bias, dropout_p):

@@ -61,12 +61,11 @@ class LayerNormFunction(torch.autograd.Function):
 
 
 def check_norm(op: str, x, weight, bias) -> None:
-    """Raise TypeError or ValueError unless x, norm weight and bias fit together."""
-    _common.check_float(op, x=x, norm_weight=weight, norm_bias=bias)
+    """Raise ValueError unless x, norm weight and norm bias fit together."""
     if x.dim() < 2:
         raise ValueError(f"{op}: x must have at least 2 dimensions, (..., D), got shape {tuple(x.shape)}")
-    _common.check_shape(op, "norm weight", weight, (x.shape[-1],), "(D,)")
-    _common.check_shape(op, "norm bias", bias, (x.shape[-1],), "(D,)")
+    _common.check_shape(op, "norm weight", weight, x.shape[-1:], "(D,)")
+    _common.check_shape(op, "norm bias", bias, x.shape[-1:], "(D,)")
 
 
 def unsupported_norm(x) -> list[str]:
@@ -80,8 +79,8 @@ def unsupported_norm(x) -> list[str]:
 
 
 def _check(x, weight, bias, eps):
+    _common.check_tensors("layer_norm", x=x, weight=weight, bias=bias)
     check_norm("layer_norm", x, weight, bias)
-    _common.check_devices("layer_norm", x=x, weight=weight, bias=bias)
 
 
 def _unsupported(x, weight, bias, eps):

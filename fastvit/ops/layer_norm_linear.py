@@ -83,12 +83,11 @@ class LayerNormLinearFunction(torch.autograd.Function):
 
 def _check(x, norm_weight, norm_bias, weight, bias, eps):
     name = "layer_norm_linear"
+    _common.check_tensors(name, x=x, norm_weight=norm_weight, norm_bias=norm_bias, weight=weight, bias=bias)
     check_norm(name, x, norm_weight, norm_bias)
-    _common.check_float(name, weight=weight, bias=bias)
     _common.check_matrix(name, "weight", weight, "(O, D)", inputs=x.shape[-1])
     _common.check_shape(name, "bias", bias, weight.shape[:1], "(O,)")
     _common.check_operands(name, x, weight=weight)
-    _common.check_devices(name, x=x, norm_weight=norm_weight, norm_bias=norm_bias, weight=weight, bias=bias)
 
 
 def _unsupported(x, norm_weight, norm_bias, weight, bias, eps):

@@ -247,19 +247,7 @@ def _check(
     name = "layer_norm_mlp"
     if activation not in ACTIVATIONS:
         raise ValueError(f"{name}: unknown activation {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
-    check_norm(name, x, norm_weight, norm_bias)
-    _common.check_float(name, fc1_weight=fc1_weight, fc1_bias=fc1_bias, fc2_weight=fc2_weight, fc2_bias=fc2_bias)
-    _common.check_matrix(name, "fc1_weight", fc1_weight, "(M, D)", inputs=x.shape[-1])
-    hidden = fc1_weight.shape[0]
-    _common.check_matrix(name, "fc2_weight", fc2_weight, "(O, M)", inputs=hidden)
-    outputs = fc2_weight.shape[0]
-    _common.check_shape(name, "fc1_bias", fc1_bias, (hidden,), "(M,)")
-    _common.check_shape(name, "fc2_bias", fc2_bias, (outputs,), "(O,)")
-    _common.check_float(name, residual=residual)
-    _common.check_shape(name, "residual", residual, (*x.shape[:-1], outputs), "(B, ..., O)")
-    _common.check_scales(name, x, outputs, layer_scale, drop_path_scale)
-    _common.check_operands(name, x, fc1_weight=fc1_weight, fc2_weight=fc2_weight)
-    _common.check_devices(
+    _common.check_tensors(
         name,
         x=x,
         norm_weight=norm_weight,
@@ -272,6 +260,16 @@ def _check(
         layer_scale=layer_scale,
         drop_path_scale=drop_path_scale,
     )
+    check_norm(name, x, norm_weight, norm_bias)
+    _common.check_matrix(name, "fc1_weight", fc1_weight, "(M, D)", inputs=x.shape[-1])
+    hidden = fc1_weight.shape[0]
+    _common.check_matrix(name, "fc2_weight", fc2_weight, "(O, M)", inputs=hidden)
+    outputs = fc2_weight.shape[0]
+    _common.check_shape(name, "fc1_bias", fc1_bias, (hidden,), "(M,)")
+    _common.check_shape(name, "fc2_bias", fc2_bias, (outputs,), "(O,)")
+    _common.check_shape(name, "residual", residual, (*x.shape[:-1], outputs), "(B, ..., O)")
+    _common.check_scales(name, x, outputs, layer_scale, drop_path_scale)
+    _common.check_operands(name, x, fc1_weight=fc1_weight, fc2_weight=fc2_weight)
 
 
 def _unsupported(

@@ -90,16 +90,7 @@ class LinearResidualFunction(torch.autograd.Function):
 
 def _check(x, weight, bias, residual, layer_scale, drop_path_scale):
     name = "linear_residual"
-    _common.check_float(name, x=x, weight=weight, bias=bias, residual=residual)
-    if x.dim() < 2:
-        raise ValueError(f"{name}: x must have at least 2 dimensions, (B, ..., K), got shape {tuple(x.shape)}")
-    _common.check_matrix(name, "weight", weight, "(O, K)", inputs=x.shape[-1])
-    outputs = weight.shape[0]
-    _common.check_shape(name, "bias", bias, (outputs,), "(O,)")
-    _common.check_shape(name, "residual", residual, (*x.shape[:-1], outputs), "(B, ..., O)")
-    _common.check_scales(name, x, outputs, layer_scale, drop_path_scale)
-    _common.check_operands(name, x, weight=weight)
-    _common.check_devices(
+    _common.check_tensors(
         name,
         x=x,
         weight=weight,
@@ -108,6 +99,14 @@ def _check(x, weight, bias, residual, layer_scale, drop_path_scale):
         layer_scale=layer_scale,
         drop_path_scale=drop_path_scale,
     )
+    if x.dim() < 2:
+        raise ValueError(f"{name}: x must have at least 2 dimensions, (B, ..., K), got shape {tuple(x.shape)}")
+    _common.check_matrix(name, "weight", weight, "(O, K)", inputs=x.shape[-1])
+    outputs = weight.shape[0]
+    _common.check_shape(name, "bias", bias, (outputs,), "(O,)")
+    _common.check_shape(name, "residual", residual, (*x.shape[:-1], outputs), "(B, ..., O)")
+    _common.check_scales(name, x, outputs, layer_scale, drop_path_scale)
+    _common.check_operands(name, x, weight=weight)
 
 
 def _unsupported(x, weight, bias, residual, layer_scale, drop_path_scale):

@@ -40,14 +40,18 @@ def patch_embed(image, weight, bias=None, *, pos_embed=None, prefix=None, mean=N
     patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (B, N, C * ph * pw)
     tokens = F.linear(patches, weight.flatten(1), bias)
 
-    prefix_rows = 0 if prefix is None else prefix.shape[0]
-    if pos_embed is not None and pos_embed.shape[0] == tokens.shape[1]:
+    return assemble_tokens(tokens, pos_embed, prefix)
+
+
+def assemble_tokens(tokens, pos_embed=None, prefix=None):
+    """Prefix rows before the patch tokens (B, N, D), positions added to the patches alone or, where the table
+    has rows for them, to the prefix too. Returns (B, P + N, D)."""
+    on_patches = pos_embed is not None and pos_embed.shape[0] == tokens.shape[1]
+    if on_patches:
         tokens = tokens + pos_embed
     if prefix is not None:
-        tokens = torch.cat([prefix.expand(batch, -1, -1), tokens], dim=1)
-    if pos_embed is not None and prefix_rows and pos_embed.shape[0] == tokens.shape[1]:
-        tokens = tokens + pos_embed
-    return tokens
+        tokens = torch.cat([prefix.expand(len(tokens), -1, -1), tokens], dim=1)
+    return tokens if on_patches or pos_embed is None else tokens + pos_embed
 
 
 def attention(qkv, *, scale=None, key_padding_mask=None, attn_bias=None, dropout_p=0.0):
