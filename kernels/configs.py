@@ -41,7 +41,7 @@ class RowConfig:
 
 
 # 16-bit products. LARGE: the largest tile that leaves the loaders and most epilogues their registers; HEAVY: for the
-# epilogue that holds three tiles at once; SMALL: for outputs of few tiles. Narrower than 128 columns, Hopper's compiler
+# epilogue that holds three tiles at once, and where operands take registers; SMALL: for outputs of few tiles. Narrower than 128 columns, Hopper's compiler
 # serializes the products of operands that a loader has transformed.
 LARGE = GemmConfig(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3)
 HEAVY = GemmConfig(BLOCK_M=128, BLOCK_N=64, BLOCK_K=64, num_warps=8, num_stages=3)
@@ -59,7 +59,7 @@ def gemm_config(m: int, n: int, dtype: torch.dtype, device: torch.device, *, sca
         config = FULL_PRECISION
     elif scattered:
         config = SCATTERED
-    elif heavy:
+    elif heavy or not hardware.has_wgmma():
         config = HEAVY
     elif triton.cdiv(m, LARGE.BLOCK_M) * triton.cdiv(n, LARGE.BLOCK_N) < hardware.num_sms(device):
         config = SMALL
@@ -89,13 +89,18 @@ def attention_config(head_dim: int, dtype: torch.dtype, masked: bool) -> Attenti
         return FULL_PRECISION_ATTENTION[head_dim > 64]
     # Pipelined, the loads of a mask between the two products make the compiler serialize them on Hopper.
     stages = 1 if masked or hardware.is_amd() else 3
-    return AttentionConfig(BLOCK_ROWS=64, BLOCK_STEP=64, num_warps=8 if masked and head_dim > 64 else 4, num_stages=stages)
+    step = 64 if hardware.has_wgmma() else 32
+    warps = 8 if masked and head_dim > 64 else 4
+    return AttentionConfig(BLOCK_ROWS=64, BLOCK_STEP=step, num_warps=warps, num_stages=stages)
 
 
 def attention_backward_config(head_dim: int, dtype: torch.dtype, masked: bool) -> AttentionConfig:
     """The tile of both backward kernels."""
     if dtype.itemsize > 2:
         return FULL_PRECISION_ATTENTION[head_dim > 64]
+    if not hardware.has_wgmma():
+        step = 16 if masked and head_dim > 64 else 32
+        return AttentionConfig(BLOCK_ROWS=32, BLOCK_STEP=step, num_warps=4 if head_dim <= 64 else 8, num_stages=1)
     if head_dim <= 64:
         return AttentionConfig(BLOCK_ROWS=64, BLOCK_STEP=64, num_warps=8 if masked else 4, num_stages=1)
     return AttentionConfig(BLOCK_ROWS=64, BLOCK_STEP=32 if masked else 64, num_warps=8, num_stages=1)

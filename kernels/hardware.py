@@ -4,6 +4,13 @@ import torch
 import triton
 
 
+def has_wgmma() -> bool:
+    """Whether products read their operands from shared memory (Hopper and data-center Blackwell) instead of passing
+    them through the registers that the accumulator needs too."""
+    target = triton.runtime.driver.active.get_current_target()
+    return target.backend == "cuda" and 90 <= target.arch < 120
+
+
 def is_amd() -> bool:
     """Whether Triton's active driver compiles for an AMD GPU."""
     return triton.runtime.driver.active.get_current_target().backend == "hip"

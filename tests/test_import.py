@@ -33,9 +33,11 @@ print(json.dumps({"seconds": seconds, "new": sorted(new), "unchanged": before ==
 
 
 def run(code: str, cwd=ROOT, **environment: str) -> subprocess.CompletedProcess:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("TRITON_", "FASTVIT_"))}
+    # Not this process's environment: importing fastvit here could have changed it already.
+    kept = {name: os.environ[name] for name in ("PATH", "HOME", "PYTHONPATH", "LD_LIBRARY_PATH") if name in os.environ}
+    environment = {**kept, "OMP_NUM_THREADS": "2", **environment}
     return subprocess.run(
-        [sys.executable, "-c", code], cwd=cwd, env={**kept, **environment}, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True, check=True
     )
 
 
