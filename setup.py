@@ -30,6 +30,6 @@ setup(
         "fastvit.reference",
     ],
     package_dir={"fastvit": "fastvit", "fastvit.kernels": "kernels", "fastvit.benchmarks": "benchmarks"},
-    package_data={"fastvit.models": ["*.txt"]},
+    package_data={"fastvit.models": ["*.txt"], "fastvit.benchmarks": ["photos/*"]},
     entry_points={"console_scripts": ["fastvit=fastvit.cli:main"]},
 )

@@ -38,6 +38,7 @@ class Settings:
     peers: tuple[str, ...] = tuple(PEERS)
     photos: Path = PHOTOS
     pretrained: bool = False
+    interpreted: str | None = None  # the model that classifies the photographs on the kernels, in the interpreter
     seconds: float = 5.0
     time_limit: float | None = None
 
@@ -91,6 +92,8 @@ def default_settings(device: str, **chosen) -> Settings:
             "batches": (1, 8),
             "dtypes": (torch.float32, torch.bfloat16),
         }
+        if "models" not in chosen and importlib.util.find_spec("triton"):
+            defaults["interpreted"] = "vit_tiny_patch16_224"
     return Settings(device=device, **defaults | chosen)
 
 
@@ -168,6 +171,45 @@ class _Subject:
             )
 
 
+    def top5(self, logits: torch.Tensor) -> dict:
+        """The five likeliest classes of every photograph by `logits` and by the reference, and how far they agree."""
+        ours, truth = (scores.float().topk(TOP).indices.tolist() for scores in (logits, self.truth))
+        return {
+            "photos": self.names,
+            "ours": ours,
+            "reference": truth,
+            "same_first": sum(a[0] == b[0] for a, b in zip(ours, truth, strict=True)),
+            "same_in_top5": sum(len({*a} & {*b}) for a, b in zip(ours, truth, strict=True)),
+        }
+
+
+def classify_interpreted(settings: Settings) -> dict:
+    """Classify the photographs on the kernels themselves, in Triton's interpreter: no speed, but the same code that a
+    GPU runs. bfloat16; the errors are of the logits, relative rms against the float64 reference."""
+    start = time.perf_counter()
+    subject = _Subject(settings.interpreted, settings)
+    model, images = subject.model.to(torch.bfloat16), subject.photos.bfloat16()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the interpreter's arrays are small
+    try:
+        with torch.inference_mode():
+            plain = model(images)
+            with fastvit.use_backend("triton"):
+                logits = model(images)
+    finally:
+        torch.set_num_threads(threads)
+    error, plain_error = (relative_rms(found, subject.truth) for found in (logits, plain))
+    return {
+        "model": subject.name,
+        "dtype": SHORT[torch.bfloat16],
+        "error": error,
+        "plain_error": plain_error,
+        "ok": error <= max(FACTOR[torch.bfloat16] * plain_error, floor(torch.bfloat16)),
+        "seconds": round(time.perf_counter() - start, 1),
+        **subject.top5(logits),
+    }
+
+
 class _Contestants:
     """Ours and the peers in one dtype, each with its error on the photographs."""
 
@@ -197,18 +239,7 @@ class _Contestants:
                     continue
                 self.errors[name] = relative_rms(logits, subject.truth)
                 if name == "ours":
-                    self.top5 = self._top5(logits)
-
-    def _top5(self, logits: torch.Tensor) -> dict:
-        """The five likeliest classes of every photograph by ours and by the reference, and how far they agree."""
-        ours, truth = (scores.float().topk(TOP).indices.tolist() for scores in (logits, self.subject.truth))
-        return {
-            "photos": self.subject.names,
-            "ours": ours,
-            "reference": truth,
-            "same_first": sum(a[0] == b[0] for a, b in zip(ours, truth, strict=True)),
-            "same_in_top5": sum(len({*a} & {*b}) for a, b in zip(ours, truth, strict=True)),
-        }
+                    self.top5 = subject.top5(logits)
 
     def row(self, batch: int) -> Row:
         """Verify, then time one batch size."""

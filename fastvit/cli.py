@@ -245,10 +245,7 @@ def verify(arguments: argparse.Namespace) -> int:
     if on_gpu and interpreting():
         raise UsageError("TRITON_INTERPRET=1 is set, which runs kernels on the CPU: unset it to verify a GPU")
     if not on_gpu:
-        os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
-        from .interpret import install
-
-        install(os.environ.get("FASTVIT_GUARD", "race"))
+        _use_interpreter()
 
     from . import report
     from . import verify as checks
@@ -309,6 +306,14 @@ def verify(arguments: argparse.Namespace) -> int:
     return 0 if counts["passed"] and not counts["failed"] else 1
 
 
+def _use_interpreter() -> None:
+    """Let the kernels run on the CPU, repaired and guarded. Nothing may have imported Triton before."""
+    os.environ["TRITON_INTERPRET"] = "1"
+    from .interpret import install
+
+    install(os.environ.get("FASTVIT_GUARD", "race"))
+
+
 def _slug(device: str) -> str:
     from .report import device_name, slug
 
@@ -345,6 +350,8 @@ def bench(arguments: argparse.Namespace) -> int:
     if not settings.photos.is_dir():
         raise UsageError(f"--photos {settings.photos}: no such folder")
 
+    if settings.interpreted:
+        _use_interpreter()
     folder = Path(arguments.output.replace("{device}", _slug(device)))
     folder.mkdir(parents=True, exist_ok=True)
     environment = report.environment(device)
@@ -359,10 +366,12 @@ def bench(arguments: argparse.Namespace) -> int:
         {"model": -24, "dtype": -5, "batch": 5, "by": -9, "images/s": 9, "ours/this": 19, "error": 8, "peak MB": 8}
     )
     rows = []
+    interpreted = None
 
     def save(finished: bool) -> None:
         settled = {"environment": environment, "settings": settings.as_dict(), "finished": finished}
-        report.write_json(folder / "bench.json", settled | {"rows": [row.as_dict() for row in rows]})
+        found = {"rows": [row.as_dict() for row in rows], "interpreted": interpreted}
+        report.write_json(folder / "bench.json", settled | found)
 
     total = len(settings.models) * len(settings.dtypes) * len(settings.batches)
     try:
@@ -372,8 +381,12 @@ def bench(arguments: argparse.Namespace) -> int:
             _print_row(table, row)
     except KeyboardInterrupt:
         _note(f"Interrupted after {len(rows)} of {total} rows.")
-    save(finished=len(rows) == total and all(row.status != "skipped" for row in rows))
     _print_top5(rows, settings)
+    if settings.interpreted and len(rows) == total:
+        _note(f"Classifying the photographs on the Triton kernels in the interpreter, {settings.interpreted}: a minute.")
+        interpreted = models.classify_interpreted(settings)
+        _print_interpreted(interpreted)
+    save(finished=len(rows) == total and all(row.status != "skipped" for row in rows))
     print(f"results: {folder / 'bench.json'}")
     timed = [row for row in rows if row.status == "timed"]
     if timed and importlib.util.find_spec("matplotlib") is None:
@@ -386,7 +399,8 @@ def bench(arguments: argparse.Namespace) -> int:
         print(f"picture: {folder / 'bench.png'}")
     if len(rows) < total:
         return 130
-    return 0 if timed and all(row.status in ("timed", "skipped") for row in rows) else 1
+    right = interpreted is None or interpreted["ok"]
+    return 0 if timed and right and all(row.status in ("timed", "skipped") for row in rows) else 1
 
 
 def _print_row(table, row) -> None:
@@ -421,6 +435,19 @@ def _print_top5(rows: list, settings) -> None:
         photos = len(top5["photos"])
         table.row(model, dtype, f"{top5['same_first']} of {photos}", f"{top5['same_in_top5']} of {5 * photos}")
     print()
+
+
+def _print_interpreted(found: dict) -> None:
+    """The class of each photograph by the kernels and by the reference, and both errors."""
+    from .report import Table
+
+    table = Table({"photograph": -24, "class by the kernels": 20, "by the reference": 16, "shared top-5": 12})
+    for photo, ours, truth in zip(found["photos"], found["ours"], found["reference"], strict=True):
+        table.row(photo, ours[0], truth[0], len({*ours} & {*truth}))
+    print(
+        f"{found['model']} {found['dtype']}: error of the kernels {found['error']:.1e}, of plain PyTorch "
+        f"{found['plain_error']:.1e}; {'ok' if found['ok'] else 'WRONG'}; {found['seconds']:.0f} s in the interpreter\n"
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------------

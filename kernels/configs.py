@@ -99,8 +99,9 @@ def attention_backward_config(head_dim: int, dtype: torch.dtype, masked: bool) -
     if dtype.itemsize > 2:
         return FULL_PRECISION_ATTENTION[head_dim > 64]
     if not hardware.has_wgmma():
-        step = 16 if masked and head_dim > 64 else 32
-        return AttentionConfig(BLOCK_ROWS=32, BLOCK_STEP=step, num_warps=4 if head_dim <= 64 else 8, num_stages=1)
+        if head_dim <= 64:
+            return AttentionConfig(BLOCK_ROWS=64, BLOCK_STEP=32, num_warps=4, num_stages=1)
+        return AttentionConfig(BLOCK_ROWS=32, BLOCK_STEP=16 if masked else 32, num_warps=8, num_stages=1)
     if head_dim <= 64:
         return AttentionConfig(BLOCK_ROWS=64, BLOCK_STEP=64, num_warps=8 if masked else 4, num_stages=1)
     return AttentionConfig(BLOCK_ROWS=64, BLOCK_STEP=32 if masked else 64, num_warps=8, num_stages=1)

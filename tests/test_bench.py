@@ -10,6 +10,7 @@ import torch
 
 import fastvit
 from fastvit import cli
+from fastvit.dispatch import interpreting
 
 pytest.importorskip("PIL")
 from fastvit.benchmarks import bench, peers, timing  # noqa: E402
@@ -78,6 +79,32 @@ def test_without_pillow_the_images_are_random_and_the_results_say_so(quick, monk
     assert row.status == "timed"
     assert row.top5["photos"][0] == "random 0"
     assert "Pillow is not installed" in quick().as_dict()["images"]
+
+
+@pytest.mark.skipif(not interpreting(), reason="a GPU runs the kernels in the rows themselves")
+def test_photographs_are_classified_on_the_kernels(quick, monkeypatch):
+    """With one photograph and two blocks, to be quick; and a wrong kernel shows."""
+    create = fastvit.create_model
+    monkeypatch.setattr(fastvit, "create_model", lambda name, **kwargs: create(name, depth=2, **kwargs))
+    settings = quick(interpreted=MODEL)
+    (settings.photos / "coffee.jpg").unlink()
+    found = bench.classify_interpreted(settings)
+    assert found["ok"]
+    assert found["ours"] == [found["ours"][0]]
+    assert (found["same_first"], found["photos"]) == (1, ["chelsea.jpg"])
+    assert 1e-4 < found["error"] < 2 * found["plain_error"]
+
+    from fastvit.kernels import attention
+
+    right = attention.attention_forward
+    monkeypatch.setattr(attention, "attention_forward", lambda *args: (right(*args)[0] * 1.1, right(*args)[1]))
+    assert not bench.classify_interpreted(settings)["ok"]
+
+
+def test_only_the_default_run_on_a_cpu_interprets():
+    assert bench.default_settings("cpu").interpreted == MODEL
+    assert bench.default_settings("cpu", models=(MODEL,)).interpreted is None
+    assert bench.default_settings("cuda").interpreted is None
 
 
 def test_a_wrong_model_is_not_timed(quick, monkeypatch):

@@ -118,7 +118,7 @@ def test_every_listed_model_agrees_with_the_reference_in_plain_pytorch(name):
     """One block of each, on PyTorch: that the list itself is right must not need a GPU to be seen."""
     patch = 14 if "patch14" in name else 32 if "patch32" in name else 16
     case = verify._model_case(name, name, torch.float32, 1, 0, img_size=2 * patch, depth=1)
-    truth_of, ours_of = case.prepare("cpu")
+    truth_of, plain_of, ours_of = case.prepare("cpu")
     with fastvit.use_backend("torch"):
         ours = ours_of()
     truth = truth_of()
