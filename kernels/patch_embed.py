@@ -22,10 +22,21 @@ from .layer_norm_linear import plain_weight, transposed_weight
 
 
 @triton.jit
-def pixel_offsets(i, j, geometry):
+def pixel_offsets(
+    i,
+    j,
+    tokens,
+    prefix,
+    patches_across,
+    stride_b,
+    stride_c,
+    stride_h,
+    stride_w,
+    PH: tl.constexpr,
+    PW: tl.constexpr,
+):
     """Offset of the pixel that token i has at index j of its flattened patch, as one part by row and one by column;
     the image's channel by column; and the token's index among the patches (negative for a prefix row)."""
-    tokens, prefix, patches_across, stride_b, stride_c, stride_h, stride_w, PH, PW = geometry
     patch = i % tokens - prefix
     y, x = patch // patches_across * PH, patch % patches_across * PW
     row = (i // tokens).to(tl.int64) * stride_b + y.to(tl.int64) * stride_h + x.to(tl.int64) * stride_w
@@ -38,8 +49,10 @@ def pixel_offsets(i, j, geometry):
 @triton.jit
 def load_patches(i, j, source):
     """A tile of flattened patches, pixel * gain + shift per channel; rows of zeros for the prefix tokens."""
-    ptr, gain_ptr, shift_ptr, geometry, I, J = source
-    row, column, channel, patch = pixel_offsets(i, j, geometry)
+    ptr, gain_ptr, shift_ptr, I, J, tokens, prefix, across, stride_b, stride_c, stride_h, stride_w, PH, PW = source
+    row, column, channel, patch = pixel_offsets(
+        i, j, tokens, prefix, across, stride_b, stride_c, stride_h, stride_w, PH, PW
+    )
     row_ok, column_ok = (i < I) & (patch >= 0), j < J
     mask = row_ok[:, None] & column_ok[None, :]
     pixels = tl.load(ptr + (row[:, None] + column[None, :]), mask=mask, other=0)
@@ -74,8 +87,10 @@ def store_tokens(acc, i, j, part, target, ACTIVATION: tl.constexpr):
 @triton.jit
 def store_pixels(acc, i, j, part, target, ACTIVATION: tl.constexpr):
     """Scatter the gradient of flattened patches into the image's, times the gain per channel."""
-    ptr, gain_ptr, geometry, I, J = target
-    row, column, channel, patch = pixel_offsets(i, j, geometry)
+    ptr, gain_ptr, I, J, tokens, prefix, across, stride_b, stride_c, stride_h, stride_w, PH, PW = target
+    row, column, channel, patch = pixel_offsets(
+        i, j, tokens, prefix, across, stride_b, stride_c, stride_h, stride_w, PH, PW
+    )
     row_ok, column_ok = (i < I) & (patch >= 0), j < J
     if gain_ptr is not None:
         acc *= tl.load(gain_ptr + channel, mask=column_ok, other=0.0)[None, :]
@@ -84,14 +99,14 @@ def store_pixels(acc, i, j, part, target, ACTIVATION: tl.constexpr):
 
 
 def _geometry(image, patch_height: int, patch_width: int, prefix: int):
-    """The `geometry` of `pixel_offsets`, and the tokens of one image."""
+    """The last nine arguments of `pixel_offsets`; the first of them is the number of tokens of one image."""
     _, _, height, width = image.shape
     across = width // patch_width
     tokens = prefix + height // patch_height * across
     # The patch's size as compile-time constants: the divisions by it become shifts or multiplications, and the
     # compiler sees how many neighbouring pixels one load can take.
     size = (tl.constexpr(patch_height), tl.constexpr(patch_width))
-    return (tokens, prefix, across, *image.stride(), *size), tokens
+    return (tokens, prefix, across, *image.stride(), *size)
 
 
 def _scattered(image, patch_width: int) -> bool:
@@ -124,7 +139,8 @@ def patch_embed_forward(image, weight, bias, pos_embed, prefix, mean, std, out_d
     batch = image.shape[0]
     embed_dim, _, *patch_size = weight.shape
     prefix_rows = 0 if prefix is None else prefix.shape[0]
-    geometry, tokens = _geometry(image, *patch_size, prefix_rows)
+    geometry = _geometry(image, *patch_size, prefix_rows)
+    tokens = geometry[0]
     flat = weight.reshape(embed_dim, -1)
     pixels = flat.shape[1]
     rows = batch * tokens
@@ -133,7 +149,7 @@ def patch_embed_forward(image, weight, bias, pos_embed, prefix, mean, std, out_d
     gain, shift = _normalisation(image, weight, mean, std)
     gemm.launch(
         load_patches,
-        (image, gain, shift, geometry, rows, pixels),
+        (image, gain, shift, rows, pixels, *geometry),
         gemm.load_matrix,
         transposed_weight(flat),
         store_tokens,
@@ -159,7 +175,6 @@ def patch_embed_backward(dtokens, image, weight, prefix_rows: int, mean, std, ne
     """
     batch, tokens, embed_dim = dtokens.shape
     patch_size = weight.shape[2:]
-    geometry, _ = _geometry(image, *patch_size, prefix_rows)
     flat = weight.reshape(embed_dim, -1)
     pixels = flat.shape[1]
     rows = batch * tokens
@@ -168,19 +183,18 @@ def patch_embed_backward(dtokens, image, weight, prefix_rows: int, mean, std, ne
     dimage = dweight = None
     scattered = _scattered(image, patch_size[1])
     if needs_weight:
-        source = (image, gain, shift, geometry, rows, pixels)
+        source = (image, gain, shift, rows, pixels, *_geometry(image, *patch_size, prefix_rows))
         dweight = gemm.weight_gradient(dtokens_rows, load_patches, source, pixels, weight.dtype, scattered=scattered)
         dweight = dweight.view(weight.shape)
     if needs_image:
         dimage = torch.empty_like(image)
-        geometry, _ = _geometry(dimage, *patch_size, prefix_rows)
         gemm.launch(
             gemm.load_matrix,
             (dtokens_rows, rows, embed_dim, embed_dim, 1),
             gemm.load_matrix,
             plain_weight(flat),
             store_pixels,
-            (dimage, gain, geometry, rows, pixels),
+            (dimage, gain, rows, pixels, *_geometry(dimage, *patch_size, prefix_rows)),
             rows,
             pixels,
             embed_dim,

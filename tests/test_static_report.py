@@ -210,7 +210,6 @@ def test_bad_arguments(tmp_path, arguments, environment, message):
     assert done.returncode == 2 and message in done.stderr.splitlines()[-1]
 
 
-@pytest.mark.slow
 def test_every_kernel_compiles():
     done = run([BENCHMARKS / "static_report.py", "--arch", "sm_80", "sm_90", "gfx942"])
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr
