@@ -166,10 +166,7 @@ class _Subject:
         self.photos = normalise(pixels.to(settings.device), config.mean, config.std)
         state = {key: tensor.double() for key, tensor in self.model.state_dict().items()}
         with torch.inference_mode():
-            self.truth = fastvit.reference.vision_transformer(
-                self.photos.double(), state, **reference_options(config)
-            )
-
+            self.truth = fastvit.reference.vision_transformer(self.photos.double(), state, **reference_options(config))
 
     def top5(self, logits: torch.Tensor) -> dict:
         """The five likeliest classes of every photograph by `logits` and by the reference, and how far they agree."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-
 from fastvit.kernels import (
     attention,
     layer_norm,
@@ -94,12 +93,17 @@ def cases() -> list[tuple[str, Callable[[], object]]]:
     ]
     for activation in ("gelu_tanh", "quick_gelu", "silu"):
         listed.append(
-            (f"block S/16 bf16, {activation}", lambda activation=activation: _block(197, 384, bf16, None, False, activation))
+            (
+                f"block S/16 bf16, {activation}",
+                lambda activation=activation: _block(197, 384, bf16, None, False, activation),
+            )
         )
     for head_dim in (16, 32, 48, 64, 72, 80, 88, 96, 104, 112, 128):
         listed.append((f"attention d={head_dim} bf16", lambda d=head_dim: _attention(197, 8, d, bf16)))
     for head_dim in (64, 80, 128):
-        listed.append((f"attention d={head_dim} bf16, masked", lambda d=head_dim: _attention(197, 8, d, bf16, masked=True)))
+        listed.append(
+            (f"attention d={head_dim} bf16, masked", lambda d=head_dim: _attention(197, 8, d, bf16, masked=True))
+        )
         listed.append((f"attention d={head_dim} fp32", lambda d=head_dim: _attention(197, 8, d, fp32)))
     listed.append(("attention d=64 fp16", lambda: _attention(257, 16, 64, fp16)))
     return listed

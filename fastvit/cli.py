@@ -383,7 +383,9 @@ def bench(arguments: argparse.Namespace) -> int:
         _note(f"Interrupted after {len(rows)} of {total} rows.")
     _print_top5(rows, settings)
     if settings.interpreted and len(rows) == total:
-        _note(f"Classifying the photographs on the Triton kernels in the interpreter, {settings.interpreted}: a minute.")
+        _note(
+            f"Classifying the photographs on the Triton kernels in the interpreter, {settings.interpreted}: a minute."
+        )
         interpreted = models.classify_interpreted(settings)
         _print_interpreted(interpreted)
     save(finished=len(rows) == total and all(row.status != "skipped" for row in rows))
@@ -558,7 +560,10 @@ def classify(arguments: argparse.Namespace) -> int:
         for paths, pixels in images.read_batches(arguments.images, model.config, arguments.batch_size, failed):
             scores, classes = model(pixels.to(device)).float().softmax(dim=-1).topk(5)
             for path, chances, indices in zip(paths, scores.tolist(), classes.tolist(), strict=True):
-                top = [{"class": i, "label": str(labels[i]), "probability": p} for p, i in zip(chances, indices)]
+                top = [
+                    {"class": i, "label": str(labels[i]), "probability": p}
+                    for p, i in zip(chances, indices, strict=False)
+                ]
                 results.append({"image": str(path), "top5": top})
                 if not arguments.json:
                     print(path)

@@ -52,16 +52,21 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
-def missing_requirements(*tensors: torch.Tensor | None) -> list[str]:
-    """Why no Triton kernel at all can run on these tensors, as far as the machine goes; empty if one can."""
+def missing_requirements(tensor: torch.Tensor) -> list[str]:
+    """Why no Triton kernel at all can run on the tensor's device; empty if one can."""
     if not _has_triton:
         return ["Triton is not installed"]
-    devices = {t.device.type for t in tensors if t is not None}
-    if devices == {"cuda"}:
-        return ["TRITON_INTERPRET=1 runs kernels on CPU tensors only"] if interpreting() else []
-    if devices == {"cpu"}:
+    device = tensor.device
+    if device.type == "cuda":
+        if interpreting():
+            return ["TRITON_INTERPRET=1 runs kernels on CPU tensors only"]
+        properties = torch.cuda.get_device_properties(device)
+        if torch.version.hip is None and properties.major < 8:
+            return [f"compute capability {properties.major}.{properties.minor}, and the kernels need 8.0"]
+        return []
+    if device.type == "cpu":
         return [] if interpreting() else ["the tensors are on the CPU and TRITON_INTERPRET is not set"]
-    return [f"no kernels for device {name!r}" for name in sorted(devices - {"cuda", "cpu"})]
+    return [f"no kernels for device {device.type!r}"]
 
 
 @dataclass(frozen=True)

@@ -129,7 +129,11 @@ def read_batches(
             for i, chunk in enumerate(chunks):
                 results = [future.result() for future in ahead]
                 ahead = [pool.submit(attempt, path) for path in chunks[i + 1]] if i + 1 < len(chunks) else []
-                good = [(path, result) for path, result in zip(chunk, results) if isinstance(result, torch.Tensor)]
+                good = [
+                    (path, result)
+                    for path, result in zip(chunk, results, strict=False)
+                    if isinstance(result, torch.Tensor)
+                ]
                 for result in results:
                     if isinstance(result, ImageError):
                         on_error(result)

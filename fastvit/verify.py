@@ -99,8 +99,7 @@ class Result:
             "reason": self.reason,
             "seconds": round(self.seconds, 3),
             "tensors": [
-                {"name": t.name, "ok": t.ok}
-                | {key: _for_json(getattr(t, key)) for key in ("ours", "plain", "limit")}
+                {"name": t.name, "ok": t.ok} | {key: _for_json(getattr(t, key)) for key in ("ours", "plain", "limit")}
                 for t in self.tensors
             ],
         }
@@ -344,9 +343,7 @@ def _model_case(name: str, label: str, dtype: torch.dtype, batch: int, rank: int
         def truth():
             state = {n: p.detach().double().requires_grad_() for n, p in model.named_parameters()}
             options = reference_options(model.config)
-            return evaluate(
-                lambda: fastvit.reference.vision_transformer(images.double(), state, **options), state
-            )
+            return evaluate(lambda: fastvit.reference.vision_transformer(images.double(), state, **options), state)
 
         def ours():
             return evaluate(lambda: model(images), dict(model.named_parameters()))

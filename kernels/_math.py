@@ -18,8 +18,9 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def float32_precision() -> str:
-    """`tl.dot`'s input_precision for float32, by torch's own switch: "highest" means full precision, else TF32 will do."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    """`tl.dot`'s input_precision for float32, by torch's own switch for matrix products, set by whichever of its
+    names."""
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 @triton.jit

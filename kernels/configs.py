@@ -41,8 +41,8 @@ class RowConfig:
 
 
 # 16-bit products. LARGE: the largest tile that leaves the loaders and most epilogues their registers; HEAVY: for the
-# epilogue that holds three tiles at once, and where operands take registers; SMALL: for outputs of few tiles. Narrower than 128 columns, Hopper's compiler
-# serializes the products of operands that a loader has transformed.
+# epilogue that holds three tiles at once, and where operands take registers; SMALL: for outputs of few tiles. Narrower
+# than 128 columns, Hopper's compiler serializes the products of operands that a loader has transformed.
 LARGE = GemmConfig(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3)
 HEAVY = GemmConfig(BLOCK_M=128, BLOCK_N=64, BLOCK_K=64, num_warps=8, num_stages=3)
 SMALL = GemmConfig(BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, num_warps=4, num_stages=3)
@@ -52,7 +52,9 @@ SCATTERED = GemmConfig(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, num_warps=4, num_stag
 FULL_PRECISION = GemmConfig(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, num_warps=8, num_stages=3)
 
 
-def gemm_config(m: int, n: int, dtype: torch.dtype, device: torch.device, *, scattered=False, heavy=False) -> GemmConfig:
+def gemm_config(
+    m: int, n: int, dtype: torch.dtype, device: torch.device, *, scattered=False, heavy=False
+) -> GemmConfig:
     """The tile for an (m, n) product in `dtype`. scattered: pixels are gathered or scattered by less than 16 bytes at a
     time; heavy: the epilogue holds several tiles at once."""
     if dtype.itemsize > 2:

@@ -21,43 +21,63 @@ from ._math import TRITON_DTYPES, accumulator_dtype, float32_precision, widen
 
 @triton.jit
 def load_matrix(i, j, source):
-    """A tile of a matrix of (I, J) elements, one of whose strides is 1."""
-    ptr, I, J, stride_i, stride_j = source
+    """A tile of a matrix of (size_i, size_j) elements, one of whose strides is 1."""
+    ptr, size_i, size_j, stride_i, stride_j = source
     offset = i.to(tl.int64)[:, None] * stride_i + j.to(tl.int64)[None, :] * stride_j
-    return tl.load(ptr + offset, mask=(i < I)[:, None] & (j < J)[None, :], other=0.0)
+    return tl.load(ptr + offset, mask=(i < size_i)[:, None] & (j < size_j)[None, :], other=0.0)
 
 
 @triton.jit
 def load_scaled(i, j, source):
     """A tile of tokens times a scale per sample (drop path) and one per channel (layer-scale); each may be None."""
-    ptr, row_scale_ptr, column_scale_ptr, rows_per_sample, I, J, stride = source
-    x = load_matrix(i, j, (ptr, I, J, stride, 1))
+    ptr, row_scale_ptr, column_scale_ptr, rows_per_sample, size_i, size_j, stride = source
+    x = load_matrix(i, j, (ptr, size_i, size_j, stride, 1))
     if row_scale_ptr is not None:
-        x = widen(x) * widen(tl.load(row_scale_ptr + i // rows_per_sample, mask=i < I, other=0.0))[:, None]
+        x = widen(x) * widen(tl.load(row_scale_ptr + i // rows_per_sample, mask=i < size_i, other=0.0))[:, None]
     if column_scale_ptr is not None:
-        x = widen(x) * widen(tl.load(column_scale_ptr + j, mask=j < J, other=0.0))[None, :]
+        x = widen(x) * widen(tl.load(column_scale_ptr + j, mask=j < size_j, other=0.0))[None, :]
     return x
 
 
 @triton.jit
 def load_normalised(i, j, source):
     """A tile of LayerNorm(tokens), from the rows' statistics."""
-    ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, I, J, stride = source
-    row_ok, column_ok = i < I, j < J
+    ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, size_i, size_j, stride = source
+    row_ok, column_ok = i < size_i, j < size_j
     mean = tl.load(mean_ptr + i, mask=row_ok, other=0.0)
     rstd = tl.load(rstd_ptr + i, mask=row_ok, other=0.0)
     weight = tl.load(weight_ptr + j, mask=column_ok, other=0.0).to(mean.dtype)
     bias = tl.load(bias_ptr + j, mask=column_ok, other=0.0).to(mean.dtype)
-    x = load_matrix(i, j, (ptr, I, J, stride, 1)).to(mean.dtype)
+    x = load_matrix(i, j, (ptr, size_i, size_j, stride, 1)).to(mean.dtype)
     return (x - mean[:, None]) * rstd[:, None] * weight[None, :] + bias[None, :]
 
 
 @triton.jit
 def store(acc, i, j, part, target, ACTIVATION: tl.constexpr):
     """Store the tile, into partial sums number `part` when there are several."""
-    ptr, I, J = target
-    offset = part.to(tl.int64) * I * J + i.to(tl.int64)[:, None] * J + j[None, :]
-    tl.store(ptr + offset, acc.to(ptr.dtype.element_ty), mask=(i < I)[:, None] & (j < J)[None, :])
+    ptr, size_i, size_j = target
+    offset = part.to(tl.int64) * size_i * size_j + i.to(tl.int64)[:, None] * size_j + j[None, :]
+    tl.store(ptr + offset, acc.to(ptr.dtype.element_ty), mask=(i < size_i)[:, None] & (j < size_j)[None, :])
+
+
+@triton.jit
+def store_linear(acc, i, j, part, target, ACTIVATION: tl.constexpr):
+    """residual + row_scale * column_scale * (acc + bias); each of the four may be None."""
+    ptr, bias_ptr, column_scale_ptr, row_scale_ptr, residual_ptr, rows_per_sample, residual_stride, size_i, size_j = (
+        target
+    )
+    row_ok, column_ok = i < size_i, j < size_j
+    mask = row_ok[:, None] & column_ok[None, :]
+    row = i.to(tl.int64)[:, None]
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + j, mask=column_ok, other=0.0).to(acc.dtype)[None, :]
+    if column_scale_ptr is not None:
+        acc *= tl.load(column_scale_ptr + j, mask=column_ok, other=0.0).to(acc.dtype)[None, :]
+    if row_scale_ptr is not None:
+        acc *= tl.load(row_scale_ptr + i // rows_per_sample, mask=row_ok, other=0.0).to(acc.dtype)[:, None]
+    if residual_ptr is not None:
+        acc += tl.load(residual_ptr + (row * residual_stride + j[None, :]), mask=mask, other=0.0).to(acc.dtype)
+    tl.store(ptr + (row * size_j + j[None, :]), acc.to(ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -122,6 +142,17 @@ def gemm_kernel(
     EPILOGUE(acc, i, j, part, target, ACTIVATION)
 
 
+def transposed_weight(weight):
+    """The source of `gemm.load_matrix` for the transpose of weight (O, K): right operand of a forward product."""
+    outputs, inputs = weight.shape
+    return (weight, inputs, outputs, 1, weight.stride(0))
+
+
+def plain_weight(weight):
+    """The source of `gemm.load_matrix` for weight (O, K) itself: right operand of the gradient of an input."""
+    return (weight, *weight.shape, weight.stride(0), 1)
+
+
 def launch(
     load_a, a, load_b, b, epilogue, target, m, n, k, dtype, device, *, activation=None, config=None, parts=1
 ) -> None:
@@ -161,7 +192,7 @@ def weight_gradient(dy, load_x, x, inputs: int, dtype, *, scattered=False) -> to
     """
     tokens, outputs = dy.shape
     acc = accumulator_dtype(dtype)
-    if tokens == 0:
+    if not (tokens and outputs and inputs):
         return torch.zeros(outputs, inputs, dtype=acc, device=dy.device)
     config = configs.gemm_config(outputs, inputs, dtype, dy.device, scattered=scattered)
     parts = configs.split_k(outputs, inputs, tokens, config, dy.device)

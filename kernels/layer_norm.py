@@ -14,7 +14,6 @@ import triton.language as tl
 from . import configs
 from ._math import TRITON_DTYPES, accumulator_dtype
 
-MAX_COLUMNS = 8192  # whole rows stand in registers
 MAX_PARTIALS = 256
 
 

@@ -3,49 +3,19 @@
 Fused: the normalisation happens as the GEMM loads its tile of x, and the bias in its epilogue; the normalised tensor
 never exists in memory, neither in the forward nor in the gradient of the weight.
 Saved for backward: x itself, mean and rstd (float32, one each a row). Recomputed: the normalised values.
-A call moves, beyond the weights, for M rows, D inputs, O outputs of size s: forward M (2 D + O) s, backward
-M (2 O + 2 D) s for the two products and M 4 D s for the norm's gradient.
+A call moves, beyond the weights, for M rows, D inputs, O outputs of size s: forward M (2 D + O) s; backward
+M (3 O + 2 D) s for the products and the bias, and M 3 D s for the norm's gradient, one D more with a residual's.
 """
 
 import torch
-import triton
-import triton.language as tl
 
 from . import gemm, layer_norm, reduce
-
-
-@triton.jit
-def store_linear(acc, i, j, part, target, ACTIVATION: tl.constexpr):
-    """residual + row_scale * column_scale * (acc + bias); each of the four may be None."""
-    ptr, bias_ptr, column_scale_ptr, row_scale_ptr, residual_ptr, rows_per_sample, residual_stride, I, J = target
-    row_ok, column_ok = i < I, j < J
-    mask = row_ok[:, None] & column_ok[None, :]
-    row = i.to(tl.int64)[:, None]
-    if bias_ptr is not None:
-        acc += tl.load(bias_ptr + j, mask=column_ok, other=0.0).to(acc.dtype)[None, :]
-    if column_scale_ptr is not None:
-        acc *= tl.load(column_scale_ptr + j, mask=column_ok, other=0.0).to(acc.dtype)[None, :]
-    if row_scale_ptr is not None:
-        acc *= tl.load(row_scale_ptr + i // rows_per_sample, mask=row_ok, other=0.0).to(acc.dtype)[:, None]
-    if residual_ptr is not None:
-        acc += tl.load(residual_ptr + (row * residual_stride + j[None, :]), mask=mask, other=0.0).to(acc.dtype)
-    tl.store(ptr + (row * J + j[None, :]), acc.to(ptr.dtype.element_ty), mask=mask)
+from .gemm import plain_weight, store_linear, transposed_weight
 
 
 def normalised_source(x, mean, rstd, norm_weight, norm_bias):
     """The source of `gemm.load_normalised` for x (M, D)."""
     return (x, mean, rstd, norm_weight, norm_bias, *x.shape, x.stride(0))
-
-
-def transposed_weight(weight):
-    """The source of `gemm.load_matrix` for the transpose of weight (O, K): right operand of a forward product."""
-    outputs, inputs = weight.shape
-    return (weight, inputs, outputs, 1, weight.stride(0))
-
-
-def plain_weight(weight):
-    """The source of `gemm.load_matrix` for weight (O, K) itself: right operand of the gradient of an input."""
-    return (weight, *weight.shape, weight.stride(0), 1)
 
 
 def layer_norm_linear_forward(x, norm_weight, norm_bias, weight, bias, eps: float):
@@ -73,8 +43,9 @@ def layer_norm_linear_forward(x, norm_weight, norm_bias, weight, bias, eps: floa
 def layer_norm_linear_backward(dy, x, mean, rstd, norm_weight, norm_bias, weight, needs, dresidual=None):
     """Gradients of `layer_norm_linear_forward` for dy (M, O).
 
-    needs: three bools: the input and norm parameters, the weight, the bias; None for each that is not needed. dresidual (M, D): added to the gradient of x.
-    Returns dx (M, D) in x's dtype, dnorm_weight, dnorm_bias, dweight, dbias in float32 (float64 for float64).
+    needs: three bools: the input and norm parameters, the weight, the bias; None for each that is not needed.
+    dresidual (M, D): added to the gradient of x. Returns dx (M, D) in x's dtype, dnorm_weight, dnorm_bias, dweight,
+    dbias in float32 (float64 for float64).
     """
     needs_norm, needs_weight, needs_bias = needs
     rows, outputs = dy.shape

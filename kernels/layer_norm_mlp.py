@@ -7,7 +7,7 @@ gradient in the norm's.
 Saved for backward: x, mean, rstd and the pre-activation fc1(layer_norm(x)). Recomputed: the normalised values, and the
 activated tensor, by the very kernel that needs the pre-activation for the derivative.
 A call moves, beyond the weights, for M rows, D inputs, H hidden, O outputs of size s: forward M (2 D + 2 H + 2 O) s,
-plus M H s when the pre-activation is saved; backward M (2 O + 6 H + 5 D) s.
+plus M H s when the pre-activation is saved; backward M (3 O + 7 H + 5 D) s, one D more when the residual is x.
 """
 
 import torch
@@ -16,18 +16,19 @@ import triton.language as tl
 
 from . import configs, gemm, layer_norm
 from ._math import activate, activate_with_gradient
-from .layer_norm_linear import layer_norm_linear_backward, normalised_source, plain_weight, transposed_weight
+from .gemm import plain_weight, transposed_weight
+from .layer_norm_linear import layer_norm_linear_backward, normalised_source
 from .linear_residual import linear_parameter_gradients, linear_residual_forward, scaled_source
 
 
 @triton.jit
 def store_activated(acc, i, j, part, target, ACTIVATION: tl.constexpr):
     """ACTIVATION(acc + bias), and acc + bias itself where wanted."""
-    activated_ptr, preactivation_ptr, bias_ptr, I, J = target
-    offset = i.to(tl.int64)[:, None] * J + j[None, :]
-    mask = (i < I)[:, None] & (j < J)[None, :]
+    activated_ptr, preactivation_ptr, bias_ptr, size_i, size_j = target
+    offset = i.to(tl.int64)[:, None] * size_j + j[None, :]
+    mask = (i < size_i)[:, None] & (j < size_j)[None, :]
     if bias_ptr is not None:
-        acc += tl.load(bias_ptr + j, mask=j < J, other=0.0).to(acc.dtype)[None, :]
+        acc += tl.load(bias_ptr + j, mask=j < size_j, other=0.0).to(acc.dtype)[None, :]
     if preactivation_ptr is not None:
         tl.store(preactivation_ptr + offset, acc.to(preactivation_ptr.dtype.element_ty), mask=mask)
     tl.store(activated_ptr + offset, activate(acc, ACTIVATION).to(activated_ptr.dtype.element_ty), mask=mask)
@@ -36,9 +37,9 @@ def store_activated(acc, i, j, part, target, ACTIVATION: tl.constexpr):
 @triton.jit
 def store_activation_gradient(acc, i, j, part, target, ACTIVATION: tl.constexpr):
     """acc * ACTIVATION'(preactivation), and the activated tensor, made again, for the gradient of fc2's weight."""
-    dpreactivation_ptr, activated_ptr, preactivation_ptr, I, J = target
-    offset = i.to(tl.int64)[:, None] * J + j[None, :]
-    mask = (i < I)[:, None] & (j < J)[None, :]
+    dpreactivation_ptr, activated_ptr, preactivation_ptr, size_i, size_j = target
+    offset = i.to(tl.int64)[:, None] * size_j + j[None, :]
+    mask = (i < size_i)[:, None] & (j < size_j)[None, :]
     preactivation = tl.load(preactivation_ptr + offset, mask=mask, other=0.0).to(acc.dtype)
     activated, derivative = activate_with_gradient(preactivation, ACTIVATION)
     tl.store(dpreactivation_ptr + offset, (acc * derivative).to(dpreactivation_ptr.dtype.element_ty), mask=mask)
@@ -61,7 +62,8 @@ def layer_norm_mlp_forward(
     out_dtype: torch.dtype,
     keep_preactivation: bool,
 ):
-    """x (M, D), fc1_weight (H, D), fc2_weight (O, H), residual (M, O) or None, the other optional ones None where absent
+    """x (M, D), fc1_weight (H, D), fc2_weight (O, H), residual (M, O) or None, the other optional ones None where
+    absent
     -> out (M, O) in out_dtype, mean (M,), rstd (M,), preactivation (M, H) or None."""
     rows, inputs = x.shape
     hidden = fc1_weight.shape[0]
@@ -109,7 +111,12 @@ def layer_norm_mlp_backward(
     Returns dx in x's dtype, dnorm_weight, dnorm_bias, dfc1_weight, dfc1_bias, dfc2_weight, dfc2_bias, dlayer_scale in
     float32 (float64 for float64); None for each that is not needed.
     """
-    needs_norm, needs_fc1_weight, needs_fc1_bias, *needs_fc2 = needs
+    needs_fc1, needs_fc2 = needs[:3], needs[3:]
+    if not any((*needs_fc1, needs_fc2[0], needs_fc2[2])):
+        # Nothing needs the hidden tensors, and the pre-activation stands in for the activated one unread.
+        return *[None] * 5, *linear_parameter_gradients(
+            dout, preactivation, fc2_weight, fc2_bias, layer_scale, drop_path_scale, needs_fc2
+        )
     rows, hidden = preactivation.shape
     dpreactivation, activated = torch.empty_like(preactivation), torch.empty_like(preactivation)
     gemm.launch(
@@ -139,7 +146,7 @@ def layer_norm_mlp_backward(
         norm_weight,
         norm_bias,
         fc1_weight,
-        (needs_norm, needs_fc1_weight, needs_fc1_bias),
+        needs_fc1,
         dresidual=dout if residual_is_x else None,
     )
     return *fc1_gradients, *fc2_gradients

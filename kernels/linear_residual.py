@@ -12,17 +12,12 @@ M (3 O + 2 K) s (the gradient of the residual is dout itself).
 import torch
 
 from . import gemm, reduce
-from .layer_norm_linear import plain_weight, store_linear, transposed_weight
-
-
-def rows_per_sample(rows: int, row_scale) -> int:
-    """How many rows of a matrix share a scale; 1 where there is none, or there are no rows."""
-    return rows // len(row_scale) if rows and row_scale is not None else 1
+from .gemm import plain_weight, store_linear, transposed_weight
 
 
 def scaled_source(x, row_scale, column_scale):
     """The source of `gemm.load_scaled` for x (M, K)."""
-    return (x, row_scale, column_scale, rows_per_sample(len(x), row_scale), *x.shape, x.stride(0))
+    return (x, row_scale, column_scale, reduce.rows_per_sample(len(x), row_scale), *x.shape, x.stride(0))
 
 
 def linear_residual_forward(x, weight, bias, residual, layer_scale, drop_path_scale, out_dtype):
@@ -43,7 +38,7 @@ def linear_residual_forward(x, weight, bias, residual, layer_scale, drop_path_sc
             layer_scale,
             drop_path_scale,
             residual,
-            rows_per_sample(rows, drop_path_scale),
+            reduce.rows_per_sample(rows, drop_path_scale),
             0 if residual is None else residual.stride(0),
             rows,
             outputs,

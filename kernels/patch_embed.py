@@ -18,7 +18,7 @@ import triton.language as tl
 
 from . import configs, gemm, reduce
 from ._math import accumulator_dtype, widen
-from .layer_norm_linear import plain_weight, transposed_weight
+from .gemm import plain_weight, transposed_weight
 
 
 @triton.jit
@@ -49,11 +49,13 @@ def pixel_offsets(
 @triton.jit
 def load_patches(i, j, source):
     """A tile of flattened patches, pixel * gain + shift per channel; rows of zeros for the prefix tokens."""
-    ptr, gain_ptr, shift_ptr, I, J, tokens, prefix, across, stride_b, stride_c, stride_h, stride_w, PH, PW = source
+    ptr, gain_ptr, shift_ptr, size_i, size_j, tokens, prefix, across, stride_b, stride_c, stride_h, stride_w, PH, PW = (
+        source
+    )
     row, column, channel, patch = pixel_offsets(
         i, j, tokens, prefix, across, stride_b, stride_c, stride_h, stride_w, PH, PW
     )
-    row_ok, column_ok = (i < I) & (patch >= 0), j < J
+    row_ok, column_ok = (i < size_i) & (patch >= 0), j < size_j
     mask = row_ok[:, None] & column_ok[None, :]
     pixels = tl.load(ptr + (row[:, None] + column[None, :]), mask=mask, other=0)
     if gain_ptr is not None:
@@ -66,32 +68,32 @@ def load_patches(i, j, source):
 @triton.jit
 def store_tokens(acc, i, j, part, target, ACTIVATION: tl.constexpr):
     """Patch rows: acc + bias + position. Prefix rows: the prefix, + position where the table has rows for them."""
-    ptr, bias_ptr, position_ptr, prefix_ptr, tokens, prefix, first_position, I, J = target
-    row_ok, column_ok = i < I, j < J
+    ptr, bias_ptr, position_ptr, prefix_ptr, tokens, prefix, first_position, size_i, size_j = target
+    row_ok, column_ok = i < size_i, j < size_j
     token = i % tokens
     is_patch = token >= prefix
     if bias_ptr is not None:
         acc += widen(tl.load(bias_ptr + j, mask=column_ok, other=0.0))[None, :]
     if prefix_ptr is not None:
-        rows = prefix_ptr + token.to(tl.int64)[:, None] * J + j[None, :]
+        rows = prefix_ptr + token.to(tl.int64)[:, None] * size_j + j[None, :]
         prefix_mask = (row_ok & (token < prefix))[:, None] & column_ok[None, :]
         acc = tl.where(is_patch[:, None], acc, widen(tl.load(rows, mask=prefix_mask, other=0.0)))
     if position_ptr is not None:
-        rows = position_ptr + (token - first_position).to(tl.int64)[:, None] * J + j[None, :]
+        rows = position_ptr + (token - first_position).to(tl.int64)[:, None] * size_j + j[None, :]
         position_mask = (row_ok & (token >= first_position))[:, None] & column_ok[None, :]
         acc += widen(tl.load(rows, mask=position_mask, other=0.0))
-    out = ptr + i.to(tl.int64)[:, None] * J + j[None, :]
+    out = ptr + i.to(tl.int64)[:, None] * size_j + j[None, :]
     tl.store(out, acc.to(ptr.dtype.element_ty), mask=row_ok[:, None] & column_ok[None, :])
 
 
 @triton.jit
 def store_pixels(acc, i, j, part, target, ACTIVATION: tl.constexpr):
     """Scatter the gradient of flattened patches into the image's, times the gain per channel."""
-    ptr, gain_ptr, I, J, tokens, prefix, across, stride_b, stride_c, stride_h, stride_w, PH, PW = target
+    ptr, gain_ptr, size_i, size_j, tokens, prefix, across, stride_b, stride_c, stride_h, stride_w, PH, PW = target
     row, column, channel, patch = pixel_offsets(
         i, j, tokens, prefix, across, stride_b, stride_c, stride_h, stride_w, PH, PW
     )
-    row_ok, column_ok = (i < I) & (patch >= 0), j < J
+    row_ok, column_ok = (i < size_i) & (patch >= 0), j < size_j
     if gain_ptr is not None:
         acc *= tl.load(gain_ptr + channel, mask=column_ok, other=0.0)[None, :]
     out = ptr + (row[:, None] + column[None, :])
@@ -118,11 +120,12 @@ def _scattered(image, patch_width: int) -> bool:
 @functools.lru_cache(maxsize=64)
 def _gain_and_shift(mean, std, channels: int, is_integer: bool, dtype: torch.dtype, device: torch.device):
     """(pixel / 255 - mean) / std as pixel * gain + shift: two (C,) tensors, or None twice where nothing is to be done.
-    Kept, because a copy to the GPU at every call would wait for it."""
+    Kept, because a copy to the GPU at every call would wait for it (and cannot be captured in a CUDA graph: run once
+    before)."""
     if mean is None and std is None and not is_integer:
         return None, None
-    mean = torch.tensor(mean or [0.0] * channels, dtype=torch.float64)
-    std = torch.tensor(std or [1.0] * channels, dtype=torch.float64)
+    mean = torch.tensor(mean or [0.0] * channels, dtype=torch.float64, device="cpu")
+    std = torch.tensor(std or [1.0] * channels, dtype=torch.float64, device="cpu")
     gain = 1 / (std * (255 if is_integer else 1))
     return gain.to(device, dtype), (-mean / std).to(device, dtype)
 
@@ -166,13 +169,14 @@ def patch_embed_forward(image, weight, bias, pos_embed, prefix, mean, std, out_d
     return out
 
 
-def patch_embed_backward(dtokens, image, weight, prefix_rows: int, mean, std, needs_image: bool, needs_weight: bool):
+def patch_embed_backward(dtokens, image, weight, prefix_rows: int, mean, std, needs):
     """Gradients of `patch_embed_forward` for contiguous dtokens (B, P + N, D).
 
-    Returns dimage in image's dtype and layout and dweight (D, C, ph, pw) in float32 (float64 for float64), None where
-    not needed, and the sum of dtokens over the batch, (P + N, D) in float32 (float64), of which the gradients of bias,
-    positions and prefix are parts.
+    needs: three bools, for the three results, None where not needed: dimage in image's dtype and layout; dweight
+    (D, C, ph, pw) in float32 (float64 for float64); the sum of dtokens over the batch, (P + N, D) in float32 (float64),
+    of which the gradients of bias, positions and prefix are parts.
     """
+    needs_image, needs_weight, needs_sum = needs
     batch, tokens, embed_dim = dtokens.shape
     patch_size = weight.shape[2:]
     flat = weight.reshape(embed_dim, -1)
@@ -180,7 +184,7 @@ def patch_embed_backward(dtokens, image, weight, prefix_rows: int, mean, std, ne
     rows = batch * tokens
     dtokens_rows = dtokens.view(rows, embed_dim)
     gain, shift = _normalisation(image, weight, mean, std)
-    dimage = dweight = None
+    dimage = dweight = by_token = None
     scattered = _scattered(image, patch_size[1])
     if needs_weight:
         source = (image, gain, shift, rows, pixels, *_geometry(image, *patch_size, prefix_rows))
@@ -202,5 +206,6 @@ def patch_embed_backward(dtokens, image, weight, prefix_rows: int, mean, std, ne
             image.device,
             config=configs.gemm_config(rows, pixels, weight.dtype, image.device, scattered=scattered),
         )
-    by_token = reduce.column_sum(dtokens.view(batch, tokens * embed_dim)).view(tokens, embed_dim)
+    if needs_sum:
+        by_token = reduce.column_sum(dtokens.view(batch, tokens * embed_dim)).view(tokens, embed_dim)
     return dimage, dweight, by_token

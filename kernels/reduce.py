@@ -2,7 +2,7 @@
 
 Fused: the per-sample scale (drop path). Each program sums a stretch of rows in float32 and writes one row of
 partials; one reduction adds those. No atomics, so the result never depends on the order of the programs.
-A call moves rows * columns * itemsize bytes, plus the partials (at most 1/64 of that in rows).
+A call moves rows * columns * itemsize bytes, plus the float32 partials: one row for every 32 or more, 64 at most.
 """
 
 import torch
@@ -46,6 +46,11 @@ def column_sum_kernel(
     tl.store(partial_ptr + part.to(tl.int64) * columns + j, tl.sum(total, axis=0), mask=j < columns)
 
 
+def rows_per_sample(rows: int, row_scale: torch.Tensor | None) -> int:
+    """How many rows of a matrix share a scale; 1 where there is none, or there are no rows."""
+    return rows // len(row_scale) if rows and row_scale is not None else 1
+
+
 def column_sum(x: torch.Tensor, row_scale: torch.Tensor | None = None) -> torch.Tensor:
     """Sum over rows of x (rows, columns), row i times row_scale[i // (rows / samples)]. Returns (columns,) float32
     (float64 for float64)."""
@@ -63,7 +68,7 @@ def column_sum(x: torch.Tensor, row_scale: torch.Tensor | None = None) -> torch.
         rows,
         columns,
         x.stride(0),
-        1 if row_scale is None else rows // row_scale.shape[0],
+        rows_per_sample(rows, row_scale),
         rows_per_program,
         ACC=TRITON_DTYPES[acc],
         BLOCK_ROWS=BLOCK_ROWS,

@@ -129,6 +129,15 @@ def relative_rms(got: torch.Tensor, truth: torch.Tensor) -> float:
     return (torch.linalg.vector_norm(got - truth) / torch.linalg.vector_norm(truth)).item()
 
 
+def results(sample: Sample, tensors: dict, module=None, upstream=None) -> dict[str, torch.Tensor]:
+    """Output and gradients by name; the output gradient, where none is given, is drawn from its shape, always the
+    same."""
+    out = sample.run(tensors, module)
+    if upstream is None:
+        upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    return {"out": out, **gradients(out, tensors, upstream.to(out))}
+
+
 def gradients(out: torch.Tensor, tensors: dict[str, torch.Tensor], upstream: torch.Tensor) -> dict[str, torch.Tensor]:
     """The gradient of each tensor that requires one, by name."""
     wanted = {name: tensor for name, tensor in tensors.items() if tensor.requires_grad}

@@ -129,10 +129,15 @@ def test_what_the_kernels_lack_runs_in_torch(device):
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"qkv": torch.zeros(2, 5, 2, 1, 8)}, ValueError, r"qkv must have shape \(B, N, 3, H, d\), got \(2, 5, 2, 1, 8\)"),
+        (
+            {"qkv": torch.zeros(2, 5, 2, 1, 8)},
+            ValueError,
+            r"qkv must have shape \(B, N, 3, H, d\), got \(2, 5, 2, 1, 8\)",
+        ),
         ({"qkv": torch.zeros(2, 5, 24)}, ValueError, r"qkv must have shape \(B, N, 3, H, d\)"),
         ({"qkv": torch.zeros(2, 5, 3, 1, 0)}, ValueError, "head dimension of at least 1"),
         ({"dropout_p": 1.0}, ValueError, r"dropout_p must be in \[0, 1\), got 1.0"),
+        ({"key_padding_mask": [1, 1]}, TypeError, "key_padding_mask must be a torch.Tensor, got list"),
         ({"key_padding_mask": torch.ones(2, 5)}, TypeError, "key_padding_mask must be bool"),
         ({"key_padding_mask": torch.ones(2, 6, dtype=torch.bool)}, ValueError, r"\(B, N\) = \(2, 5\), got \(2, 6\)"),
         ({"attn_bias": torch.zeros(4, 5)}, ValueError, r"attn_bias must broadcast to .* got \(4, 5\)"),

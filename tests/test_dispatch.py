@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -29,7 +30,10 @@ def test_the_back_end_is_restored_even_after_an_error():
 
 
 def test_unknown_names_are_refused():
-    with pytest.raises(ValueError, match="unknown back end 'cuda', expected one of auto, triton, torch"), fastvit.use_backend("cuda"):
+    with (
+        pytest.raises(ValueError, match="unknown back end 'cuda', expected one of auto, triton, torch"),
+        fastvit.use_backend("cuda"),
+    ):
         pass
     with pytest.raises(ValueError, match="unknown op 'softmax', expected one of attention, layer_norm"):
         fastvit.explain("softmax", torch.zeros(1))
@@ -61,6 +65,15 @@ def test_triton_without_gpu_or_interpreter_is_one_clear_error():
     error = run(code).stderr.strip().splitlines()[-1]
     assert error.startswith("RuntimeError: back end 'triton' was asked for, but layer_norm cannot run on it: ")
     assert "TRITON_INTERPRET is not set" in error
+
+
+@pytest.mark.parametrize(("major", "reasons"), [(7, 1), (8, 0), (9, 0)])
+def test_gpus_before_ampere_are_a_reason(major, reasons, monkeypatch):
+    properties = types.SimpleNamespace(major=major, minor=5)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(dispatch, "interpreting", lambda: False)
+    found = dispatch.missing_requirements(types.SimpleNamespace(device=torch.device("cuda:0")))
+    assert found == ["compute capability 7.5, and the kernels need 8.0"][:reasons]
 
 
 def test_no_triton_is_a_reason_not_a_crash(monkeypatch):

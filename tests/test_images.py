@@ -10,10 +10,10 @@ import pytest
 import torch
 
 pytest.importorskip("PIL")
+from fastvit.benchmarks.bench import normalise  # noqa: E402
 from PIL import Image, ImageOps  # noqa: E402
 
 from fastvit import images  # noqa: E402
-from fastvit.benchmarks.bench import normalise  # noqa: E402
 
 PHOTOS = Path(__file__).parent.parent / "benchmarks" / "photos"
 

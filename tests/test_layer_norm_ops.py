@@ -1,8 +1,11 @@
 """layer_norm, layer_norm_linear, linear_residual and layer_norm_mlp beyond the contract."""
 
+import inspect
+
 import pytest
+import samples
 import torch
-from samples import SAMPLES, gradients, relative_rms
+from samples import SAMPLES, gradients, relative_rms, results
 
 import fastvit
 from fastvit import ops, reference
@@ -95,8 +98,6 @@ def test_float32_stream_beside_bfloat16_weights(name, device):
     for key in tensors:
         if key not in ("x", "residual", "norm_weight", "norm_bias", "drop_path_scale"):
             tensors[key] = tensors[key].detach().bfloat16().requires_grad_()
-    if name == "linear_residual":
-        tensors["x"] = tensors["x"].detach().bfloat16().requires_grad_()
     wide = {n: t.detach().double().requires_grad_(t.requires_grad) for n, t in tensors.items()}
     out, plain, truth = sample.run(tensors), sample.run(tensors, reference), sample.run(wide, reference)
     assert out.dtype == plain.dtype == (torch.bfloat16 if name == "layer_norm_linear" else torch.float32)
@@ -108,6 +109,80 @@ def test_float32_stream_beside_bfloat16_weights(name, device):
         assert grad.dtype == tensors[key].dtype
         limit = max(1.5 * relative_rms(by_torch[key], expected[key]), 1e-7)
         assert relative_rms(grad, expected[key]) <= limit, key
+
+
+@pytest.mark.parametrize("name", ["layer_norm_linear", "linear_residual", "layer_norm_mlp-residual"])
+def test_many_tiles(name, device, monkeypatch):
+    """More row tiles than a group of them, several column tiles, weight gradients summed in parts."""
+    for size, value in (("N", 301), ("D", 66), ("M", 70)):
+        monkeypatch.setattr(samples, size, value)
+    tensors = BY_NAME[name].tensors(device=device)
+    wide = {n: t.detach().double().requires_grad_(t.requires_grad) for n, t in tensors.items()}
+    got, truth = results(BY_NAME[name], tensors), results(BY_NAME[name], wide, reference)
+    for key, value in got.items():
+        assert relative_rms(value, truth[key]) < 1e-5, key
+
+
+def test_parameter_gradients_of_many_rows(device):
+    """Several rows a program, and several programs."""
+    x = (3 + torch.randn(600, 1100, device=device)).requires_grad_()
+    weight = torch.randn(1100, device=device, requires_grad=True)
+    bias = torch.randn(1100, device=device, requires_grad=True)
+    wide = [t.detach().double().requires_grad_() for t in (x, weight, bias)]
+    upstream = torch.randn_like(x)
+    got = torch.autograd.grad(ops.layer_norm(x, weight, bias), (x, weight, bias), upstream)
+    expected = torch.autograd.grad(reference.layer_norm(*wide), wide, upstream.double())
+    for value, truth in zip(got, expected, strict=True):
+        assert relative_rms(value, truth) < 1e-5
+
+
+def test_column_sum_of_many_rows(device):
+    from fastvit.kernels.reduce import column_sum
+
+    x, scale = torch.randn(4200, 130, device=device), torch.randn(3, device=device)
+    truth = (x.double().view(3, 1400, 130) * scale.double()[:, None, None]).sum(dim=(0, 1))
+    assert relative_rms(column_sum(x, scale), truth) < 1e-6
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_pre_activation_is_kept_only_for_a_backward_pass(trained, device, monkeypatch):
+    kept = []
+    module = inspect.getmodule(ops.layer_norm_mlp)
+    forward = module.layer_norm_mlp_forward
+    monkeypatch.setattr(module, "layer_norm_mlp_forward", lambda *args: kept.append(forward(*args)) or kept[-1])
+    with torch.set_grad_enabled(trained):
+        BY_NAME["layer_norm_mlp"].run(BY_NAME["layer_norm_mlp"].tensors(device=device))
+    assert (kept[0][3].numel() > 0) == trained
+
+
+def test_residual_that_is_x_beside_a_strided_output_gradient(device):
+    tensors = BY_NAME["layer_norm_mlp"].tensors(device=device)
+    out = ops.layer_norm_mlp(**tensors, residual=tensors["x"])
+    wide = torch.randn(*out.shape[:-1], 2 * out.shape[-1], device=device)[..., : out.shape[-1]]
+    expected = gradients(out, tensors, wide.contiguous())
+    out = ops.layer_norm_mlp(**tensors, residual=tensors["x"])
+    for name, value in gradients(out, tensors, wide).items():
+        assert torch.equal(value, expected[name]), name
+
+
+def test_float32_residual_that_is_x_keeps_its_dtype(device):
+    tensors = BY_NAME["layer_norm_mlp"].tensors(torch.bfloat16, device)
+    tensors["x"] = tensors["x"].detach().float().requires_grad_()
+    out = ops.layer_norm_mlp(**tensors, residual=tensors["x"])
+    compiled = torch.compile(ops.layer_norm_mlp, fullgraph=True, backend="aot_eager")
+    assert out.dtype == compiled(**tensors, residual=tensors["x"]).dtype == torch.float32
+    assert out.dtype == reference.layer_norm_mlp(**tensors, residual=tensors["x"]).dtype
+
+
+@pytest.mark.parametrize("size", ["M", "N"])
+def test_empty_axes(size, device, monkeypatch):
+    """No hidden channels, no tokens: results of the right shape, and what remains of the formula."""
+    monkeypatch.setattr(samples, size, 0)
+    for sample in (BY_NAME["layer_norm_linear"], BY_NAME["linear_residual"], BY_NAME["layer_norm_mlp-residual"]):
+        tensors = sample.tensors(device=device)
+        got, plain = results(sample, tensors), results(sample, tensors, reference)
+        for key, value in plain.items():
+            torch.testing.assert_close(got[key], value, msg=f"{sample} {key}")
 
 
 def test_dropped_samples_pass_through(device):
@@ -133,14 +208,35 @@ def bad(name, changes):
         ("layer_norm", {"x": torch.zeros(2, 24, dtype=torch.int64)}, TypeError, "x must have a floating-point dtype"),
         ("layer_norm_linear", {"weight": torch.zeros(40, 25)}, ValueError, r"weight must have shape \(O, D\) with 24"),
         ("layer_norm_linear", {"bias": torch.zeros(41)}, ValueError, r"bias must have shape \(O,\) = \(40,\)"),
-        ("layer_norm_linear", {"x": torch.zeros(2, 24).bfloat16()}, TypeError, "x is torch.bfloat16, but weight is torch"),
+        (
+            "layer_norm_linear",
+            {"x": torch.zeros(2, 24).bfloat16()},
+            TypeError,
+            "x is torch.bfloat16, but weight is torch",
+        ),
+        (
+            "layer_norm_linear",
+            {"bias": torch.zeros(40).half()},
+            TypeError,
+            "bias is torch.float16, but weight is torch",
+        ),
         ("linear_residual", {"residual": torch.zeros(2, 21, 25)}, ValueError, "residual must have shape"),
         ("linear_residual", {"layer_scale": torch.zeros(25)}, ValueError, "layer_scale must have shape"),
         ("linear_residual", {"drop_path_scale": torch.zeros(3)}, ValueError, r"drop_path_scale must have shape \(B,\)"),
         ("linear_residual", {"drop_path_scale": torch.ones(2, requires_grad=True)}, ValueError, "not differentiable"),
         ("layer_norm_mlp", {"fc2_weight": torch.zeros(24, 41)}, ValueError, r"fc2_weight must have shape \(O, M\)"),
-        ("layer_norm_mlp", {"fc2_weight": torch.zeros(24, 40).half()}, TypeError, "fc2_weight is torch.float16, but fc1"),
-        ("layer_norm_mlp", {"activation": "relu"}, ValueError, "unknown activation 'relu', expected one of gelu, gelu_tanh"),
+        (
+            "layer_norm_mlp",
+            {"fc2_weight": torch.zeros(24, 40).half()},
+            TypeError,
+            "fc2_weight is torch.float16, but fc1",
+        ),
+        (
+            "layer_norm_mlp",
+            {"activation": "relu"},
+            ValueError,
+            "unknown activation 'relu', expected one of gelu, gelu_tanh",
+        ),
     ],
 )
 def test_bad_input(name, changes, error, message):

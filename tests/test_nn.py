@@ -51,7 +51,7 @@ def fused_calls(monkeypatch):
     calls = []
     for name in ("layer_norm_linear", "linear_residual", "layer_norm_mlp", "patch_embed"):
 
-        def counted(*args, _name=name, _op=getattr(ops, name), **kwargs):
+        def counted(*args, _name=name, _op=getattr(ops, name), **kwargs):  # noqa: B008
             calls.append(_name)
             return _op(*args, **kwargs)
 

@@ -34,9 +34,7 @@ def test_patch_sizes(patch, dtype, device):
     image = torch.randn(2, 3, 2 * height, 3 * width, device=device)
     weight = torch.randn(40, 3, *patch, device=device) * 0.1
     prefix, table = torch.randn(1, 40, device=device), torch.randn(7, 40, device=device)
-    assert_matches(
-        image, weight, dtype, 2.0 if dtype == torch.float32 else 1.5, pos_embed=table, prefix=prefix
-    )
+    assert_matches(image, weight, dtype, 2.0 if dtype == torch.float32 else 1.5, pos_embed=table, prefix=prefix)
 
 
 @pytest.mark.parametrize("channels", [1, 2, 4, 7])
@@ -63,9 +61,9 @@ def test_uint8_images(normalisation, dtype, device):
     weight = torch.randn(24, 3, 16, 16, device=device) * 0.1
     out, *_ = assert_matches(image, weight, dtype, 2.0 if dtype == torch.float32 else 1.5, **normalisation)
     by_hand = image.float() / 255
-    by_hand = (by_hand - torch.tensor(normalisation.get("mean", (0, 0, 0)), device=device)[:, None, None]) / torch.tensor(
-        normalisation.get("std", (1, 1, 1)), device=device
-    )[:, None, None]
+    by_hand = (
+        by_hand - torch.tensor(normalisation.get("mean", (0, 0, 0)), device=device)[:, None, None]
+    ) / torch.tensor(normalisation.get("std", (1, 1, 1)), device=device)[:, None, None]
     same = ops.patch_embed(by_hand, weight.to(dtype))
     assert relative_rms(out, same) < 1e-6 if dtype == torch.float32 else 1e-2
 
@@ -90,13 +88,32 @@ def test_widest_dtype_wins(device):
         assert function(image, weight, pos_embed=table).dtype == torch.float32
 
 
+def test_autocast_projects_in_its_dtype(device):
+    image, weight = torch.randn(2, 3, 8, 8, device=device), torch.randn(8, 3, 4, 4, device=device)
+    with torch.autocast(device, torch.bfloat16):
+        assert ops.patch_embed(image, weight).dtype == reference.patch_embed(image, weight).dtype == torch.bfloat16
+
+
+def test_fake_gradient_of_a_channels_last_image_has_its_layout(device):
+    image = torch.randn(2, 3, 8, 8, device=device).to(memory_format=torch.channels_last)
+    dtokens, weight = torch.randn(2, 4, 8, device=device), torch.randn(8, 3, 4, 4, device=device)
+    arguments = (dtokens, image, weight, *[None] * 5, [True, False, False, False, False])
+    torch.library.opcheck(torch.ops.fastvit.patch_embed_backward.default, arguments)
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
         ({"image": torch.zeros(1, 3, 18, 16)}, ValueError, "image size 18x16 is not divisible by the patch size 8x8"),
         ({"image": torch.zeros(1, 4, 16, 16)}, ValueError, "image has 4 channels, but weight is for 3"),
         ({"image": torch.zeros(3, 16, 16)}, ValueError, r"image must have shape \(B, C, H, W\), got \(3, 16, 16\)"),
-        ({"image": torch.zeros(1, 3, 16, 16, dtype=torch.int32)}, TypeError, "floating-point or uint8, got torch.int32"),
+        (
+            {"image": torch.zeros(1, 3, 16, 16, dtype=torch.int32)},
+            TypeError,
+            "floating-point or uint8, got torch.int32",
+        ),
+        ({"weight": torch.zeros(24, 3, 0, 8)}, ValueError, r"no empty dimension, got \(24, 3, 0, 8\)"),
+        ({"bias": torch.zeros(24).half()}, TypeError, "bias is torch.float16, but weight is torch.float32"),
         ({"weight": torch.zeros(24, 192)}, ValueError, r"weight must have shape \(D, C, ph, pw\)"),
         ({"bias": torch.zeros(23)}, ValueError, r"bias must have shape \(D,\) = \(24,\), got \(23,\)"),
         ({"pos_embed": torch.zeros(6, 24)}, ValueError, r"pos_embed must have shape .* got \(6, 24\)"),

@@ -90,9 +90,7 @@ class Attention(nn.Module):
             ~allowed, float("-inf")
         )
 
-    def forward(
-        self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False
-    ) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False) -> torch.Tensor:
         """x (B, N, D) -> (B, N, dim_out).
 
         attn_mask, broadcastable to (B, H, N, N): bool, True = attend, or floating point, added to the scaled scores.

@@ -1,7 +1,8 @@
 """The ops: functional forms, autograd Functions, and torch custom ops (`torch.ops.fastvit.*`).
 
 Each functional form checks its arguments, asks `fastvit.dispatch` for a back end and runs there. On the kernels it goes
-through an autograd Function whose forward and backward call custom ops, so that it compiles, exports and differentiates.
+through an autograd Function whose forward and backward call custom ops, so that it compiles, exports and
+differentiates.
 """
 
 import inspect

@@ -30,7 +30,8 @@ class Op:
         return self.triton(*args) if dispatch.wants_triton(self.name, self.unsupported(*args)) else self.torch(*args)
 
     def explain(self, *args) -> dispatch.Explanation:
-        """What a call would do, and why; raises what `check` raises."""
+        """What a call would do under "auto", and why; under "triton", a call for which there are reasons raises them.
+        Raises what `check` raises."""
         self.check(*args)
         at_once = dispatch.torch_without_question(args[0].device.type)
         reasons = ([at_once] if at_once else []) + self.unsupported(*args)
@@ -65,12 +66,12 @@ def check_matrix(op: str, name: str, weight: torch.Tensor, letters: str, inputs:
         raise ValueError(f"{op}: {name} must have shape {letters} with {inputs} columns, got {tuple(weight.shape)}")
 
 
-def check_operands(op: str, x: torch.Tensor, **weights: torch.Tensor) -> None:
+def check_operands(op: str, x: torch.Tensor, **weights: torch.Tensor | None) -> None:
     """Raise TypeError unless the weights share a dtype that is x's or narrower. Under autocast any will do."""
-    dtypes = {weight.dtype for weight in weights.values()}
+    dtypes = {weight.dtype for weight in weights.values() if weight is not None}
     if dtypes == {x.dtype} or autocasting(x):
         return
-    (first_name, first), *rest = weights.items()
+    (first_name, first), *rest = [(name, weight) for name, weight in weights.items() if weight is not None]
     for name, weight in rest:
         if weight.dtype != first.dtype:
             raise TypeError(f"{op}: {name} is {weight.dtype}, but {first_name} is {first.dtype}; expected one dtype")
@@ -89,7 +90,7 @@ def check_scales(op: str, x: torch.Tensor, outputs: int, layer_scale, drop_path_
 def autocasting(x: torch.Tensor) -> bool:
     """Whether autocast is on for x's device and would cast what goes into a linear layer."""
     device = x.device.type
-    return device in ("cuda", "cpu") and torch.is_autocast_enabled(device) and x.dtype != torch.float64
+    return device in ("cuda", "cpu", "mps", "xpu") and torch.is_autocast_enabled(device) and x.dtype != torch.float64
 
 
 def cast(x: torch.Tensor, *tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
@@ -114,6 +115,11 @@ def unsupported_dtypes(*dtypes: torch.dtype) -> list[str]:
     return [f"no kernels for dtype {name}" for name in names]
 
 
+def statistics_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype in which sums over x are kept."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
 def needs_grad(*tensors: torch.Tensor | None) -> bool:
     """Whether a backward pass through these tensors may come."""
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
@@ -121,7 +127,7 @@ def needs_grad(*tensors: torch.Tensor | None) -> bool:
 
 def rows(x: torch.Tensor) -> torch.Tensor:
     """x (..., D) as (M, D) with unit stride along D; copied only where its strides leave no other way."""
-    x = x.reshape(-1, x.shape[-1])
+    x = x.flatten(0, -2)
     return x if x.stride(1) == 1 else x.contiguous()
 
 

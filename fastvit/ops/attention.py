@@ -1,23 +1,20 @@
 """Multi-head self-attention over packed qkv as one op; see `fastvit.reference.attention` and
 `fastvit.kernels.attention`."""
 
-from typing import Optional
-
 import torch
 import torch.nn.functional as F
 
 from fastvit import dispatch
 
 from . import _common
-from ._common import Op, on_device_of
-from .layer_norm import statistics_dtype
+from ._common import Op, on_device_of, statistics_dtype
 
 MAX_HEAD_DIM = 128
 
 
 @torch.library.custom_op("fastvit::attention_forward", mutates_args=())
 def attention_forward(
-    qkv: torch.Tensor, scale: float, key_padding_mask: Optional[torch.Tensor], attn_bias: Optional[torch.Tensor]
+    qkv: torch.Tensor, scale: float, key_padding_mask: torch.Tensor | None, attn_bias: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     from fastvit.kernels import attention as kernels
 
@@ -39,8 +36,8 @@ def attention_backward(
     out: torch.Tensor,
     lse: torch.Tensor,
     scale: float,
-    key_padding_mask: Optional[torch.Tensor],
-    attn_bias: Optional[torch.Tensor],
+    key_padding_mask: torch.Tensor | None,
+    attn_bias: torch.Tensor | None,
     needs_bias: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     from fastvit.kernels import attention as kernels
@@ -73,9 +70,7 @@ class AttentionFunction(torch.autograd.Function):
         qkv, out, lse, key_padding_mask, attn_bias = ctx.saved_tensors
         needs_qkv, _, _, needs_bias = ctx.needs_input_grad
         dout = dout if dout.stride(-1) == 1 else dout.contiguous()
-        dqkv, dbias = attention_backward(
-            dout, qkv, out, lse, ctx.scale, key_padding_mask, attn_bias, needs_bias
-        )
+        dqkv, dbias = attention_backward(dout, qkv, out, lse, ctx.scale, key_padding_mask, attn_bias, needs_bias)
         return dqkv if needs_qkv else None, None, None, dbias if needs_bias else None
 
 
@@ -90,6 +85,8 @@ def _check(qkv, scale, key_padding_mask, attn_bias, dropout_p):
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"{name}: dropout_p must be in [0, 1), got {dropout_p}")
     if key_padding_mask is not None:
+        if not isinstance(key_padding_mask, torch.Tensor):
+            raise TypeError(f"{name}: key_padding_mask must be a torch.Tensor, got {type(key_padding_mask).__name__}")
         if key_padding_mask.dtype != torch.bool:
             raise TypeError(f"{name}: key_padding_mask must be bool (True = attend), got {key_padding_mask.dtype}")
         _common.check_shape(name, "key_padding_mask", key_padding_mask, (batch, tokens), "(B, N)")
@@ -142,9 +139,9 @@ OP = Op("attention", _check, _unsupported, _torch, _triton)
 def attention(qkv, *, scale=None, key_padding_mask=None, attn_bias=None, dropout_p=0.0):
     """Multi-head self-attention, softmax(q k^T * scale + attn_bias) v (arXiv 1706.03762, 2205.14135).
 
-    qkv (B, N, 3, H, d) of any strides; scale defaults to d ** -0.5; key_padding_mask (B, N) bool, True = attend; attn_bias
-    broadcastable to (B, H, N, N), differentiable; dropout_p on the probabilities (in PyTorch, not in the kernels). A query
-    that may attend to no key gets zeros. Returns (B, N, H * d) in qkv's dtype. Softmax in float32. Raises TypeError for
-    a dtype, ValueError for a shape, value or device that does not fit, before any launch.
+    qkv (B, N, 3, H, d) of any strides; scale defaults to d ** -0.5; key_padding_mask (B, N) bool, True = attend;
+    attn_bias broadcastable to (B, H, N, N), differentiable; dropout_p on the probabilities (in PyTorch, not in the
+    kernels). A query that may attend to no key gets zeros. Returns (B, N, H * d) in qkv's dtype. Softmax in float32.
+    Raises TypeError for a dtype, ValueError for a shape, value or device that does not fit, before any launch.
     """
     return OP(qkv, scale, key_padding_mask, attn_bias, dropout_p)

@@ -5,7 +5,9 @@ import torch
 from fastvit import dispatch, reference
 
 from . import _common
-from ._common import Op, dense, on_device_of, or_none, rows
+from ._common import Op, dense, on_device_of, or_none, rows, statistics_dtype
+
+MAX_COLUMNS = 8192  # the kernels hold whole rows in registers
 
 
 @torch.library.custom_op("fastvit::layer_norm_forward", mutates_args=())
@@ -16,11 +18,6 @@ def layer_norm_forward(
 
     with on_device_of(x):
         return kernels.layer_norm_forward(x, weight, bias, eps)
-
-
-def statistics_dtype(x: torch.Tensor) -> torch.dtype:
-    """The dtype in which sums over x are kept."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 @layer_norm_forward.register_fake
@@ -71,8 +68,8 @@ def check_norm(op: str, x, weight, bias) -> None:
 def unsupported_norm(x) -> list[str]:
     """Why the kernels cannot normalise rows of x."""
     reasons = []
-    if x.shape[-1] > 8192:
-        reasons.append(f"rows of {x.shape[-1]} elements, and the kernels hold at most 8192")
+    if x.shape[-1] > MAX_COLUMNS:
+        reasons.append(f"rows of {x.shape[-1]} elements, and the kernels hold at most {MAX_COLUMNS}")
     if x.shape[-1] == 0:
         reasons.append("rows of no elements")
     return reasons
@@ -91,20 +88,27 @@ def _unsupported(x, weight, bias, eps):
     ]
 
 
+def _as_autocast(x):
+    """torch's table for CUDA: norms run in float32 and return it."""
+    return x.float() if _common.autocasting(x) and x.is_cuda else x
+
+
+def _torch(x, weight, bias, eps):
+    return reference.layer_norm(_as_autocast(x), weight, bias, eps)
+
+
 def _triton(x, weight, bias, eps):
-    if _common.autocasting(x) and x.is_cuda:
-        x = x.float()  # torch's table for CUDA: norms run in float32 and return it
-    return LayerNormFunction.apply(x, dense(weight), dense(bias), eps)
+    return LayerNormFunction.apply(_as_autocast(x), dense(weight), dense(bias), eps)
 
 
-OP = Op("layer_norm", _check, _unsupported, reference.layer_norm, _triton)
+OP = Op("layer_norm", _check, _unsupported, _torch, _triton)
 
 
 def layer_norm(x, weight, bias, eps=1e-6):
     """LayerNorm over the last axis (arXiv 1607.06450): (x - mean) / sqrt(var + eps) * weight + bias.
 
-    x (..., D) of any strides, weight and bias (D,), floating-point; statistics in float32. Returns (..., D) in x's dtype
-    (float32 under CUDA autocast, as torch's own). Raises TypeError for a dtype, ValueError for a shape or device that
-    does not fit, before any launch.
+    x (..., D) of any strides, weight and bias (D,), floating-point; statistics in float32. Returns (..., D) in x's
+    dtype (float32 under CUDA autocast, as torch's own). Raises TypeError for a dtype, ValueError for a shape or device
+    that does not fit, before any launch.
     """
     return OP(x, weight, bias, eps)

@@ -1,14 +1,13 @@
-"""linear(layer_norm(x)) as one op; see `fastvit.reference.layer_norm_linear` and `fastvit.kernels.layer_norm_linear`."""
-
-from typing import Optional
+"""linear(layer_norm(x)) as one op; see `fastvit.reference.layer_norm_linear` and
+`fastvit.kernels.layer_norm_linear`."""
 
 import torch
 
 from fastvit import dispatch, reference
 
 from . import _common
-from ._common import Op, dense, on_device_of, or_none, rows
-from .layer_norm import check_norm, statistics_dtype, unsupported_norm
+from ._common import Op, dense, on_device_of, or_none, rows, statistics_dtype
+from .layer_norm import check_norm, unsupported_norm
 
 
 @torch.library.custom_op("fastvit::layer_norm_linear_forward", mutates_args=())
@@ -17,7 +16,7 @@ def layer_norm_linear_forward(
     norm_weight: torch.Tensor,
     norm_bias: torch.Tensor,
     weight: torch.Tensor,
-    bias: Optional[torch.Tensor],
+    bias: torch.Tensor | None,
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     from fastvit.kernels import layer_norm_linear as kernels
@@ -41,7 +40,7 @@ def layer_norm_linear_backward(
     norm_weight: torch.Tensor,
     norm_bias: torch.Tensor,
     weight: torch.Tensor,
-    bias: Optional[torch.Tensor],
+    bias: torch.Tensor | None,
     needs_norm: bool,
     needs_weight: bool,
     needs_bias: bool,
@@ -87,7 +86,7 @@ def _check(x, norm_weight, norm_bias, weight, bias, eps):
     check_norm(name, x, norm_weight, norm_bias)
     _common.check_matrix(name, "weight", weight, "(O, D)", inputs=x.shape[-1])
     _common.check_shape(name, "bias", bias, weight.shape[:1], "(O,)")
-    _common.check_operands(name, x, weight=weight)
+    _common.check_operands(name, x, weight=weight, bias=bias)
 
 
 def _unsupported(x, norm_weight, norm_bias, weight, bias, eps):
@@ -114,8 +113,8 @@ def layer_norm_linear(x, norm_weight, norm_bias, weight, bias=None, *, eps=1e-6)
     """linear(layer_norm(x)) without a normalised tensor in memory.
 
     x (..., D) of any strides, in weight's dtype or wider (a float32 residual stream beside bfloat16 weights);
-    norm_weight and norm_bias (D,); weight (O, D); bias (O,) or None. Returns (..., O) in weight's dtype, or in autocast's
-    when it is on. Statistics and sums in float32; the normalised values are rounded once, to weight's dtype. Raises
-    TypeError for a dtype, ValueError for a shape or device that does not fit, before any launch.
+    norm_weight and norm_bias (D,); weight (O, D); bias (O,) or None. Returns (..., O) in weight's dtype, or in
+    autocast's when it is on. Statistics and sums in float32; the normalised values are rounded once, to weight's
+    dtype. Raises TypeError for a dtype, ValueError for a shape or device that does not fit, before any launch.
     """
     return OP(x, norm_weight, norm_bias, weight, bias, eps)

@@ -1,15 +1,13 @@
 """residual + drop_path_scale * layer_scale * fc2(activation(fc1(layer_norm(x)))) as one op; see
 `fastvit.reference.layer_norm_mlp` and `fastvit.kernels.layer_norm_mlp`."""
 
-from typing import Optional
-
 import torch
 
 from fastvit import dispatch, reference
 
 from . import _common
-from ._common import Op, dense, on_device_of, or_none, rows
-from .layer_norm import check_norm, statistics_dtype, unsupported_norm
+from ._common import Op, dense, on_device_of, or_none, rows, statistics_dtype
+from .layer_norm import check_norm, unsupported_norm
 from .linear_residual import residual_dtype
 
 ACTIVATIONS = tuple(sorted(reference.ops.ACTIVATIONS))
@@ -21,12 +19,12 @@ def layer_norm_mlp_forward(
     norm_weight: torch.Tensor,
     norm_bias: torch.Tensor,
     fc1_weight: torch.Tensor,
-    fc1_bias: Optional[torch.Tensor],
+    fc1_bias: torch.Tensor | None,
     fc2_weight: torch.Tensor,
-    fc2_bias: Optional[torch.Tensor],
-    residual: Optional[torch.Tensor],
-    layer_scale: Optional[torch.Tensor],
-    drop_path_scale: Optional[torch.Tensor],
+    fc2_bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    layer_scale: torch.Tensor | None,
+    drop_path_scale: torch.Tensor | None,
     residual_is_x: bool,
     eps: float,
     activation: str,
@@ -89,11 +87,11 @@ def layer_norm_mlp_backward(
     norm_weight: torch.Tensor,
     norm_bias: torch.Tensor,
     fc1_weight: torch.Tensor,
-    fc1_bias: Optional[torch.Tensor],
+    fc1_bias: torch.Tensor | None,
     fc2_weight: torch.Tensor,
-    fc2_bias: Optional[torch.Tensor],
-    layer_scale: Optional[torch.Tensor],
-    drop_path_scale: Optional[torch.Tensor],
+    fc2_bias: torch.Tensor | None,
+    layer_scale: torch.Tensor | None,
+    drop_path_scale: torch.Tensor | None,
     activation: str,
     residual_is_x: bool,
     needs: list[bool],
@@ -155,9 +153,9 @@ def _(
 
 
 class LayerNormMLPFunction(torch.autograd.Function):
-    """layer_norm_mlp on the kernels: (x (B, ..., D), norm_weight, norm_bias, fc1_weight (H, D), fc1_bias, fc2_weight
-    (O, H), fc2_bias, residual (B, ..., O) or None, layer_scale (O,), drop_path_scale (B,), residual_is_x, eps, activation,
-    keep_preactivation) -> (B, ..., O).
+    """layer_norm_mlp on the kernels: (x (B, ..., D), norm_weight, norm_bias, fc1_weight (M, D), fc1_bias, fc2_weight
+    (O, M), fc2_bias, residual (B, ..., O) or None, layer_scale (O,), drop_path_scale (B,), residual_is_x, eps,
+    activation, keep_preactivation) -> (B, ..., O).
 
     residual_is_x: the residual is x itself, and `residual` is None; the sum of both gradients of x is then fused.
     keep_preactivation: a backward pass may come.
@@ -221,9 +219,7 @@ class LayerNormMLPFunction(torch.autograd.Function):
         by_input = ctx.needs_input_grad
         needed = (*by_input[:7], by_input[8])
         needs = [any(needed[:3]), *needed[3:]]
-        dx, *grads = layer_norm_mlp_backward(
-            rows(dout), *ctx.saved_tensors, ctx.activation, ctx.residual_is_x, needs
-        )
+        dx, *grads = layer_norm_mlp_backward(rows(dout), *ctx.saved_tensors, ctx.activation, ctx.residual_is_x, needs)
         dx = dx.view(ctx.x_shape) if needed[0] else dx
         *first, dlayer_scale = or_none((dx, *grads), needed)
         dresidual = dout.to(ctx.residual_dtype) if by_input[7] else None
@@ -269,7 +265,7 @@ def _check(
     _common.check_shape(name, "fc2_bias", fc2_bias, (outputs,), "(O,)")
     _common.check_shape(name, "residual", residual, (*x.shape[:-1], outputs), "(B, ..., O)")
     _common.check_scales(name, x, outputs, layer_scale, drop_path_scale)
-    _common.check_operands(name, x, fc1_weight=fc1_weight, fc2_weight=fc2_weight)
+    _common.check_operands(name, x, fc1_weight=fc1_weight, fc1_bias=fc1_bias, fc2_weight=fc2_weight, fc2_bias=fc2_bias)
 
 
 def _unsupported(
@@ -383,12 +379,12 @@ def layer_norm_mlp(
 ):
     """residual + drop_path_scale * layer_scale * fc2(activation(fc1(layer_norm(x)))), in two GEMMs.
 
-    x (B, ..., D) of any strides, in the weights' dtype or wider; norm_weight, norm_bias (D,); fc1_weight (M, D), fc2_weight
-    (O, M), one dtype; biases (M,) and (O,), or None; activation "gelu" (exact, arXiv 1606.08415), "gelu_tanh",
-    "quick_gelu" or "silu"; residual None or (B, ..., O), fused in backward too when it is x itself; layer_scale (O,),
-    drop_path_scale (B,) as in `linear_residual`. Returns (B, ..., O) in the wider dtype of residual and weights (autocast's
-    when it is on). Keeps the pre-activation for backward and works out the rest again. Raises TypeError for a dtype,
-    ValueError for a shape, name or device that does not fit, before any launch.
+    x (B, ..., D) of any strides, in the weights' dtype or wider; norm_weight, norm_bias (D,); fc1_weight (M, D),
+    fc2_weight (O, M), one dtype; biases (M,) and (O,), or None; activation "gelu" (exact, arXiv 1606.08415),
+    "gelu_tanh", "quick_gelu" or "silu"; residual None or (B, ..., O), fused in backward too when it is x itself;
+    layer_scale (O,), drop_path_scale (B,) as in `linear_residual`. Returns (B, ..., O) in the wider dtype of residual
+    and weights (autocast's when it is on). Keeps the pre-activation for backward and works out the rest again. Raises
+    TypeError for a dtype, ValueError for a shape, name or device that does not fit, before any launch.
     """
     return OP(
         x,

@@ -1,8 +1,6 @@
 """residual + drop_path_scale * layer_scale * linear(x) as one op; see `fastvit.reference.linear_residual` and
 `fastvit.kernels.linear_residual`."""
 
-from typing import Optional
-
 import torch
 
 from fastvit import dispatch, reference
@@ -20,10 +18,10 @@ def residual_dtype(residual: torch.Tensor | None, weight: torch.Tensor) -> torch
 def linear_residual_forward(
     x: torch.Tensor,
     weight: torch.Tensor,
-    bias: Optional[torch.Tensor],
+    bias: torch.Tensor | None,
     residual: torch.Tensor,
-    layer_scale: Optional[torch.Tensor],
-    drop_path_scale: Optional[torch.Tensor],
+    layer_scale: torch.Tensor | None,
+    drop_path_scale: torch.Tensor | None,
 ) -> torch.Tensor:
     from fastvit.kernels import linear_residual as kernels
 
@@ -43,9 +41,9 @@ def linear_residual_backward(
     dout: torch.Tensor,
     x: torch.Tensor,
     weight: torch.Tensor,
-    bias: Optional[torch.Tensor],
-    layer_scale: Optional[torch.Tensor],
-    drop_path_scale: Optional[torch.Tensor],
+    bias: torch.Tensor | None,
+    layer_scale: torch.Tensor | None,
+    drop_path_scale: torch.Tensor | None,
     needs_x: bool,
     needs_weight: bool,
     needs_bias: bool,
@@ -106,7 +104,7 @@ def _check(x, weight, bias, residual, layer_scale, drop_path_scale):
     _common.check_shape(name, "bias", bias, (outputs,), "(O,)")
     _common.check_shape(name, "residual", residual, (*x.shape[:-1], outputs), "(B, ..., O)")
     _common.check_scales(name, x, outputs, layer_scale, drop_path_scale)
-    _common.check_operands(name, x, weight=weight)
+    _common.check_operands(name, x, weight=weight, bias=bias)
 
 
 def _unsupported(x, weight, bias, residual, layer_scale, drop_path_scale):
@@ -137,8 +135,8 @@ def linear_residual(x, weight, bias, residual, *, layer_scale=None, drop_path_sc
 
     x (B, ..., K) of any strides, in weight's dtype or wider; weight (O, K); bias (O,) or None; residual (B, ..., O);
     layer_scale (O,) (arXiv 2103.17239); drop_path_scale (B,), 0 for dropped samples and 1 / keep_prob for the others
-    (arXiv 1603.09382), not differentiable. Returns (B, ..., O) in the wider dtype of residual and weight (autocast's when
-    it is on). Everything after the product is in float32 and rounded once. Raises TypeError for a dtype, ValueError for
-    a shape or device that does not fit, before any launch.
+    (arXiv 1603.09382), not differentiable. Returns (B, ..., O) in the wider dtype of residual and weight (autocast's
+    when it is on). Everything after the product is in float32 and rounded once. Raises TypeError for a dtype,
+    ValueError for a shape or device that does not fit, before any launch.
     """
     return OP(x, weight, bias, residual, layer_scale, drop_path_scale)

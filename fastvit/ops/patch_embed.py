@@ -1,8 +1,6 @@
 """Patch embedding, from image to token sequence, as one op; see `fastvit.reference.patch_embed` and
 `fastvit.kernels.patch_embed`."""
 
-from typing import Optional
-
 import torch
 import torch.nn.functional as F
 
@@ -23,11 +21,11 @@ def _out_dtype(weight, pos_embed, prefix):
 def patch_embed_forward(
     image: torch.Tensor,
     weight: torch.Tensor,
-    bias: Optional[torch.Tensor],
-    pos_embed: Optional[torch.Tensor],
-    prefix: Optional[torch.Tensor],
-    mean: Optional[list[float]],
-    std: Optional[list[float]],
+    bias: torch.Tensor | None,
+    pos_embed: torch.Tensor | None,
+    prefix: torch.Tensor | None,
+    mean: list[float] | None,
+    std: list[float] | None,
 ) -> torch.Tensor:
     from fastvit.kernels import patch_embed as kernels
 
@@ -49,11 +47,11 @@ def patch_embed_backward(
     dtokens: torch.Tensor,
     image: torch.Tensor,
     weight: torch.Tensor,
-    bias: Optional[torch.Tensor],
-    pos_embed: Optional[torch.Tensor],
-    prefix: Optional[torch.Tensor],
-    mean: Optional[list[float]],
-    std: Optional[list[float]],
+    bias: torch.Tensor | None,
+    pos_embed: torch.Tensor | None,
+    prefix: torch.Tensor | None,
+    mean: list[float] | None,
+    std: list[float] | None,
     needs: list[bool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     from fastvit.kernels import patch_embed as kernels
@@ -62,7 +60,7 @@ def patch_embed_backward(
     needs_image, needs_weight, needs_bias, needs_position, needs_prefix = needs
     with on_device_of(image):
         dimage, dweight, by_token = kernels.patch_embed_backward(
-            dtokens, image, weight, prefix_rows, mean, std, needs_image, needs_weight
+            dtokens, image, weight, prefix_rows, mean, std, (needs_image, needs_weight, any(needs[2:]))
         )
         dbias = by_token[prefix_rows:].sum(dim=0) if needs_bias else None
         # Clones: what an op returns must not share memory.
@@ -108,6 +106,8 @@ def _check(image, weight, bias, pos_embed, prefix, mean, std):
         raise ValueError(f"{name}: weight must have shape (D, C, ph, pw), got {tuple(weight.shape)}")
     _, channels, height, width = image.shape
     embed_dim, weight_channels, patch_height, patch_width = weight.shape
+    if 0 in weight.shape:
+        raise ValueError(f"{name}: weight must have no empty dimension, got {tuple(weight.shape)}")
     if channels != weight_channels:
         raise ValueError(f"{name}: image has {channels} channels, but weight is for {weight_channels}")
     if height % patch_height or width % patch_width or not height or not width:
@@ -115,6 +115,7 @@ def _check(image, weight, bias, pos_embed, prefix, mean, std):
             f"{name}: image size {height}x{width} is not divisible by the patch size {patch_height}x{patch_width}"
         )
     _common.check_shape(name, "bias", bias, (embed_dim,), "(D,)")
+    _common.check_operands(name, weight, weight=weight, bias=bias)
     if prefix is not None and (prefix.dim() != 2 or prefix.shape[1] != embed_dim):
         raise ValueError(f"{name}: prefix must have shape (P, D) with D = {embed_dim}, got {tuple(prefix.shape)}")
     patches = height // patch_height * (width // patch_width)
@@ -143,8 +144,8 @@ def _unsupported(image, weight, bias, pos_embed, prefix, mean, std):
 
 
 def _torch(image, weight, bias, pos_embed, prefix, mean, std):
-    if image.dtype == weight.dtype == torch.float32 and mean is None and std is None:
-        # The same sums; in float32 the libraries' convolutions are the faster way to them, in half precision they are not.
+    if image.is_cpu and image.dtype == weight.dtype == torch.float32 and mean is None and std is None:
+        # The same sums. In float32 on a CPU a convolution is the faster way to them; on a GPU it would round to TF32.
         tokens = F.conv2d(image, weight, bias, stride=weight.shape[2:]).flatten(2).transpose(1, 2)
         return reference.ops.assemble_tokens(tokens, pos_embed, prefix)
     return reference.patch_embed(image, weight, bias, pos_embed=pos_embed, prefix=prefix, mean=mean, std=std)
@@ -170,9 +171,9 @@ def patch_embed(image, weight, bias=None, *, pos_embed=None, prefix=None, mean=N
     """Image to token sequence: patches, linear projection, positions, prefix rows (arXiv 2010.11929, equation 1).
 
     image (B, C, H, W) of any strides (NCHW, channels_last, ...), floating-point, or uint8, taken as pixel / 255; weight
-    (D, C, ph, pw); bias (D,); pos_embed (N, D), or (P + N, D) when the prefix rows have positions too; prefix (P, D): class,
-    register and distillation rows; mean, std: C floats, applied to the image as (image - mean) / std. Returns
-    (B, P + N, D) in the widest dtype of weight (autocast's when it is on), pos_embed and prefix. Raises TypeError for a
-    dtype, ValueError for a shape, size or device that does not fit, before any launch.
+    (D, C, ph, pw); bias (D,); pos_embed (N, D), or (P + N, D) when the prefix rows have positions too; prefix (P, D):
+    class, register and distillation rows; mean, std: C floats, applied to the image as (image - mean) / std. Returns
+    (B, P + N, D) in the widest dtype of weight (autocast's when it is on), pos_embed and prefix. Raises TypeError for
+    a dtype, ValueError for a shape, size or device that does not fit, before any launch.
     """
     return OP(image, weight, bias, pos_embed, prefix, mean, std)

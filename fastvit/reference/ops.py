@@ -91,7 +91,7 @@ def linear_residual(x, weight, bias, residual, *, layer_scale=None, drop_path_sc
     drop_path_scale (B,): 0 for the dropped samples, 1 / keep_prob for the kept ones (arXiv 1603.09382).
     Returns (B, ..., O) in the wider of residual's and weight's dtype.
     """
-    branch = F.linear(x, weight, bias)
+    branch = F.linear(x.to(weight.dtype), weight, bias)
     if layer_scale is not None:
         branch = branch * layer_scale.to(branch.dtype)
     if drop_path_scale is not None:
