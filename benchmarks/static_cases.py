@@ -67,10 +67,9 @@ def _patch_embed(size, patch, dim, dtype, image_dtype=None, channels_last=False,
     rows = [meta(tokens, dim, dtype=dtype), meta(prefix, dim, dtype=dtype)]
     # Each image dtype is normalised as the models do it: uint8 in the kernel, floats before.
     normalisation = [(0.5,) * 3, (0.5,) * 3] if image_dtype == torch.uint8 else [None, None]
-    # The statistics are made on the CPU and copied, which a meta tensor cannot take part in.
     out = patch_embed.patch_embed_forward(image, weight, bias, *rows, *normalisation, dtype)
     needs_image = image.is_floating_point()
-    patch_embed.patch_embed_backward(out, image, weight, prefix, *normalisation, needs_image, True)
+    patch_embed.patch_embed_backward(out, image, weight, prefix, *normalisation, (needs_image, True, True))
 
 
 def cases() -> list[tuple[str, Callable[[], object]]]:
