@@ -150,11 +150,12 @@ class Block(nn.Module):
         own = self._modules
         norm, attn = own["norm1"], own["attn"]
         if self.attention_fusible():
-            qkv = ops.layer_norm_linear(x, norm.weight, norm.bias, attn.qkv.weight, attn.qkv.bias, eps=norm.eps)
+            qkv, proj = attn.qkv, attn.proj
+            packed = ops.layer_norm_linear(x, norm.weight, norm.bias, qkv.weight, qkv.bias, eps=norm.eps)
             x = ops.linear_residual(
-                attn.attend(qkv, attn_mask, is_causal),
-                attn.proj.weight,
-                attn.proj.bias,
+                attn.attend(packed, attn_mask, is_causal),
+                proj.weight,
+                proj.bias,
                 x,
                 **branch_end(own["ls1"], own["drop_path1"], x),
             )

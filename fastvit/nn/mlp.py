@@ -88,14 +88,15 @@ class Mlp(_TwoLayers):
 
     def fused(self, x: torch.Tensor, norm: nn.LayerNorm, **branch_end) -> torch.Tensor:
         """x + scales * self(norm(x)), x (B, ..., D), in one op."""
+        fc1, fc2 = self.fc1, self.fc2
         return ops.layer_norm_mlp(
             x,
             norm.weight,
             norm.bias,
-            self.fc1.weight,
-            self.fc1.bias,
-            self.fc2.weight,
-            self.fc2.bias,
+            fc1.weight,
+            fc1.bias,
+            fc2.weight,
+            fc2.bias,
             eps=norm.eps,
             activation=activation_name(self.act),
             residual=x,

@@ -46,7 +46,7 @@ def check_tensors(op: str, **tensors: torch.Tensor | None) -> None:
             continue
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(tensor).__name__}")
-        if not tensor.is_floating_point():
+        if not tensor.dtype.is_floating_point:
             raise TypeError(f"{op}: {name} must have a floating-point dtype, got {tensor.dtype}")
         if first is None:
             device, first = tensor.device, name

@@ -75,13 +75,19 @@ def attention(qkv, *, scale=None, key_padding_mask=None, attn_bias=None, dropout
 
 def layer_norm(x, weight, bias, eps=1e-6):
     """(x - mean) / sqrt(var + eps) * weight + bias over the last axis (arXiv 1607.06450). x (..., D) -> (..., D)."""
-    wide = torch.promote_types(x.dtype, weight.dtype)
+    if x.dtype == weight.dtype == bias.dtype:
+        return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    wide = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), bias.dtype)
     return F.layer_norm(x.to(wide), x.shape[-1:], weight.to(wide), bias.to(wide), eps).to(x.dtype)
+
+
+def _linear(x, weight, bias):
+    return F.linear(x if x.dtype == weight.dtype else x.to(weight.dtype), weight, bias)
 
 
 def layer_norm_linear(x, norm_weight, norm_bias, weight, bias=None, *, eps=1e-6):
     """linear(layer_norm(x)). x (..., D), weight (O, D), bias (O,) -> (..., O) in weight's dtype."""
-    return F.linear(layer_norm(x, norm_weight, norm_bias, eps).to(weight.dtype), weight, bias)
+    return _linear(layer_norm(x, norm_weight, norm_bias, eps), weight, bias)
 
 
 def linear_residual(x, weight, bias, residual, *, layer_scale=None, drop_path_scale=None):
@@ -91,7 +97,7 @@ def linear_residual(x, weight, bias, residual, *, layer_scale=None, drop_path_sc
     drop_path_scale (B,): 0 for the dropped samples, 1 / keep_prob for the kept ones (arXiv 1603.09382).
     Returns (B, ..., O) in the wider of residual's and weight's dtype.
     """
-    branch = F.linear(x.to(weight.dtype), weight, bias)
+    branch = _linear(x, weight, bias)
     if layer_scale is not None:
         branch = branch * layer_scale.to(branch.dtype)
     if drop_path_scale is not None:
