@@ -91,8 +91,9 @@ def attention_config(head_dim: int, dtype: torch.dtype, masked: bool) -> Attenti
         return FULL_PRECISION_ATTENTION[head_dim > 64]
     # Pipelined, the loads of a mask between the two products make the compiler serialize them on Hopper.
     stages = 1 if masked or hardware.is_amd() else 3
-    step = 64 if hardware.has_wgmma() else 32
-    warps = 8 if masked and head_dim > 64 else 4
+    wide_and_masked = masked and head_dim > 64
+    step = 64 if hardware.has_wgmma() and not wide_and_masked else 32
+    warps = 8 if wide_and_masked else 4
     return AttentionConfig(BLOCK_ROWS=64, BLOCK_STEP=step, num_warps=warps, num_stages=stages)
 
 
