@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -69,7 +70,15 @@ def read_pixels(config, settings: Settings) -> tuple[list[str], torch.Tensor]:
     paths = images.find_images(settings.photos)
     if not paths:
         raise ValueError(f"no images in {settings.photos}")
-    return [path.name for path in paths], torch.stack([images.read(path, config) for path in paths])
+    readable = {}
+    for path in paths:
+        try:
+            readable[path.name] = images.read(path, config)
+        except images.ImageError as error:
+            print(f"skipped {error}", file=sys.stderr)
+    if not readable:
+        raise ValueError(f"no readable images in {settings.photos}")
+    return list(readable), torch.stack(list(readable.values()))
 
 
 def normalise(images: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:

@@ -456,7 +456,7 @@ def _print_interpreted(found: dict) -> None:
 # embed and classify
 
 
-def _model(arguments: argparse.Namespace, device: str):
+def _model(arguments: argparse.Namespace, device: str, **overrides):
     import torch
 
     from . import create_model
@@ -466,7 +466,8 @@ def _model(arguments: argparse.Namespace, device: str):
         model_entry(arguments.model)
     except ValueError as error:
         raise UsageError(error) from None
-    overrides = {} if arguments.img_size is None else {"img_size": arguments.img_size}
+    if arguments.img_size is not None:
+        overrides["img_size"] = arguments.img_size
     model = create_model(arguments.model, arguments.pretrained, arguments.checkpoint, **overrides)
     return model.to(device, getattr(torch, DTYPES[arguments.dtype])).eval()
 
@@ -506,7 +507,7 @@ def embed(arguments: argparse.Namespace) -> int:
     todo = [path for path in paths if names[path] not in table.done]
     if len(todo) < len(paths):
         _note(f"Resuming: {len(paths) - len(todo)} of {len(paths)} images are done.")
-    model = _model(arguments, device)
+    model = _model(arguments, device, num_classes=0)  # a checkpoint's classifier, of whatever size, is not used
     import torch
 
     failures = []

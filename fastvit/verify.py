@@ -370,7 +370,7 @@ class Sizes:
     patches: tuple[tuple[str, int, int, int], ...]  # (label, image side, patch side, embed_dim)
     models: tuple[tuple[str, dict], ...]
     model_batch: int
-    brief: tuple[torch.dtype, ...] = ()  # dtypes of which only the cases of rank 0 are run
+    brief: tuple[torch.dtype, ...] = ()  # dtypes of which only the cases of rank 0 and the models are run
 
 
 DEVICE = Sizes(
@@ -420,7 +420,7 @@ INTERPRETER = Sizes(
 def cases(sizes: Sizes, dtypes: tuple[torch.dtype, ...] = tuple(FACTOR), ops: Iterable[str] = ()) -> list[Case]:
     """The list for `sizes`: every op (or `ops`) in every dtype, what matters most first."""
     found = [case for dtype in dtypes for case in _cases_of(sizes, dtype) if not ops or case.op in ops]
-    found = [case for case in found if case.rank == 0 or case.dtype not in sizes.brief]
+    found = [case for case in found if case.rank == 0 or case.op == "model" or case.dtype not in sizes.brief]
     return sorted(found, key=lambda case: case.rank)
 
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -254,3 +255,68 @@ def test_command_refuses_unknown_names(arguments, message, tmp_path, capsys):
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_each_contestant_runs_its_own_call_and_ratios_are_peer_over_ours(quick, monkeypatch):
+    ran, seen = [], {}
+    for name in ("a", "b"):
+        monkeypatch.setitem(peers.PEERS, name, lambda model, _, name=name: lambda i: (ran.append(name), model(i))[1])
+
+    def interleave(calls, *_):
+        for name, call in calls.items():
+            ran.clear()
+            call()
+            seen[name] = list(ran)
+        return {"ours": [1.0] * 5, "a": [2.0] * 5, "b": [0.5] * 5}
+
+    monkeypatch.setattr(bench, "interleave", interleave)
+    (row,) = bench.run(quick(peers=("a", "b")))
+    assert seen == {"ours": [], "a": ["a"], "b": ["b"]}
+    assert [row.contestants[name].ratio["median"] for name in ("a", "b")] == [2.0, 0.5]
+    assert row.contestants["a"].images_per_s["median"] == 1.5
+
+
+def test_a_wrong_row_beside_a_timed_one_fails_the_command(quick, monkeypatch, tmp_path):
+    right = bench._Contestants.row
+    monkeypatch.setattr(
+        bench._Contestants,
+        "row",
+        lambda self, batch: replace(right(self, batch), status="wrong" if batch == 2 else "timed"),
+    )
+    arguments = ["bench", "--device", "cpu", "--models", MODEL, "--batches", "1,2", "--dtypes", "fp32"]
+    arguments += ["--peers", "reference", "--photos", str(quick().photos), "--seconds", "1e-9"]
+    assert cli.main([*arguments, "-o", str(tmp_path / "results")]) == 1
+
+
+@pytest.mark.parametrize("ok", [True, False])
+def test_wrong_kernels_in_the_interpreter_fail_the_command(quick, monkeypatch, tmp_path, ok):
+    found = {"ok": ok, "photos": [], "ours": [], "reference": [], "model": MODEL, "dtype": "bf16"}
+    found |= {"error": 1.0, "plain_error": 1.0, "seconds": 1.0}
+    monkeypatch.setattr(bench, "default_settings", lambda device, **_: quick(batches=(1,), interpreted=MODEL))
+    monkeypatch.setattr(bench, "classify_interpreted", lambda settings: found)
+    monkeypatch.setattr(cli, "_use_interpreter", lambda: None)
+    assert cli.main(["bench", "--device", "cpu", "-o", str(tmp_path / "results")]) == (0 if ok else 1)
+
+
+def test_rounds_run_in_random_order(monkeypatch):
+    now, order = [0.0], []
+
+    def call(name):
+        def run():
+            now[0] += 1.0
+            order.append(name)
+
+        return run
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+    timing.interleave({"a": call("a"), "b": call("b")}, "cpu", seconds=60.0)
+    assert {tuple(order[i : i + 2]) for i in range(4, len(order), 2)} == {("a", "b"), ("b", "a")}
+
+
+def test_an_unreadable_photograph_is_named_and_left_out(quick, capsys):
+    settings = quick()
+    (settings.photos / "bad.jpg").write_text("no image")
+    (row,) = bench.run(settings)
+    assert row.status == "timed"
+    assert row.top5["photos"] == ["chelsea.jpg", "coffee.jpg"]
+    assert "bad.jpg: not an image" in capsys.readouterr().err

@@ -1,7 +1,9 @@
 """The command line: what it prints, what it writes, and one clear line with the right exit status for a bad request."""
 
 import json
+import os
 import shutil
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -327,3 +329,50 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         report.write_json(path, {"new": 1})
     assert json.loads(path.read_text()) == {"old": 1}
     assert [file.name for file in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_classify_in_half_precision_has_the_softmax_in_float32(checkpoint, folder, capsys):
+    assert run("classify", folder / "chelsea.jpg", "--json", "--dtype", "bf16", *weights(checkpoint)) == 0
+    from fastvit import images
+
+    model = fastvit.create_model(MODEL, checkpoint=checkpoint).eval().bfloat16()
+    logits = model(images.read(folder / "chelsea.jpg", model.config)[None]).float()
+    got = [entry["probability"] for entry in json.loads(capsys.readouterr().out)[0]["top5"]]
+    assert got == pytest.approx(logits.softmax(-1).topk(5).values[0].tolist(), rel=1e-4)
+
+
+def test_embed_saves_on_the_way(checkpoint, folder, tmp_path, monkeypatch):
+    from fastvit.features import Features
+
+    right, saved = Features.save_partial, []
+    monkeypatch.setattr(Features, "save_partial", lambda self: (saved.append(len(self.done)), right(self))[1])
+    monkeypatch.setattr(cli, "SAVE_SECONDS", -1)
+    assert run("embed", folder, "-o", tmp_path / "x.npz", "--batch-size", "1", *weights(checkpoint)) == 0
+    assert saved == [1, 2, 3]
+
+
+def test_embed_takes_a_checkpoint_of_any_classifier(folder, tmp_path):
+    for classes in (0, 10):
+        torch.save(fastvit.create_model(MODEL, num_classes=classes).state_dict(), tmp_path / "w.pth")
+        assert run("embed", folder, "-o", tmp_path / f"{classes}.npz", *weights(tmp_path / "w.pth")) == 0
+
+
+def test_a_polite_kill_ends_like_ctrl_c():
+    code = (
+        "import os, signal, sys, time\nfrom fastvit import cli\n"
+        "def info(a): os.kill(os.getpid(), signal.SIGTERM); time.sleep(5)\n"
+        "cli.info = info\nsys.argv = ['fastvit', 'info']\nsys.exit(cli.main())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "fastvit info: error: interrupted\n")
+
+
+def test_results_have_the_permissions_of_the_umask(tmp_path):
+    from fastvit import report
+
+    before = os.umask(0o022)
+    try:
+        report.write_json(tmp_path / "x.json", {})
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "x.json").stat().st_mode) == 0o644

@@ -13,6 +13,7 @@ from torch import nn
 
 import fastvit
 from fastvit import ViTConfig, reference
+from fastvit.models import vision_transformer
 from fastvit.nn.layers import ACTIVATION_LAYERS
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 10}
@@ -277,3 +278,52 @@ def test_building_a_model_imports_no_model_library():
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize("rate", ["drop_rate", "pos_drop_rate", "proj_drop_rate", "attn_drop_rate"])
+def test_each_dropout_alone_changes_training(rate):
+    model, images = small(**{rate: 0.5}).train(), torch.randn(2, 3, 32, 32)
+    assert not torch.equal(model(images), model(images))
+
+
+@pytest.mark.parametrize("name, overrides", [("norm", {}), ("fc_norm", {"global_pool": "avg"})])
+def test_hooks_on_the_last_norm_fire(name, overrides):
+    model, fired = small(**overrides).eval(), []
+    model.get_submodule(name).register_forward_hook(lambda *_: fired.append(1))
+    model(torch.randn(2, 3, 32, 32))
+    assert fired == [1]
+
+
+def test_checkpointing_holds_for_intermediates_too(monkeypatch):
+    model, calls = small().train(), []
+    monkeypatch.setattr(vision_transformer, "checkpoint", lambda f, *a, **_: (calls.append(1), f(*a))[1])
+    model.set_grad_checkpointing()
+    model.forward_intermediates(torch.randn(2, 3, 32, 32))
+    assert len(calls) == len(model.blocks)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_exports_with_a_dynamic_batch(strict):
+    model = small(reg_tokens=2).eval()
+    batch = torch.export.Dim("batch", min=2, max=64)
+    exported = torch.export.export(
+        model, (torch.randn(4, 3, 32, 32),), dynamic_shapes={"images": {0: batch}}, strict=strict
+    )
+    images = torch.randn(7, 3, 32, 32)
+    torch.testing.assert_close(exported.module()(images), model(images))
+
+
+def test_replicas_of_data_parallel_run():
+    """What torch.nn.DataParallel makes of a module: parameters as plain attributes."""
+    model = small().eval()
+
+    def replica(module):
+        copy = module._replicate_for_data_parallel()
+        for name, child in module._modules.items():
+            copy._modules[name] = replica(child)
+        for name, parameter in module._parameters.items():
+            setattr(copy, name, None if parameter is None else parameter.detach())
+        return copy
+
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(replica(model)(images), model(images))

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastvit import ops
+from fastvit import ops, reference
 from fastvit.nn import Attention, Block, DropPath, LayerNormMLP, LayerScale, Mlp, PatchEmbed, QuickGELU, SwiGLU
 
 D, HEADS, TOKENS = 48, 3, 7
@@ -140,13 +140,6 @@ def test_a_replaced_linear_layer_takes_part(name):
     setattr(module.get_submodule(parent), child, adapted)
     torch.testing.assert_close(module(x), composed(module, x))
     assert (module(x) - before).abs().max() > 0.01
-
-
-def test_a_norm_without_parameters_takes_part():
-    module = block().eval()
-    module.norm1 = nn.LayerNorm(D, elementwise_affine=False)
-    x = torch.randn(2, TOKENS, D)
-    torch.testing.assert_close(module(x), composed(module, x))
 
 
 @pytest.mark.parametrize("mlp_layer", WHOLE_BLOCK)
@@ -335,3 +328,67 @@ IMAGE = torch.zeros(2, 3, 16, 24)
 def test_refusals(call, error, text):
     with pytest.raises(error, match=text):
         call()
+
+
+@pytest.mark.parametrize("missing", [{"elementwise_affine": False}, {"bias": False}])
+@pytest.mark.parametrize("name", ["norm1", "norm2"])
+def test_a_norm_without_parameters_takes_part(name, missing):
+    module = block().eval()
+    setattr(module, name, nn.LayerNorm(D, **missing))
+    x = torch.randn(2, TOKENS, D)
+    torch.testing.assert_close(module(x), composed(module, x))
+
+
+def test_attention_dropout_may_be_no_layer_but_no_other_one():
+    module, x = block(attn_drop=0.5, drop_path=0.0).train(), torch.randn(2, TOKENS, D)
+    module.attn.attn_drop = nn.Identity()
+    assert torch.equal(module(x), module(x))
+    module.attn.attn_drop = nn.AlphaDropout(0.5)
+    with pytest.raises(TypeError, match="attn_drop is AlphaDropout, expected nn.Dropout or nn.Identity"):
+        module(x)
+
+
+def test_a_wrapped_projection_is_called():
+    """As adapters do it: a module with a `forward` and nothing else of a Linear."""
+
+    class Doubled(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x):
+            return 2 * self.inner(x)
+
+    module, x = Attention(D, HEADS).eval(), torch.randn(2, TOKENS, D)
+    plain = module(x)
+    module.proj = Doubled(module.proj)
+    module.qkv = Doubled(module.qkv)
+    module.qkv.inner.weight.data /= 2
+    module.proj.inner.bias.data.zero_()
+    assert module(x).shape == plain.shape
+    mlp = LayerNormMLP(D).eval()
+    want = mlp(x)
+    mlp.fc1 = Doubled(mlp.fc1)
+    mlp.fc1.inner.weight.data /= 2
+    mlp.fc1.inner.bias.data /= 2
+    torch.testing.assert_close(mlp(x), want)
+
+
+@pytest.mark.parametrize("num_heads", [0, -3])
+def test_head_counts_below_one_are_refused(num_heads):
+    with pytest.raises(ValueError, match="num_heads is"):
+        Attention(D, num_heads)
+
+
+def test_a_hooked_projection_normalises_pixels_in_float32():
+    module = PatchEmbed((16, 24), (8, 4), embed_dim=D).bfloat16()
+    image = torch.randint(256, (2, 3, 16, 24), dtype=torch.uint8)
+    scales = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+    truth = reference.patch_embed(image, module.proj.weight.double(), module.proj.bias.double(), **scales)
+
+    def error():
+        return (module(image, **scales).double() - truth).norm().item()
+
+    fused = error()
+    module.proj.register_forward_hook(lambda *_: None)
+    assert error() <= 1.1 * fused

@@ -135,7 +135,7 @@ def test_equal_rows_of_another_shape(tmp_path):
     assert torch.equal(model.pos_embed, resample_position_table(source.pos_embed, (4, 4), (2, 8), 1))
     source = small(img_size=(16, 24))
     path = saved(tmp_path / "w.pth", source.state_dict())
-    with pytest.raises(ValueError, match="pos_embed in .* has 6 patch rows, expected grid_size's"):
+    with pytest.raises(ValueError, match=r"pos_embed has shape \(1, 7, 48\), expected \(1, 17, 48\)"):
         load_checkpoint(model, path)
 
 
@@ -186,6 +186,7 @@ def test_bad_files(tmp_path, monkeypatch):
         "cut.pth": (tmp_path / "cut.pth").read_bytes()[:5000],
         "text.pth": b"not a checkpoint",
         "empty.pth": b"",
+        "words.pth": b"hello world, this is no checkpoint",
     }.items():
         (tmp_path / name).write_bytes(content)
     for name, text in {
@@ -193,9 +194,10 @@ def test_bad_files(tmp_path, monkeypatch):
         "cut.pth": "cannot be read as a torch file of plain tensors",
         "text.pth": "cannot be read as a torch file of plain tensors",
         "empty.pth": "cannot be read as a torch file of plain tensors",
+        "words.pth": "cannot be read as a torch file of plain tensors",
         "code.pth": "cannot be read as a torch file of plain tensors",
         "list.pth": "holds a list, expected tensors by name",
-        "number.pth": "holds a dict, expected tensors by name",
+        "number.pth": "holds 'epoch', a int, expected dense real tensors by name",
     }.items():
         with pytest.raises(ValueError, match=text) as error:
             load_checkpoint(model, tmp_path / name)
@@ -332,3 +334,30 @@ def test_missing_extras_are_named(tmp_path):
         "pretrained weights need huggingface_hub: pip install 'fastvit[hub]'",
         f"reading {path} needs safetensors: pip install 'fastvit[hub]'",
     ], done.stderr
+
+
+def test_a_position_table_that_does_not_fit_is_listed_with_the_rest(tmp_path):
+    state = small().state_dict()
+    for table in (torch.zeros(7), torch.zeros(1, 12, 48), torch.zeros(2, 17, 48), torch.zeros(1, 4, 4, 48)):
+        path = saved(tmp_path / "w.pth", {**state, "pos_embed": table, "extra": torch.zeros(1)})
+        with pytest.raises(ValueError, match="unexpected extra.*; pos_embed has shape"):
+            load_checkpoint(small(), path)
+
+
+@pytest.mark.parametrize(
+    "name, value", [(0, torch.zeros(1)), ("w", torch.zeros(1).cfloat()), ("w", torch.eye(2).to_sparse())]
+)
+def test_only_dense_real_tensors_by_name_are_taken(name, value, tmp_path):
+    with pytest.raises(ValueError, match="expected dense real tensors by name"):
+        load_checkpoint(small(), saved(tmp_path / "w.pth", {name: value}))
+
+
+def test_registers_without_the_rest_of_dinov2_are_listed(tmp_path):
+    with pytest.raises(ValueError, match="unexpected register_tokens"):
+        load_checkpoint(small(), saved(tmp_path / "w.pth", {"register_tokens": torch.zeros(1, 4, 48)}))
+
+
+def test_the_unused_layer_of_old_files_is_left_out(tmp_path):
+    model = small()
+    unused = {"pre_logits.fc.weight": torch.zeros(48, 48), "pre_logits.fc.bias": torch.zeros(48)}
+    load_checkpoint(model, saved(tmp_path / "w.pth", model.state_dict() | unused))

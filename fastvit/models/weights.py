@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import pickle
 import re
 
 import torch
@@ -37,7 +36,7 @@ def load_checkpoint(
     if any(tensor.is_meta for tensor in wanted.values()):
         raise ValueError("model is on the meta device, expected one with storage: call model.to_empty first")
     if "pos_embed" in state:
-        state["pos_embed"] = _fit_position_table(state["pos_embed"], model.config, grid_size, path)
+        state["pos_embed"] = _fit_position_table(state["pos_embed"], model.config, grid_size)
     if new_classifier:
         fits = all(name in state and state[name].shape == wanted[name].shape for name in wanted if _is_head(name))
         if not fits or not any(_is_head(name) for name in wanted):
@@ -81,14 +80,20 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, torch.Tensor]:
             raise ValueError(f"{path} cannot be read as a safetensors file: {error}") from error
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path} cannot be read as a torch file of plain tensors: {reason}") from error
+    except Exception as error:  # on garbage the unpickler raises KeyError, IndexError, struct.error and more
+        raise ValueError(
+            f"{path} cannot be read as a torch file of plain tensors: it is damaged, no checkpoint, or holds pickled "
+            f"code ({type(error).__name__})"
+        ) from error
     for wrapper in ("model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
-    if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
+    if not isinstance(state, dict):
         raise ValueError(f"{path} holds a {type(state).__name__}, expected tensors by name")
+    for name, tensor in state.items():
+        real = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided and not tensor.is_complex()
+        if not isinstance(name, str) or not real:
+            raise ValueError(f"{path} holds {name!r}, a {type(tensor).__name__}, expected dense real tensors by name")
     return state
 
 
@@ -105,16 +110,19 @@ def convert_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         name = name.replace(".mlp.w12.", ".mlp.fc1.").replace(".mlp.w3.", ".mlp.fc2.")
         if name != "mask_token" and not name.startswith("pre_logits."):
             renamed[name] = tensor
-    if "register_tokens" in renamed:
+    if {"register_tokens", "cls_token", "pos_embed"} <= renamed.keys():
         renamed["reg_token"] = renamed.pop("register_tokens")
         renamed["cls_token"] = renamed["cls_token"] + renamed["pos_embed"][:, :1]
         renamed["pos_embed"] = renamed["pos_embed"][:, 1:]
     return renamed
 
 
-def _fit_position_table(table, config, grid_size, path):
-    """The checkpoint's position table (1, rows, D) at the model's grid, by the config's policy."""
+def _fit_position_table(table, config, grid_size):
+    """The checkpoint's position table (1, rows, D) at the model's grid, by the config's policy; as it is where its rows
+    are neither grid_size's, the model's nor a square, to be listed with what else does not fit."""
     prefix_rows = 0 if config.no_embed_class else config.num_prefix_tokens
+    if table.dim() != 3 or table.shape[0] != 1:
+        return table
     rows = table.shape[1] - prefix_rows
     if grid_size is None or grid_size[0] * grid_size[1] != rows:
         side = math.isqrt(max(rows, 0))
@@ -123,9 +131,7 @@ def _fit_position_table(table, config, grid_size, path):
         elif rows > 0 and side * side == rows:
             grid_size = (side, side)
         else:
-            raise ValueError(
-                f"pos_embed in {os.fspath(path)} has {rows} patch rows, expected grid_size's, the model's or a square"
-            )
+            return table
     return resample_position_table(table, grid_size, config.grid_size, prefix_rows, config.pos_resampling)
 
 

@@ -43,8 +43,9 @@ class Attention(nn.Module):
         for name, value in (("qk_norm", qk_norm), ("scale_norm", scale_norm), ("gated", gated)):
             if value:
                 raise ValueError(f"{name} is {value}, but fastvit.nn.Attention supports only {name}=False")
-        if attn_head_dim is None and dim % num_heads:
+        if num_heads < 1 or (attn_head_dim is None and dim % num_heads):
             raise ValueError(f"num_heads is {num_heads}, expected a divisor of dim, {dim}")
+        self.dim = dim
         self.num_heads = num_heads
         self.head_dim = dim // num_heads if attn_head_dim is None else attn_head_dim
         self.scale = self.head_dim**-0.5
@@ -65,8 +66,14 @@ class Attention(nn.Module):
             scale=self.scale,
             key_padding_mask=key_padding_mask,
             attn_bias=attn_bias,
-            dropout_p=self.attn_drop.p if dropout_active(self.attn_drop) else 0.0,
+            dropout_p=self._dropout_p(),
         )
+
+    def _dropout_p(self) -> float:
+        """The rate that the op applies in attn_drop's stead. Raises TypeError for a module it cannot stand in for."""
+        if type(self.attn_drop) not in (nn.Dropout, nn.Identity):
+            raise TypeError(f"attn_drop is {type(self.attn_drop).__name__}, expected nn.Dropout or nn.Identity")
+        return self.attn_drop.p if type(self.attn_drop) is nn.Dropout and dropout_active(self.attn_drop) else 0.0
 
     def _masks(self, attn_mask, is_causal, batch, tokens, like):
         """(key_padding_mask, attn_bias) of `fastvit.ops.attention` for timm's mask arguments."""
@@ -97,6 +104,6 @@ class Attention(nn.Module):
         is_causal: token i attends to tokens 0 to i. Raises ValueError for a wrong shape or both masks at once, and
         TypeError for a mask of another dtype.
         """
-        if x.dim() != 3 or x.shape[-1] != self.qkv.in_features:
-            raise ValueError(f"x has shape {tuple(x.shape)}, expected (batch, tokens, {self.qkv.in_features})")
+        if x.dim() != 3 or x.shape[-1] != self.dim:
+            raise ValueError(f"x has shape {tuple(x.shape)}, expected (batch, tokens, {self.dim})")
         return self.proj_drop(self.proj(self.attend(self.qkv(x), attn_mask, is_causal)))

@@ -40,7 +40,7 @@ def dropout_active(dropout: nn.Dropout) -> bool:
 
 def norm_complete(norm: nn.LayerNorm) -> bool:
     """Whether a LayerNorm has both a weight and a bias, as the fused ops do."""
-    return norm.elementwise_affine and norm._parameters["bias"] is not None
+    return norm.elementwise_affine and norm.bias is not None
 
 
 def timm_layer(name: str):

@@ -162,6 +162,7 @@ class LayerNormMLP(nn.Module):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         hidden_features = 4 * dim if hidden_features is None else hidden_features
+        self.dim = dim
         self.residual = residual
         self.norm = build_layer_norm(norm_layer, dim, **dd)
         self.fc1 = nn.Linear(dim, hidden_features, bias=bias, **dd)
@@ -183,8 +184,8 @@ class LayerNormMLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (B, ..., D) -> (B, ..., D). Raises ValueError for another width."""
-        if x.dim() < 2 or x.shape[-1] != self.fc1.in_features:
-            raise ValueError(f"x has shape {tuple(x.shape)}, expected (batch, ..., {self.fc1.in_features})")
+        if x.dim() < 2 or x.shape[-1] != self.dim:
+            raise ValueError(f"x has shape {tuple(x.shape)}, expected (batch, ..., {self.dim})")
         if not self.fusible():
             branch = self.drop_path(self.ls(self.fc2(self.act(self.fc1(self.norm(x))))))
             return x + branch if self.residual else branch

@@ -50,7 +50,7 @@ def assemble_tokens(tokens, pos_embed=None, prefix=None):
     if on_patches:
         tokens = tokens + pos_embed
     if prefix is not None:
-        tokens = torch.cat([prefix.expand(len(tokens), -1, -1), tokens], dim=1)
+        tokens = torch.cat([prefix.expand(tokens.shape[0], -1, -1), tokens], dim=1)
     return tokens if on_patches or pos_embed is None else tokens + pos_embed
 
 
