@@ -1,8 +1,8 @@
 """The command line: info, verify, bench, embed, classify.
 
 Exit status: 0 done, 1 something failed (a check, an image, a download), 2 asked for wrongly (an unknown model, a device
-that is not there). Results go to stdout, everything about the run to stderr. torch is imported by the commands, not
-here, so that `fastvit --help` answers at once.
+that is not there). What a time limit left out is named and does not count as failed. Results go to stdout, everything
+about the run to stderr. torch is imported by the commands, not here, so that `fastvit --help` answers at once.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 import os
 import signal
 import sys
@@ -126,8 +127,8 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
 def _positive(kind):
     def number(text: str):
         value = kind(text)
-        if not value > 0:
-            raise argparse.ArgumentTypeError(f"{text} is not positive")
+        if not 0 < value < math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not positive and finite")
         return value
 
     number.__name__ = f"positive {kind.__name__}"  # argparse names it in its error
