@@ -56,7 +56,8 @@ class Settings:
     def as_dict(self) -> dict:
         """For JSON: the settings, and what they mean here."""
         described = {"dtypes": [SHORT[d] for d in self.dtypes], "weights": self.weights, "images": self.images}
-        return asdict(self) | {"photos": str(self.photos)} | described
+        photos = "benchmarks/photos" if self.photos == PHOTOS else str(self.photos)
+        return asdict(self) | {"photos": photos} | described
 
 
 def read_pixels(config, settings: Settings) -> tuple[list[str], torch.Tensor]:
