@@ -3,20 +3,21 @@
 VENV := .venv
 # numpy's and torch's threads would fight the test processes, and the interpreter's small arrays gain nothing by them.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
-RESULTS := benchmarks/results/{device}
 
-.PHONY: bench verify test test-all gpu clean help
+.PHONY: bench verify test test-all static gpu pages clean help
 
 help:
 	@echo "make bench     verify the kernels, then time ViT models beside their peers on photographs"
 	@echo "make verify    every kernel against the reference"
 	@echo "make test      the tests; make test-all: with the slow ones"
-	@echo "make gpu       verify and bench on this machine's GPU, with the python3 on PATH, in under 9 minutes"
+	@echo "make static    compile every kernel for six architectures with two Tritons: docs/static, in about 12 minutes"
+	@echo "make gpu       verify, tune, bench and profile on this machine's GPU, with the python3 on PATH, under 9 minutes"
+	@echo "make pages     the pages and tables of benchmarks/results/ anew, and the table in README.md"
 	@echo "make clean     remove the environment and what was built"
 
 # The time limit is for a busy machine: rows that it leaves out are named.
 bench: verify
-	@$(VENV)/bin/fastvit bench --output results --time-limit 150
+	@$(VENV)/bin/fastvit bench --peers reference,timm,torchvision --output results --time-limit 150
 
 verify: $(VENV)/.bench
 	@mkdir -p results
@@ -37,14 +38,28 @@ $(VENV)/.test: $(VENV)/.bench
 	@.ci/environment $(VENV) bench,cli,hub,test transformers
 	@touch $@
 
-# Exit status 2 of verify: no GPU here, or no PyTorch or Triton; it has said so. A kernel that fails (1) does not stop
-# the benchmark, which verifies each model by itself. The time limits end both in good order; `timeout` is for a kernel
-# that hangs, and its signal lets them write what they have.
+# The oldest Triton that is supported, and the newest release: each alone in a folder that goes before $(VENV)'s own on
+# the path. A Triton whose report fails does not stop the other's.
+TRITONS := 3.6.0 3.9.0
+
+static: $(TRITONS:%=$(VENV)-static-%/.installed)
+	@status=0; for version in $(TRITONS); do \
+		PYTHONPATH=$(VENV)-static-$$version:. PYTHONDONTWRITEBYTECODE=1 $(ONE_THREAD) $(VENV)/bin/python \
+			benchmarks/static_report.py --output docs/static || status=$$?; \
+		if [ $$status -eq 130 ]; then break; fi; \
+	done; exit $$status
+
+$(VENV)-static-%/.installed: $(VENV)/.bench
+	@echo "installing Triton $* in $(@D)"
+	@$(VENV)/bin/python -m pip install -qq --disable-pip-version-check --no-deps --upgrade --target $(@D) triton==$*
+	@touch $@
+
+# Within the budget, and what a step that hangs takes to be stopped: under nine minutes. A second call goes on from there.
 gpu:
-	@export PYTHONPATH=. PYTHONDONTWRITEBYTECODE=1; status=0; \
-	timeout --foreground -k 10 290 python3 -m fastvit verify --device cuda --time-limit 240 --json '$(RESULTS)/verify.json' || status=$$?; \
-	if [ $$status -eq 2 ]; then exit 2; fi; \
-	timeout --foreground -k 10 220 python3 -m fastvit bench --device cuda --time-limit 170 --output '$(RESULTS)' && exit $$status
+	@PYTHONPATH=".:$$PYTHONPATH" PYTHONDONTWRITEBYTECODE=1 python3 -m fastvit.benchmarks.runbook
+
+pages: $(VENV)/.bench
+	@$(VENV)/bin/python -m fastvit.benchmarks.report.summary
 
 clean:
-	rm -rf $(VENV) build dist results *.egg-info .pytest_cache .benchmarks
+	rm -rf $(VENV) $(TRITONS:%=$(VENV)-static-%) build dist results *.egg-info .pytest_cache .benchmarks

@@ -10,6 +10,8 @@ EXTRAS = {
     "bench": ["pillow>=10", "rich>=13", "matplotlib>=3.8", "timm>=1.0.15"],
     "test": ["pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3.5"],
 }
+# What `fastvit bench` compares with on a CPU. Apart from "all": they are larger than the rest together.
+PEERS = ["timm>=1.0.15", "torchvision", "transformers>=5", "onnxruntime", "onnx", "onnxscript", "openvino"]
 
 setup(
     name="fastvit",
@@ -18,10 +20,13 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     install_requires=["torch>=2.11", "triton>=3.6; platform_system == 'Linux'", "numpy>=1.26"],
-    extras_require={**EXTRAS, "all": sorted({requirement for extra in EXTRAS.values() for requirement in extra})},
+    extras_require={**EXTRAS, "peers": PEERS, "all": sorted({part for extra in EXTRAS.values() for part in extra})},
     packages=[
         "fastvit",
         "fastvit.benchmarks",
+        "fastvit.benchmarks.peers",
+        "fastvit.benchmarks.report",
+        "fastvit.benchmarks.static",
         "fastvit.interpret",
         "fastvit.kernels",
         "fastvit.models",
@@ -30,6 +35,6 @@ setup(
         "fastvit.reference",
     ],
     package_dir={"fastvit": "fastvit", "fastvit.kernels": "kernels", "fastvit.benchmarks": "benchmarks"},
-    package_data={"fastvit.models": ["*.txt"], "fastvit.benchmarks": ["photos/*"]},
+    package_data={"fastvit.models": ["*.txt"], "fastvit.kernels": ["tuned/*.json"], "fastvit.benchmarks": ["photos/*"]},
     entry_points={"console_scripts": ["fastvit=fastvit.cli:main"]},
 )

@@ -1,201 +1,299 @@
-"""The model benchmark behind `fastvit bench`: images per second, error and memory of whole models on photographs.
+"""The benchmark behind `fastvit bench`: ours beside its peers on whole models and single ops, in one run.
 
-One row is a model, a dtype and a batch size. Ours and its peers hold the same weights, take the same images and run
-interleaved. No model is timed whose output is wrong: its error against the float64 reference may be at most what
-`fastvit.verify` allows beside plain PyTorch's in the same dtype.
+One row is a case. All sides hold the same weights, take the same input and run interleaved; nothing is timed whose
+output, or in training whose gradients, are wrong. A peer's trouble stays in its row.
 """
 
 from __future__ import annotations
 
-import copy
-import importlib.util
+import contextlib
+import datetime
+import gc
+import math
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 import fastvit
-from fastvit.verify import FACTOR, SHORT, floor, randomise, reference_options, relative_rms
+from fastvit import report
+from fastvit.measure import verdict
+from fastvit.verify import FACTOR, SHORT, floor, relative_rms
 
-from .peers import PEERS
-from .timing import interleave, peak_memory, quartiles
+from . import roofline, timing
+from .cases import Case
+from .peers import PEERS, Peer, absent
+from .schema import OURS, Ceilings, Contestant, Row, Run
+from .suites import SEED, Settings
+from .work import ModelWork, OpWork, Subject, run_watched
 
-PHOTOS = Path(__file__).parent / "photos"
-SEED = 0
-TOP = 5
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What to run. `seconds` is spent on timing each row; past `time_limit` seconds in all no row is started."""
-
-    device: str
-    models: tuple[str, ...]
-    batches: tuple[int, ...]
-    dtypes: tuple[torch.dtype, ...]
-    peers: tuple[str, ...] = tuple(PEERS)
-    photos: Path = PHOTOS
-    pretrained: bool = False
-    interpreted: str | None = None  # the model that classifies the photographs on the kernels, in the interpreter
-    seconds: float = 5.0
-    time_limit: float | None = None
-
-    @property
-    def weights(self) -> str:
-        return "pretrained" if self.pretrained else f"random, seed {SEED}"
-
-    @property
-    def images(self) -> str:
-        if importlib.util.find_spec("PIL") is None:
-            return f"random pixels, seed {SEED}, because Pillow is not installed"
-        return "the shipped photographs" if self.photos == PHOTOS else f"photographs in {self.photos}"
-
-    def as_dict(self) -> dict:
-        """For JSON: the settings, and what they mean here."""
-        described = {"dtypes": [SHORT[d] for d in self.dtypes], "weights": self.weights, "images": self.images}
-        photos = "benchmarks/photos" if self.photos == PHOTOS else str(self.photos)
-        return asdict(self) | {"photos": photos} | described
-
-
-def read_pixels(config, settings: Settings) -> tuple[list[str], torch.Tensor]:
-    """Names and uint8 images (B, 3, H, W) of the photographs, prepared as a model of `config` takes them."""
-    if importlib.util.find_spec("PIL") is None:
-        generator = torch.Generator().manual_seed(SEED)
-        shape = (6, config.in_chans, *config.img_size)
-        return [f"random {i}" for i in range(6)], torch.randint(256, shape, generator=generator, dtype=torch.uint8)
-    from fastvit import images
-
-    paths = images.find_images(settings.photos)
-    if not paths:
-        raise ValueError(f"no images in {settings.photos}")
-    readable = {}
-    for path in paths:
-        try:
-            readable[path.name] = images.read(path, config)
-        except images.ImageError as error:
-            print(f"skipped {error}", file=sys.stderr)
-    if not readable:
-        raise ValueError(f"no readable images in {settings.photos}")
-    return list(readable), torch.stack(list(readable.values()))
-
-
-def normalise(images: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
-    """uint8 images (..., C, H, W) as the floats that every peer takes: (image / 255 - mean) / std."""
-    mean, std = (torch.tensor(values, device=images.device)[:, None, None] for values in (mean, std))
-    return (images.float() / 255 - mean) / std
-
-
-def default_settings(device: str, **chosen) -> Settings:
-    """What is worth measuring on this kind of device in a few minutes; `chosen` overrides any of it."""
-    if device.startswith("cuda"):
-        defaults = {
-            "models": tuple(f"vit_{size}_patch16_224" for size in ("base", "small", "large", "tiny")),
-            "batches": (1, 32, 256),
-            "dtypes": (torch.bfloat16, torch.float16, torch.float32),
-        }
-    else:
-        defaults = {
-            "models": tuple(f"vit_{size}_patch16_224" for size in ("tiny", "small", "base")),
-            "batches": (1, 8),
-            "dtypes": (torch.float32, torch.bfloat16),
-        }
-        if "models" not in chosen and importlib.util.find_spec("triton"):
-            defaults["interpreted"] = "vit_tiny_patch16_224"
-    return Settings(device=device, **defaults | chosen)
-
-
-@dataclass
-class Contestant:
-    """One side of a row. `images_per_s` and `ratio` (ours over this peer, in paired rounds) are medians and quartiles;
-    `error` is against the float64 reference; `failure` the first line of what it raised."""
-
-    error: float | None = None
-    images_per_s: dict | None = None
-    ratio: dict | None = None
-    peak_bytes: int | None = None
-    failure: str | None = None
-
-
-@dataclass
-class Row:
-    """A model, a dtype and a batch size: "ours" and every peer. `status`: "timed", "wrong", "failed" or "skipped"."""
-
-    model: str
-    dtype: str
-    batch: int
-    status: str
-    reason: str = ""
-    contestants: dict[str, Contestant] = field(default_factory=dict)
-    top5: dict | None = None
-
-    def as_dict(self) -> dict:
-        return asdict(self)
+FILE = "bench.json"
+GRAPHED_BATCH = 8  # to this batch the host may be what a model waits for: its time and a CUDA graph's are shown
+# What must be equal for rows of an earlier run to stand for this one's.
+_SAME_ENVIRONMENT = ("fastvit", "commit", "device", "tuned", "torch", "torch_threads", "packages")
+_SAME_SETTINGS = ("peers", "weights", "images")
 
 
 def first_line(error: BaseException) -> str:
     """An exception as one line; running out of memory as just that."""
-    if isinstance(error, torch.OutOfMemoryError):
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return "out of memory"
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['(no message)'])[0]}"
 
 
-def run(settings: Settings) -> Iterator[Row]:
-    """Rows as they are measured. A model that cannot be made, and a contestant that raises, fail in their rows."""
-    start = time.perf_counter()
-    for name in settings.models:
-        subject = None
-        for dtype in settings.dtypes:
-            contestants = None
-            for batch in settings.batches:
-                if settings.time_limit is not None and time.perf_counter() - start > settings.time_limit:
-                    reason = f"not started: the time limit of {settings.time_limit:g} s was reached"
-                    yield Row(name, SHORT[dtype], batch, "skipped", reason)
+class Bench:
+    """Measures the cases of `settings`, one row each. top5: of every model and dtype that was timed, what the
+    photographs are taken for."""
+
+    def __init__(self, settings: Settings):
+        self.settings = settings
+        self.top5: dict[str, dict] = {}
+        self._start = time.perf_counter()
+        self._subject: Subject | None = None
+        self._energy = timing.energy_counter(settings.device)
+        self._lost = ""
+
+    def out_of_time(self) -> str:
+        """Why nothing more is started; "" while there is time, and a device."""
+        if self._lost:
+            return self._lost
+        limit = self.settings.time_limit
+        if limit is None or time.perf_counter() - self._start <= limit:
+            return ""
+        return f"not started: the time limit of {limit:g} s was reached"
+
+    def row(self, case: Case, ceilings: Ceilings | None = None) -> Row:
+        """Verify, then time. Raises nothing for what the case, ours or a peer does: it is in the row."""
+        row = _row(case, ceilings)
+        if reason := self.out_of_time():
+            row.status, row.reason = "skipped", reason
+            return row
+        try:
+            self._measure(row, case)
+        except Exception as error:  # one row must not stop the others
+            row.status, row.reason = "failed", first_line(error)
+        finally:
+            try:
+                _clean_up()
+            except RuntimeError as error:  # a kernel went astray: CUDA does nothing more for this process
+                self._lost = f"not started: the GPU was lost in {case.id}: {first_line(error)}"
+        return row
+
+    def _measure(self, row: Row, case: Case) -> None:
+        work = self._prepare(case)
+        row.limit = _finite(work.limits["out"])
+        steps, first_seconds, opaque = {}, {}, set()
+        # Ours first: where it is wrong, nothing else is worth the time.
+        for name in (OURS, *(name for name in self.settings.peers if _concerns(PEERS[name], case))):
+            side = row.contestants[name] = Contestant()
+            if name != OURS:
+                reason = absent(PEERS[name], case, self.settings.device) or self.out_of_time()
+                if reason:
+                    side.status, side.reason = "absent", reason
                     continue
-                try:
-                    subject = subject or _Subject(name, settings)
-                    contestants = contestants or _Contestants(subject, dtype, settings)
-                    yield contestants.row(batch)
-                except Exception as error:  # one row must not stop the others
-                    yield Row(name, SHORT[dtype], batch, "failed", first_line(error))
+            try:
+                start = time.perf_counter()
+                built = None if name == OURS else work.build(name)
+                call = work.ours if name == OURS else built.call
+                step = work.step(call)
+                with work.gradients():
+                    if built is None:
+                        side.note = run_watched(step)
+                    else:
+                        side.note = built.note
+                        step()
+                    self._synchronise()
+                if PEERS[name].compiles if built else self.settings.device.startswith("cuda"):
+                    first_seconds[name] = time.perf_counter() - start
+                side.error, wrong = work.judge(call, ours=name == OURS)
+                if wrong:
+                    side.status, side.reason = "wrong", wrong
+                else:
+                    if built and built.opaque:
+                        opaque.add(name)
+                    else:
+                        with work.gradients():
+                            side.peak_bytes = timing.peak_memory(step, self.settings.device)
+                    steps[name] = step
+            except Exception as error:
+                side.status, side.reason = "failed", first_line(error)
+            if name == OURS and side.status != "timed":
+                row.status, row.reason = side.status, side.reason
+                if row.status == "wrong":
+                    row.reason = f"not timed: {side.reason}"
+                return
+        if isinstance(work, ModelWork) and case.mode == "inference":
+            self.top5[f"{row.model}@{row.img_size}/{row.dtype}"] = work.top5()
+        with work.gradients():
+            self._time(row, steps, first_seconds, opaque)
+
+    def _prepare(self, case: Case) -> ModelWork | OpWork:
+        if case.op:
+            self._subject = None
+            return OpWork(case, self.settings)
+        if self._subject is None or (self._subject.name, self._subject.img_size) != (case.model, case.img_size):
+            self._subject = None  # its memory first
+            self._subject = Subject(case.model, case.img_size, self.settings)
+        return ModelWork(case, self._subject)
+
+    def _time(self, row: Row, steps: dict[str, timing.Call], first_seconds: dict[str, float], opaque: set[str]) -> None:
+        """first_seconds: of those that compile; opaque: those that cannot be captured."""
+        device, seconds = self.settings.device, self.settings.seconds
+        timer = timing.timer(device)
+        measured, failures = timing.interleave(steps, timer, seconds)
+        for name, error in failures.items():
+            row.contestants[name].status, row.contestants[name].reason = "failed", first_line(error)
+        if OURS not in measured:
+            row.status, row.reason = "failed", row.contestants[OURS].reason
+            return
+        for name, durations in measured.items():
+            side = row.contestants[name]
+            side.seconds = timing.spread(durations)
+            if name in first_seconds:
+                side.compile_seconds = max(0.0, first_seconds[name] - side.seconds.median)
+            if name != OURS:
+                ratios = [peer / ours for peer, ours in zip(durations, measured[OURS], strict=True)]
+                side.ratio, side.verdict = timing.spread(ratios), verdict(ratios)
+            if self._energy is not None and not row.op:
+                with contextlib.suppress(Exception):  # what was timed is not lost for it
+                    side.joules = timing.joules(steps[name], timer, self._energy, side.seconds.median)
+        if device.startswith("cuda") and not row.op and row.batch <= GRAPHED_BATCH:
+            self._time_host_and_graph(row, {name: steps[name] for name in measured}, opaque)
+
+    def _time_host_and_graph(self, row: Row, steps: dict[str, timing.Call], opaque: set[str]) -> None:
+        graphs = {}
+        for name, step in steps.items():
+            if name in opaque:
+                continue
+            try:
+                graphs[name] = timing.replayed(step)
+            except Exception as error:  # not everything can be captured
+                side = row.contestants[name]
+                side.note = "; ".join(filter(None, [side.note, f"no CUDA graph: {first_line(error)}"]))
+        for calls, timer, field in ((steps, timing.host_timer, "host"), (graphs, timing.timer("cuda"), "graph")):
+            for name, durations in timing.interleave(calls, timer, self.settings.seconds / 2)[0].items():
+                setattr(row.contestants[name], field, timing.spread(durations))
+
+    def _synchronise(self) -> None:
+        if self.settings.device.startswith("cuda"):
+            torch.cuda.synchronize()
 
 
-class _Subject:
-    """One model in float32 with its weights, the photographs as it takes them, and the true logits."""
+def _row(case: Case, ceilings: Ceilings | None) -> Row:
+    """The row of a case before anything is measured."""
+    config, dtype = case.config, SHORT[case.dtype]
+    cost = roofline.case_cost(case)
+    return Row(
+        case.id,
+        case.model,
+        case.op,
+        config.img_size[0],
+        case.tokens,
+        dtype,
+        case.batch,
+        case.mode,
+        "timed",
+        items=1 if case.op else case.batch,
+        flops=cost.flops,
+        bytes=cost.bytes,
+        floor_seconds=None if ceilings is None else roofline.floor(case, roofline.rates(ceilings, dtype)),
+    )
 
-    def __init__(self, name: str, settings: Settings):
-        self.name = name
-        self.model = fastvit.create_model(name, pretrained=settings.pretrained).eval()
-        if not settings.pretrained:
-            randomise(self.model, SEED)
-        config = self.model.config
-        self.names, pixels = read_pixels(config, settings)
-        self.model.to(settings.device)
-        self.photos = normalise(pixels.to(settings.device), config.mean, config.std)
-        state = {key: tensor.double() for key, tensor in self.model.state_dict().items()}
-        with torch.inference_mode():
-            self.truth = fastvit.reference.vision_transformer(self.photos.double(), state, **reference_options(config))
 
-    def top5(self, logits: torch.Tensor) -> dict:
-        """The five likeliest classes of every photograph by `logits` and by the reference, and how far they agree."""
-        ours, truth = (scores.float().topk(TOP).indices.tolist() for scores in (logits, self.truth))
-        return {
-            "photos": self.names,
-            "ours": ours,
-            "reference": truth,
-            "same_first": sum(a[0] == b[0] for a, b in zip(ours, truth, strict=True)),
-            "same_in_top5": sum(len({*a} & {*b}) for a, b in zip(ours, truth, strict=True)),
-        }
+def _concerns(peer: Peer, case: Case) -> bool:
+    """Whether the peer has anything like the case: who has not is not even absent."""
+    return case.op in peer.ops and peer.kind != "model" if case.op else peer.kind != "op"
+
+
+def _finite(value: float) -> float | None:
+    """For JSON, which has no NaN."""
+    return value if math.isfinite(value) else None
+
+
+def _clean_up() -> None:
+    """Give back what the row's contestants held: the next one's memory and compilations must not depend on them."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# A run and its file
+
+
+def record(
+    settings: Settings, folder: Path, before: Run | None = None, each: Callable[[Row], None] = lambda row: None
+) -> tuple[Run, bool]:
+    """Measure everything, saving to `folder`/bench.json after every row; returns the run, and whether Ctrl-C cut it
+    short. before: an earlier run, whose rows are not measured again where code, machine and settings are the same; its
+    cases that failed come last, so that one that ends the run keeps it from none of the others.
+
+    Past the time limit rows come back "skipped"; `finished` says whether there is nothing left to do.
+    """
+    timing.pin_threads()
+    timing.pin_precision()
+    environment = report.environment(settings.device) | {"seed": SEED}
+    started = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    run = Run(environment, settings.as_dict(), started)
+    start = time.perf_counter()
+    bench = Bench(settings)
+    found, failed = {}, set()
+    if before is not None and _same_conditions(before, run):
+        found = {row.id: row for row in before.rows if row.status == "timed" and not _unfinished(row)}
+        failed = {row.id for row in before.rows if row.status == "failed"}
+        run.ceilings = before.ceilings  # until they are measured again
+        bench.top5 |= before.extra.get("top5", {})
+    complete = interrupted = False
+
+    def save() -> None:
+        run.rows = [found[case.id] for case in settings.cases if case.id in found]
+        run.extra["top5"] = bench.top5
+        run.seconds, run.finished = round(time.perf_counter() - start, 1), complete
+        report.write_json(folder / FILE, run.as_dict())
+
+    try:
+        run.ceilings = roofline.measure_ceilings(settings.device, dict.fromkeys(c.dtype for c in settings.cases))
+        cases = sorted(settings.cases, key=lambda case: case.id in failed)
+        for case in report.progress(cases, len(cases), "timing"):
+            if case.id in found:
+                found[case.id].floor_seconds = _row(case, run.ceilings).floor_seconds  # by the ceilings of this run
+            else:
+                found[case.id] = bench.row(case, run.ceilings)
+            save()
+            each(found[case.id])
+        if settings.interpreted:
+            run.extra["interpreted"] = classify_interpreted(settings)
+        complete = not any(_unfinished(row) for row in run.rows)
+    except KeyboardInterrupt:
+        interrupted = True
+    save()
+    return run, interrupted
+
+
+def _unfinished(row: Row) -> bool:
+    """Whether the time limit took something from it."""
+    return row.status == "skipped" or any(side.reason.startswith("not started") for side in row.contestants.values())
+
+
+def _same_conditions(a: Run, b: Run) -> bool:
+    return all(a.environment.get(key) == b.environment.get(key) for key in _SAME_ENVIRONMENT) and all(
+        a.settings.get(key) == b.settings.get(key) for key in _SAME_SETTINGS
+    )
 
 
 def classify_interpreted(settings: Settings) -> dict:
     """Classify the photographs on the kernels themselves, in Triton's interpreter: no speed, but the same code that a
     GPU runs. bfloat16; the errors are of the logits, relative rms against the float64 reference."""
     start = time.perf_counter()
-    subject = _Subject(settings.interpreted, settings)
-    model, images = subject.model.to(torch.bfloat16), subject.photos.bfloat16()
+    dtype = torch.bfloat16
+    subject = Subject(settings.interpreted, None, settings)
+    model, images = subject.model.to(dtype), subject.photos.to(dtype)
+    truth = subject.truth(dtype, "inference")[0]["out"]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the interpreter's arrays are small
     try:
@@ -205,77 +303,13 @@ def classify_interpreted(settings: Settings) -> dict:
                 logits = model(images)
     finally:
         torch.set_num_threads(threads)
-    error, plain_error = (relative_rms(found, subject.truth) for found in (logits, plain))
+    error, plain_error = (relative_rms(found, truth) for found in (logits, plain))
     return {
         "model": subject.name,
-        "dtype": SHORT[torch.bfloat16],
+        "dtype": SHORT[dtype],
         "error": error,
         "plain_error": plain_error,
-        "ok": error <= max(FACTOR[torch.bfloat16] * plain_error, floor(torch.bfloat16)),
+        "ok": error <= max(FACTOR[dtype] * plain_error, floor(dtype)),
         "seconds": round(time.perf_counter() - start, 1),
-        **subject.top5(logits),
+        **subject.top5(logits, dtype),
     }
-
-
-class _Contestants:
-    """Ours and the peers in one dtype, each with its error on the photographs."""
-
-    def __init__(self, subject: _Subject, dtype: torch.dtype, settings: Settings):
-        self.subject, self.dtype, self.settings = subject, dtype, settings
-        ours = copy.deepcopy(subject.model).to(dtype)
-        self.calls = {"ours": ours}
-        self.errors: dict[str, float] = {}
-        self.failures: dict[str, str] = {}
-        for peer in settings.peers:
-            try:
-                self.calls[peer] = PEERS[peer](ours, subject.name)
-            except Exception as error:  # not installed, or it has no such model
-                self.failures[peer] = first_line(error)
-        images = subject.photos.to(dtype)
-        with torch.inference_mode():
-            plain = PEERS["reference"](ours, subject.name)
-            self.limit = max(FACTOR[dtype] * relative_rms(plain(images), subject.truth), floor(dtype))
-            for name in list(self.calls):
-                try:
-                    logits = self.calls[name](images)
-                except Exception as error:
-                    if name == "ours":
-                        raise
-                    self.failures[name] = first_line(error)
-                    del self.calls[name]
-                    continue
-                self.errors[name] = relative_rms(logits, subject.truth)
-                if name == "ours":
-                    self.top5 = subject.top5(logits)
-
-    def row(self, batch: int) -> Row:
-        """Verify, then time one batch size."""
-        row = Row(self.subject.name, SHORT[self.dtype], batch, "timed", top5=self.top5)
-        row.contestants = {name: Contestant(error=error) for name, error in self.errors.items()}
-        row.contestants |= {name: Contestant(failure=failure) for name, failure in self.failures.items()}
-        if not self.errors["ours"] <= self.limit:
-            row.status = "wrong"
-            row.reason = f"not timed: error {self.errors['ours']:.2e} is more than the limit {self.limit:.2e}"
-            return row
-
-        photos = self.subject.photos
-        images = photos[torch.arange(batch, device=photos.device) % len(photos)].to(self.dtype)
-        runnable = {}
-        with torch.inference_mode():
-            for name, call in self.calls.items():
-                runnable[name] = lambda call=call: call(images)
-                try:
-                    row.contestants[name].peak_bytes = peak_memory(runnable[name], self.settings.device)
-                except Exception as error:  # most often: this batch does not fit in memory
-                    row.contestants[name].failure = first_line(error)
-                    del runnable[name]
-            if "ours" not in runnable:
-                row.status, row.reason = "failed", row.contestants["ours"].failure
-                return row
-            seconds = interleave(runnable, self.settings.device, self.settings.seconds)
-        for name, durations in seconds.items():
-            row.contestants[name].images_per_s = quartiles([batch / duration for duration in durations])
-            if name != "ours":
-                pairs = zip(durations, seconds["ours"], strict=True)
-                row.contestants[name].ratio = quartiles([peer / ours for peer, ours in pairs])
-        return row

@@ -33,8 +33,8 @@ class Contestant:
     or "absent" (not installed, or it has no such model). note: how it differs from the case ("tanh GELU"). error:
     relative rms of the output against float64. ratio: this side's time over ours in paired rounds, so that above 1 ours
     is faster; verdict: of that, "faster" (ours), "slower" or "tie". graph: replayed from a CUDA graph; host: until the
-    call returned. joules: energy a call. peak_bytes: memory beyond weights and input. compile_seconds: before the first
-    answer of a peer that compiles, or of our kernels.
+    call returned. joules: energy a call. peak_bytes: memory beyond weights and input, None where it
+    cannot be seen. compile_seconds: before the first answer of a peer that compiles, or of our kernels.
     """
 
     status: str = "timed"

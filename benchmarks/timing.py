@@ -1,58 +1,126 @@
-"""Time and memory of one call, measured the same way for every contestant."""
+"""Time, memory and energy of one call, measured the same way for every contestant."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib.util
 import math
+import os
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
-MIN_ROUNDS, MAX_ROUNDS = 5, 50
+from fastvit.measure import quartiles
+
+from .schema import Spread
+
+# In 12 rounds a sign test may be lost once: with 2 % of noise it then calls a difference of 5 % in nine cases of ten.
+MIN_ROUNDS, MAX_ROUNDS = 12, 51
 ROUND_SECONDS = 0.02  # calls are repeated within a round until it lasts this long: a clock's tick must not count
+STEADY, STEADY_WITHIN, MAX_WARM_UPS = 3, 0.02, 20
+ENERGY_SECONDS = 1.0  # the energy counter moves in steps of some ten milliseconds
+
+Call = Callable[[], object]
+Timer = Callable[[Call, int], float]  # (call, repeats) -> seconds of one call
 
 
-def quartiles(values: list[float]) -> dict[str, float]:
-    """Median and quartiles of the measurements."""
-    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
-    return {"median": median, "q25": low, "q75": high}
+def pin_threads() -> int:
+    """Let PyTorch use as many threads as this process may use cores, and no more; returns the number."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(cores)
+    return cores
 
 
-def interleave(calls: dict[str, Callable[[], object]], device: str, seconds: float) -> dict[str, list[float]]:
-    """Seconds per call of each of `calls`, one value a round; round i of all of them ran side by side in time.
+def pin_precision() -> None:
+    """Let cuDNN's convolutions in float32 use TF32 only where matrix products may: by default only they would, and a
+    peer's patch embedding would be wrong beside ours."""
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Median, quartiles and number of the measurements."""
+    low, median, high = quartiles(values)
+    return Spread(median, low, high, len(values))
+
+
+def interleave(
+    calls: dict[str, Call], timer: Timer, seconds: float
+) -> tuple[dict[str, list[float]], dict[str, Exception]]:
+    """Seconds per call of each of `calls`, one value a round; and what a call raised, which is then left out.
 
     Every round runs all of them in a fresh random order, so that what drifts (clocks, temperature, neighbours) falls
-    on all alike and rounds can be compared in pairs. As many rounds as fit `seconds`, within MIN_ROUNDS and MAX_ROUNDS.
+    on all alike and round i of all ran side by side in time: rounds can be compared in pairs. As many rounds as fit
+    `seconds`, within MIN_ROUNDS and MAX_ROUNDS, after each has been warmed up.
     """
-    timer = _time_cuda if device.startswith("cuda") else _time_cpu
-    for call in calls.values():
-        timer(call, 1)  # compiles, loads, fills caches
-    single = {name: timer(call, 1) for name, call in calls.items()}
-    repeats = {name: max(1, math.ceil(ROUND_SECONDS / duration)) for name, duration in single.items()}
-    round_seconds = sum(single[name] * repeats[name] for name in calls)
-    rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(seconds / round_seconds)))
-    order, shuffle = list(calls), random.Random(0).shuffle
-    measured = {name: [] for name in calls}
+    repeats: dict[str, int] = {}
+    failures: dict[str, Exception] = {}
+    round_seconds = 0.0
+    for name, call in calls.items():
+        try:
+            single = warm_up(call, timer, seconds / (4 * len(calls)))
+        except Exception as error:
+            failures[name] = error.with_traceback(None)  # whose frames hold the call's tensors
+            continue
+        repeats[name] = _repeats(single)
+        round_seconds += single * repeats[name]
+    rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(seconds / max(round_seconds, 1e-9))))
+    order, shuffle = list(repeats), random.Random(0).shuffle
+    measured: dict[str, list[float]] = {name: [] for name in order}
     for _ in range(rounds):
         shuffle(order)
-        for name in order:
-            measured[name].append(timer(calls[name], repeats[name]))
-    return measured
+        for name in list(order):
+            try:
+                measured[name].append(timer(calls[name], repeats[name]))
+            except Exception as error:
+                failures[name] = error.with_traceback(None)
+                order.remove(name)
+                del measured[name]
+    return measured, failures
 
 
-def _time_cpu(call: Callable[[], object], repeats: int) -> float:
+def warm_up(call: Call, timer: Timer, seconds: float) -> float:
+    """Run `call` until its time no longer falls, for `seconds` at most; returns the seconds of a call by then.
+
+    Steady: none of the last three times is clearly below the best one before them.
+    """
+    timer(call, 1)  # compiles, loads, fills caches
+    repeats = _repeats(timer(call, 1))
+    start = time.perf_counter()
+    times = [timer(call, repeats)]
+    while len(times) < MAX_WARM_UPS and time.perf_counter() - start < seconds:
+        times.append(timer(call, repeats))
+        if len(times) > STEADY and min(times[-STEADY:]) >= (1 - STEADY_WITHIN) * min(times[:-STEADY]):
+            break
+    return statistics.median(times[-STEADY:])
+
+
+def _repeats(single: float) -> int:
+    return max(1, math.ceil(ROUND_SECONDS / max(single, 1e-7)))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Clocks
+
+
+def timer(device: str) -> Timer:
+    """Seconds of a call on the device, from the first of its repeats to the end of the last: by CUDA events, waits for
+    the host included, or the system's clock."""
+    return _events if device.startswith("cuda") else _wall
+
+
+def _wall(call: Call, repeats: int) -> float:
     start = time.perf_counter()
     for _ in range(repeats):
         call()
     return (time.perf_counter() - start) / repeats
 
 
-def _time_cuda(call: Callable[[], object], repeats: int) -> float:
+def _events(call: Call, repeats: int) -> float:
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()
     start.record()
@@ -63,7 +131,53 @@ def _time_cuda(call: Callable[[], object], repeats: int) -> float:
     return start.elapsed_time(end) / 1000 / repeats
 
 
-def peak_memory(call: Callable[[], object], device: str) -> int | None:
+def host_timer(call: Call, repeats: int) -> float:
+    """Seconds until a call returns, the GPU idle before it: what it costs the host to launch."""
+    total = 0.0
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        total += time.perf_counter() - start
+    torch.cuda.synchronize()
+    return total / repeats
+
+
+def replayed(call: Call) -> Call:
+    """`call` captured once in a CUDA graph. Raises what the capture raises: some calls cannot be captured."""
+    stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream):  # what is set up at first must not be captured
+        for _ in range(3):
+            call()
+    current.wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            call()
+    finally:
+        torch.cuda.set_stream(current)  # a capture that failed leaves its own in force
+    return graph.replay
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Caches, memory, energy
+
+
+def cache_bytes(device: str) -> int:
+    """Size of the last cache before memory: a GPU's L2, a processor's last level (32 MiB where it does not say)."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    units = {"K": 1 << 10, "M": 1 << 20}
+    sizes = []
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            text = path.read_text().strip()
+            sizes.append(int(text[:-1]) * units[text[-1]])
+    return max(sizes, default=32 << 20)
+
+
+def peak_memory(call: Call, device: str) -> int | None:
     """Bytes that one call needs at its peak beyond what was there before it: weights and inputs do not count.
 
     On a GPU what the allocator handed out; on Linux's CPU the growth of the process's resident set, which also sees
@@ -93,3 +207,28 @@ def _resident(field: str) -> int:
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
     raise OSError(f"no {field} in /proc/self/status")
+
+
+def energy_counter(device: str) -> Callable[[], float] | None:
+    """A function that reads the joules that the GPU has used so far; None without a GPU or NVML's package (pynvml),
+    and where the GPU does not count."""
+    if not device.startswith("cuda") or importlib.util.find_spec("pynvml") is None:
+        return None
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        # NVML numbers GPUs its own way; the name that it shares with CUDA is the UUID.
+        gpu = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+        pynvml.nvmlDeviceGetTotalEnergyConsumption(gpu)
+    except (pynvml.NVMLError, AttributeError):
+        return None
+    return lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(gpu) / 1000
+
+
+def joules(call: Call, timer: Timer, counter: Callable[[], float], single: float) -> float:
+    """Joules of one call, idle power included: what the counter says of a second of calls or more."""
+    calls = max(1, math.ceil(ENERGY_SECONDS / max(single, 1e-7)))
+    before = counter()
+    timer(call, calls)
+    return (counter() - before) / calls

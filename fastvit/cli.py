@@ -1,4 +1,4 @@
-"""The command line: info, verify, bench, embed, classify.
+"""The command line: info, verify, tune, bench, embed, classify.
 
 Exit status: 0 done, 1 something failed (a check, an image, a download), 2 asked for wrongly (an unknown model, a device
 that is not there). What a time limit left out is named and does not count as failed. Results go to stdout, everything
@@ -12,6 +12,7 @@ import importlib.util
 import json
 import math
 import os
+import shlex
 import signal
 import sys
 import time
@@ -22,6 +23,10 @@ from . import __version__
 DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16",
           "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # fmt: skip
 OPS = ("patch_embed", "attention", "layer_norm", "layer_norm_linear", "linear_residual", "layer_norm_mlp", "model")
+TUNED_MODELS = ("vit_small_patch16_224", "vit_base_patch16_224", "vit_large_patch16_224")
+TUNED_MODES = ("inference", "training")
+# What must be equal for results of an earlier run to stand for this one's.
+SAME_MACHINE = ("fastvit", "commit", "device", "tuned", "torch", "packages")
 SAVE_SECONDS = 60  # how much of `embed` a power cut may cost
 
 
@@ -32,6 +37,7 @@ class UsageError(Exception):
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit status."""
     arguments = _parser().parse_args(argv)
+    arguments.typed = sys.argv[1:] if argv is None else argv
     if argv is None:  # run from a shell, not from Python: a polite kill ends a command as Ctrl-C does, work kept
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -83,23 +89,60 @@ def _parser() -> argparse.ArgumentParser:
         "--json", type=Path, metavar="FILE", help="write the results here, row by row; {device}: the device's name"
     )
     sub.add_argument("--time-limit", type=_positive(float), metavar="SECONDS", help="start no case after this long")
+    sub.add_argument("--resume", action="store_true", help="do not repeat what FILE of --json says has passed here")
 
-    sub = command(bench, "models against their peers: speed, error, memory")
-    sub.add_argument("--models", type=_names, help="comma-separated; patterns as in fastvit.list_models")
-    sub.add_argument("--batches", type=_list(_positive(int)), help="comma-separated batch sizes")
-    sub.add_argument("--dtypes", type=_list_of(DTYPES), help="e.g. bf16,fp32")
-    sub.add_argument("--peers", type=_names, help="comma-separated: timm, reference")
+    sub = command(tune, "choose configs and candidates by measuring them on this machine's GPU")
+    sub.add_argument("--models", type=_names, default=TUNED_MODELS, help="comma-separated; patterns as in list_models")
+    sub.add_argument("--batches", type=_list(_positive(int)), default=(1, 32, 256), help="comma-separated batch sizes")
+    sub.add_argument("--dtypes", type=_list_of(DTYPES), default=("bf16",), help="e.g. bf16,fp32")
+    sub.add_argument("--modes", type=_list_of(TUNED_MODES), default=TUNED_MODES, help=f"of {','.join(TUNED_MODES)}")
+    sub.add_argument("--time-limit", type=_positive(float), metavar="SECONDS", help="start no decision after this long")
+    sub.add_argument("--json", type=Path, metavar="FILE", help="write here what this run decided, and if all is done")
+    what = sub.add_mutually_exclusive_group()
+    what.add_argument("--dry-run", action="store_true", help="only list what would be measured; needs no GPU")
+    what.add_argument("--show", action="store_true", help="only print the decisions in force, with their evidence")
+    sub.add_argument("--arch", help="with --dry-run: of which architecture, e.g. sm_90 (default: this GPU's, or sm_90)")
+
+    sub = command(bench, "models and ops against their peers: speed, error, memory")
+    sub.add_argument("--quick", action="store_true", help="a little of everything, in two minutes")
+    sub.add_argument("--models", type=_names, default=(), help="comma-separated; patterns as in fastvit.list_models")
+    sub.add_argument("--img-sizes", type=_list(_positive(int)), default=(), help="other sizes than the models' own")
+    sub.add_argument("--ops", type=_names, default=(), help=f"single ops instead of whole models, of {','.join(OPS)}")
+    sub.add_argument("--modes", type=_names, default=(), help="inference,training")
+    sub.add_argument("--batches", type=_list(_positive(int)), default=(), help="comma-separated batch sizes")
+    sub.add_argument("--dtypes", type=_list_of(DTYPES), default=(), help="e.g. bf16,fp32")
+    sub.add_argument(
+        "--peers", type=_names, default=(), help="comma-separated names, as in the results; all if not said"
+    )
     sub.add_argument("--photos", type=Path, metavar="FOLDER", help="photographs to use instead of the shipped ones")
     sub.add_argument("--pretrained", action="store_true", help="download weights instead of drawing random ones")
     sub.add_argument("--seconds", type=_positive(float), help="time spent on each row's timing")
-    sub.add_argument("--time-limit", type=_positive(float), metavar="SECONDS", help="start no row after this long")
+    sub.add_argument(
+        "--time-limit", type=_positive(float), metavar="SECONDS", help="start no row and no peer after this long"
+    )
+    sub.add_argument("--resume", action="store_true", help="do not repeat rows that FOLDER/bench.json has from here")
     sub.add_argument(
         "-o",
         "--output",
         default="results/{device}",
         metavar="FOLDER",
-        help="where bench.json and bench.png go; {device} stands for the device's name",
+        help="where bench.json, tables and pictures go; {device} stands for the device's name",
     )
+    sub = sub.add_subparsers(metavar="compare").add_parser(
+        "compare",
+        help="what changed between two results files",
+        description="What changed between two results files. Exit status 1 if any of ours got slower or wrong.",
+    )
+    sub.set_defaults(run=bench_compare)
+    sub.add_argument("before", type=Path, metavar="A.json")
+    sub.add_argument("after", type=Path, metavar="B.json")
+    sub.add_argument(
+        "--threshold",
+        type=_positive(float),
+        default=0.05,
+        help="a smaller change counts as none; %(default)s if not said",
+    )
+    sub.add_argument("--relative", metavar="PEER", help="judge our times by this peer's, whatever the machine did")
 
     sub = command(embed, "features of a folder of images")
     sub.add_argument("folder", type=Path, help="searched at any depth")
@@ -205,6 +248,7 @@ def info(arguments: argparse.Namespace) -> int:
 
     from .dispatch import interpreting, requested_backend
     from .report import environment
+    from .tuned import folder, mode
 
     facts = environment(device)
     backends = {"torch": "PyTorch's own operators, on every device"}
@@ -214,6 +258,11 @@ def info(arguments: argparse.Namespace) -> int:
         backends["triton"] = "the Triton kernels, compiled for this GPU"
     else:
         backends["triton"] = "the Triton kernels in Triton's interpreter, on the CPU: for checking, not for speed"
+    files = {
+        str(file.path): f"{len(file.configs)} configs, {len(file.segments)} ops; {file.versions}"
+        for file in _table(device).files
+    }
+    facts |= {"tuning": mode(), "tables": files or f"none in force; kept in {folder()}"}
     facts |= {"backends": backends, "requested_backend": requested_backend(), "models": len(fastvit.list_models())}
     if arguments.json:
         print(json.dumps(facts, indent=2))
@@ -259,6 +308,10 @@ def verify(arguments: argparse.Namespace) -> int:
     environment = report.environment(device)
     dtypes = _dtypes(arguments.dtypes) or tuple(checks.FACTOR)
     cases = checks.cases(checks.DEVICE if on_gpu else checks.INTERPRETER, dtypes, arguments.ops)
+    kept = _passed_before(arguments, output, environment)
+    if kept:
+        _note(f"Resuming: {sum(case.name in kept for case in cases)} of {len(cases)} cases have passed before.")
+        cases = [case for case in cases if case.name not in kept]
     if on_gpu:
         _note(f"Verifying {len(cases)} cases with compiled Triton kernels on {environment['device']}.")
     else:
@@ -272,7 +325,7 @@ def verify(arguments: argparse.Namespace) -> int:
 
     def save(finished: bool) -> None:
         if output:
-            rows = [result.as_dict() for result in results]
+            rows = [*kept.values(), *(result.as_dict() for result in results)]
             report.write_json(output, {"environment": environment, "finished": finished, "results": rows})
 
     start = time.perf_counter()
@@ -304,7 +357,26 @@ def verify(arguments: argparse.Namespace) -> int:
         for result in results:
             if result.status == "skipped":
                 _note(f"  {result.case.name}")
-    return 0 if counts["passed"] and not counts["failed"] else 1
+    return 0 if counts["passed"] + len(kept) and not counts["failed"] else 1
+
+
+def _passed_before(arguments: argparse.Namespace, output: Path | None, environment: dict) -> dict[str, dict]:
+    """With --resume, what the results file says has passed: name of the case -> its row. Nothing of another device or
+    other versions counts, nor of other sources."""
+    if not arguments.resume:
+        return {}
+    if output is None:
+        raise UsageError("--resume needs --json, the file to go on from")
+    if not output.exists():
+        return {}
+    try:
+        before = json.loads(output.read_text(encoding="utf-8"))
+        same = all(before["environment"].get(key) == environment.get(key) for key in SAME_MACHINE)
+        rows = {f"{row['op']} {row['case']} {row['dtype']}": row for row in before["results"]}
+        passed = {name: row for name, row in rows.items() if row["status"] == "passed"}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UsageError(f"--json {output}: not a results file of fastvit verify; nothing to resume") from None
+    return passed if same else {}
 
 
 def _use_interpreter() -> None:
@@ -322,135 +394,167 @@ def _slug(device: str) -> str:
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# tune
+
+
+def tune(arguments: argparse.Namespace) -> int:
+    device = _device(arguments.device)
+    if importlib.util.find_spec("triton") is None:
+        raise UsageError("Triton is not installed: pip install triton (it has wheels for Linux)")
+    from .dispatch import interpreting
+
+    if interpreting():
+        raise UsageError("TRITON_INTERPRET=1 is set, which runs kernels on the CPU: unset it to tune for a GPU")
+    if arguments.arch and not arguments.dry_run:
+        raise UsageError("--arch is for --dry-run: tuning is for the GPU that it runs on")
+    if arguments.show:
+        return _show_table(device)
+    on_gpu = device.startswith("cuda")
+    if not on_gpu and not arguments.dry_run:
+        raise UsageError("tuning measures on a GPU, and there is none here; --dry-run lists what it would measure")
+
+    from . import list_models, report
+    from . import tune as tuner
+    from .kernels import hardware
+    from .models.registry import model_entry
+
+    if arguments.arch is not None and arguments.arch not in hardware.ARCHS:
+        raise UsageError(f"unknown architecture {arguments.arch!r}, expected one of {', '.join(hardware.ARCHS)}")
+    names = [name for pattern in arguments.models for name in list_models(pattern) or [pattern]]
+    try:
+        found = [model_entry(name).config for name in dict.fromkeys(names)]
+    except ValueError as error:
+        raise UsageError(error) from None
+    calls = [
+        call
+        for mode in arguments.modes  # a time limit cuts the end off: every model comes before the next batch
+        for batch in arguments.batches
+        for dtype in _dtypes(arguments.dtypes)
+        for config in found
+        for call in tuner.calls_of(config, batch, dtype, mode)
+    ]
+    if arguments.dry_run:
+        here = hardware.current_arch() if on_gpu else hardware.ARCHS["sm_90"]
+        return _list_plan(tuner, calls, hardware.ARCHS.get(arguments.arch, here))
+
+    import torch
+
+    from . import precompile
+    from .tuned import table
+
+    current = torch.device("cuda", torch.cuda.current_device())
+    path = table(current).path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"no folder for the table can be made: {error}") from None
+    _writable(path, "the table")
+    output = arguments.json and _writable(arguments.json, "--json")
+    environment = report.environment(device)
+    _note(f"Tuning {len(calls)} calls of ops on {environment['device']}; decisions go to {path}.")
+    said = []
+
+    def say(line: str) -> None:
+        said.append(line)
+        print(line, flush=True)
+
+    finished, failed = False, 0
+    deadline = time.monotonic() + (arguments.time_limit or math.inf)
+    try:
+        with precompile.ahead(precompile.Job.on(current, calls), deadline) as compiled:
+            failed = tuner.tune(compiled, current, tuner.CudaClock(), say, deadline)
+        finished = not failed  # what failed may not another time
+    except tuner.OutOfTime:
+        _note(f"The time limit of {arguments.time_limit:g} s was reached; another run goes on from here.")
+    finally:
+        if output:
+            written = {"environment": environment, "table": str(path), "decisions": said, "finished": finished}
+            report.write_json(output, written)
+    return 1 if failed else 0
+
+
+def _list_plan(tuner, calls: list, known) -> int:
+    """What tuning would measure: every launch with its configs, most promising first, and every op's candidates."""
+    print(f"For {known.name} ({known.gpu}); microseconds are estimates, by which candidates were kept.")
+    seen, candidates = set(), 0
+    for call in calls:
+        print(f"\n{call.op.name}: {', '.join(call.op.candidates)}")
+        for request, estimates in tuner.planned(call, known).items():
+            if request in seen:
+                continue
+            seen.add(request)
+            candidates += len(estimates)
+            print(f"  {request.key}")
+            for config, seconds in estimates.items():
+                print(f"    {1e6 * seconds:9.1f}  {tuner.label(config)}")
+    print(f"\n{len(calls)} calls of ops, {len(seen)} distinct launches, {candidates} configs")
+    return 0
+
+
+def _show_table(device: str) -> int:
+    from . import tuned
+
+    table = _table(device)
+    for file in table.files:
+        print(f"{file.path}: {file.versions}")
+    for kind in tuned.KINDS:
+        for key, (entry, _) in sorted(getattr(table, kind).items()):
+            print(f"{key}\n  {entry.chosen}: {entry}")
+    if not table.files:
+        print(f"no table is in force for {device}: heuristics decide; tables are kept in {tuned.folder()}")
+    return 0
+
+
+def _table(device: str):
+    import torch
+
+    from . import tuned
+
+    return tuned.table(torch.device(device))
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # bench
 
 
 def bench(arguments: argparse.Namespace) -> int:
     device = _device(arguments.device)
-    from . import list_models, report
-    from .benchmarks import bench as models
-    from .models.registry import model_entry
+    from . import list_models
+    from .benchmarks import suites
 
-    chosen = {name: getattr(arguments, name) for name in ("batches", "peers", "photos", "seconds", "time_limit")}
-    chosen = {name: value for name, value in chosen.items() if value is not None}
-    if arguments.models:
-        matches = [list_models(pattern) or [pattern] for pattern in arguments.models]
-        chosen["models"] = tuple(dict.fromkeys(name for names in matches for name in names))
-    if arguments.dtypes:
-        chosen["dtypes"] = _dtypes(arguments.dtypes)
-    settings = models.default_settings(device, pretrained=arguments.pretrained, **chosen)
-    for name in settings.models:
-        try:
-            model_entry(name)
-        except ValueError as error:
-            raise UsageError(error) from None
-    for peer in settings.peers:
-        if peer not in models.PEERS:
-            raise UsageError(f"unknown peer {peer!r}, expected some of {', '.join(models.PEERS)}")
-
+    matches = [list_models(pattern) or [pattern] for pattern in arguments.models]
+    axes = {name: getattr(arguments, name) for name in ("quick", "img_sizes", "ops", "modes", "batches", "peers")}
+    axes |= {"models": tuple(dict.fromkeys(name for names in matches for name in names))}
+    others = {name: getattr(arguments, name) for name in ("photos", "seconds", "time_limit", "pretrained")}
+    others = {name: value for name, value in others.items() if value is not None}
+    others["command"] = shlex.join(["fastvit", *arguments.typed])
+    try:
+        settings = suites.settings(device, dtypes=_dtypes(arguments.dtypes), **axes, **others)
+    except ValueError as error:
+        raise UsageError(error) from None
     if not settings.photos.is_dir():
         raise UsageError(f"--photos {settings.photos}: no such folder")
-
     if settings.interpreted:
         _use_interpreter()
+    from .benchmarks import command, schema
+
     folder = Path(arguments.output.replace("{device}", _slug(device)))
-    folder.mkdir(parents=True, exist_ok=True)
-    environment = report.environment(device)
-    backend = "Triton kernels" if device.startswith("cuda") else "PyTorch back end; the Triton kernels need a GPU"
-    _note(
-        f"Timing on {environment['device']} ({backend}); weights: {settings.weights}; images: {settings.images}. "
-        "images/s: median. ours/this: our speed over this peer's in paired rounds, median [quartiles]. error: of the "
-        "logits, relative rms against the float64 reference. peak MB: what a forward pass takes beyond weights and "
-        "input."
-    )
-    table = report.Table(
-        {"model": -24, "dtype": -5, "batch": 5, "by": -9, "images/s": 9, "ours/this": 19, "error": 8, "peak MB": 8}
-    )
-    rows = []
-    interpreted = None
+    before = None
+    if arguments.resume and (folder / command.FILE).exists():
+        try:
+            before = schema.load(folder / command.FILE)
+        except ValueError as error:
+            raise UsageError(f"--resume: {error}") from None
+    return command.run(settings, folder, before)
 
-    def save(finished: bool) -> None:
-        settled = {"environment": environment, "settings": settings.as_dict(), "finished": finished}
-        found = {"rows": [row.as_dict() for row in rows], "interpreted": interpreted}
-        report.write_json(folder / "bench.json", settled | found)
 
-    total = len(settings.models) * len(settings.dtypes) * len(settings.batches)
+def bench_compare(arguments: argparse.Namespace) -> int:
+    from .benchmarks import command
+
     try:
-        for row in report.progress(models.run(settings), total, "timing"):
-            rows.append(row)
-            save(finished=False)
-            _print_row(table, row)
-    except KeyboardInterrupt:
-        _note(f"Interrupted after {len(rows)} of {total} rows.")
-    _print_top5(rows, settings)
-    if settings.interpreted and len(rows) == total:
-        _note(
-            f"Classifying the photographs on the Triton kernels in the interpreter, {settings.interpreted}: a minute."
-        )
-        interpreted = models.classify_interpreted(settings)
-        _print_interpreted(interpreted)
-    save(finished=len(rows) == total and all(row.status != "skipped" for row in rows))
-    print(f"results: {folder / 'bench.json'}")
-    timed = [row for row in rows if row.status == "timed"]
-    if timed and importlib.util.find_spec("matplotlib") is None:
-        _note("No picture: matplotlib is not installed.")
-    elif timed:
-        from .benchmarks.plot import picture
-
-        title = f"{environment['device']}, torch {environment['torch']}; weights: {settings.weights}"
-        report.write_atomically(folder / "bench.png", picture(rows, title))
-        print(f"picture: {folder / 'bench.png'}")
-    if len(rows) < total:
-        return 130
-    right = interpreted is None or interpreted["ok"]
-    return 0 if timed and right and all(row.status in ("timed", "skipped") for row in rows) else 1
-
-
-def _print_row(table, row) -> None:
-    """One line a contestant; or one for a row that was not timed, with the reason."""
-    cells = [row.model, row.dtype, row.batch]
-    if row.status != "timed":
-        table.row(*cells, f"{row.status}: {row.reason}", "", "", "", "")
-        return
-    for name, side in row.contestants.items():
-        if side.failure:
-            table.row(*cells, name, side.failure, "", "", "")
-        else:
-            speed = f"{side.images_per_s['median']:.1f}"
-            ratio = "{median:.2f} [{q25:.2f}, {q75:.2f}]".format(**side.ratio) if side.ratio else ""
-            peak = "n/a" if side.peak_bytes is None else f"{side.peak_bytes / 1e6:.1f}"
-            table.row(*cells, name, speed, ratio, f"{side.error:.1e}", peak)
-        cells = ["", "", ""]
-
-
-def _print_top5(rows: list, settings) -> None:
-    """How far the classes of the photographs by ours and by the float64 reference agree, once a model and dtype."""
-    from .report import Table
-
-    seen = {(row.model, row.dtype): row.top5 for row in rows if row.top5}
-    if not seen:
-        return
-    print()
-    if not settings.pretrained:
-        print("With random weights the classes mean nothing; that both sides name the same ones is the check.")
-    table = Table({"model": -24, "dtype": -5, "same top class": 14, "shared top-5 classes": 20})
-    for (model, dtype), top5 in seen.items():
-        photos = len(top5["photos"])
-        table.row(model, dtype, f"{top5['same_first']} of {photos}", f"{top5['same_in_top5']} of {5 * photos}")
-    print()
-
-
-def _print_interpreted(found: dict) -> None:
-    """The class of each photograph by the kernels and by the reference, and both errors."""
-    from .report import Table
-
-    table = Table({"photograph": -24, "class by the kernels": 20, "by the reference": 16, "shared top-5": 12})
-    for photo, ours, truth in zip(found["photos"], found["ours"], found["reference"], strict=True):
-        table.row(photo, ours[0], truth[0], len({*ours} & {*truth}))
-    print(
-        f"{found['model']} {found['dtype']}: error of the kernels {found['error']:.1e}, of plain PyTorch "
-        f"{found['plain_error']:.1e}; {'ok' if found['ok'] else 'WRONG'}; {found['seconds']:.0f} s in the interpreter\n"
-    )
+        return command.compare_files(arguments.before, arguments.after, arguments.threshold, arguments.relative)
+    except (ValueError, OSError) as error:
+        raise UsageError(error) from None
 
 
 # --------------------------------------------------------------------------------------------------------------------

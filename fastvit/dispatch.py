@@ -1,7 +1,9 @@
 """Which back end runs an op, and why: the one place that decides.
 
 Back ends: "triton" (our kernels; on CPU tensors through Triton's interpreter when TRITON_INTERPRET=1) and "torch"
-(plain PyTorch). Asked for "auto", an op takes the kernels for GPU tensors that they support and PyTorch otherwise.
+(plain PyTorch). Asked for "auto", an op takes the kernels for GPU tensors that they support and PyTorch otherwise;
+and where `fastvit tune` has measured the call, the fastest candidate: the kernels, PyTorch, or one of attention's back
+ends there ("sdpa flash").
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ import os
 from dataclasses import dataclass
 
 import torch
+
+from . import tuned
 
 BACKENDS = ("auto", "triton", "torch")
 
@@ -71,14 +75,18 @@ def missing_requirements(tensor: torch.Tensor) -> list[str]:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What `explain` found: the back end that would run `op`, and each reason why not the kernels."""
+    """What `explain` found: the back end that would run `op`, and each reason why not the kernels; the candidate of
+    that back end ("triton", "torch" or, of PyTorch's, "sdpa flash"), and on what evidence it was chosen."""
 
     op: str
     backend: str
     reasons: tuple[str, ...]
+    candidate: str
+    evidence: tuple[str, ...]
 
     def __str__(self) -> str:
-        return "\n  - ".join([f"{self.op}: {self.backend}" + (", because" if self.reasons else ""), *self.reasons])
+        head = f"{self.op}: {self.candidate}" + (", because" if self.reasons else "")
+        return "\n  - ".join([head, *self.reasons]) + "".join(f"\n  measured: {line}" for line in self.evidence)
 
 
 _ON_CPU = "the tensors are on the CPU, where kernels run only in the interpreter, when back end 'triton' is asked for"
@@ -99,6 +107,38 @@ def wants_triton(op: str, reasons: list[str]) -> bool:
     if reasons and _requested == "triton":
         raise RuntimeError(f"back end 'triton' was asked for, but {op} cannot run on it: {'; '.join(reasons)}")
     return not reasons
+
+
+def measured_candidate(device: torch.device, key: str) -> str | None:
+    """The candidate that was measured to be the fastest for calls of this key (see `ops.Op.key`), if any was. Called
+    by the compiler itself, once, when it traces an op: a table is no part of a graph."""
+    found = tuned.table(device).segments.get(key)
+    return found and found[0].choice
+
+
+# As torch.compiler.assume_constant_result does, which takes a second to import the compiler.
+measured_candidate._dynamo_marked_constant = True
+
+
+def evidence(device: torch.device, key: str) -> tuple[str, ...]:
+    """What there is to say for the candidate of a call on `device`: the times, and where they are from."""
+    if tuned.mode() == "off":
+        return ("nothing: tuning is off, heuristics decide",)
+    found = tuned.table(device).segments.get(key)
+    if found is None:
+        return (f"nothing for {key!r} on this device with these versions and kernels: heuristics decide",)
+    entry, file = found
+    return (str(entry), f"{file.versions}; {file.path}")
+
+
+def can_measure(device: torch.device) -> bool:
+    """Whether an op called now may stop to be tuned: on a GPU, neither traced nor captured into a CUDA graph."""
+    return (
+        tuned.mode() == "measure"
+        and device.type == "cuda"
+        and not torch.compiler.is_compiling()
+        and not torch.cuda.is_current_stream_capturing()
+    )
 
 
 def explain(op: str, *args, **kwargs) -> Explanation:

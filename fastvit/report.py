@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.metadata
 import json
 import os
 import platform
 import re
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TextIO
+
+# Whose versions a result may depend on: what we stand on, and the peers of the benchmark.
+_PACKAGES = (
+    *("triton", "numpy", "pillow", "safetensors", "timm", "torchvision", "transformers", "onnxruntime", "onnx"),
+    *("openvino", "flash-attn", "xformers", "transformer-engine", "attorch", "nvidia-ml-py"),
+)
 
 
 class Table:
@@ -99,14 +107,35 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
+def revision() -> str:
+    """The commit that this package's checkout is at; where its tracked files differ from it, with "-dirty-" and a hash
+    of the package's Python files; where there is no git, "source-" and that hash."""
+    root, base = Path(__file__).resolve().parents[1], "source"
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+        # A repository that merely encloses an installed package says nothing about it.
+        if (root / ".git").exists():
+            base = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+            if not base.endswith("-dirty"):
+                return base
+    digest = hashlib.sha256()
+    for package in ("fastvit", "kernels", "benchmarks"):
+        for path in sorted((root / package).rglob("*.py")):
+            digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
+    return f"{base}-{digest.hexdigest()[:12]}"
+
+
 def environment(device: str) -> dict:
     """The machine and the software, as every results file records them."""
     import torch
 
     import fastvit
 
+    from . import tuned
+
     facts = {
         "fastvit": fastvit.__version__,
+        "commit": revision(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "processor": device_name("cpu"),
@@ -114,10 +143,8 @@ def environment(device: str) -> dict:
         "torch_threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "device": device_name(device),
-        "packages": {
-            name: version_of(name)
-            for name in ("triton", "numpy", "timm", "torchvision", "transformers", "pillow", "safetensors")
-        },
+        "tuned": "" if tuned.mode() == "off" else tuned.table(torch.device(device)).fingerprint,
+        "packages": {name: version_of(name) for name in _PACKAGES},
         "variables": {
             name: value
             for name, value in sorted(os.environ.items())
@@ -132,5 +159,27 @@ def environment(device: str) -> dict:
             "multiprocessors": properties.multi_processor_count,
             "cuda": torch.version.cuda,
             "hip": torch.version.hip,
+            **_driver(properties),
         }
     return facts
+
+
+def _driver(properties) -> dict:
+    """What NVIDIA's driver says of the GPU: its version, clocks (MHz, now and at most) and power limit (W); None each
+    where nvidia-smi is not there or does not know."""
+    fields = {
+        "driver": "driver_version",
+        "sm_clock": "clocks.sm",
+        "sm_clock_max": "clocks.max.sm",
+        "memory_clock": "clocks.mem",
+        "memory_clock_max": "clocks.max.mem",
+        "power_limit": "power.limit",
+    }
+    command = ["nvidia-smi", f"--query-gpu={','.join(fields.values())}", "--format=csv,noheader,nounits"]
+    values = [None] * len(fields)
+    with contextlib.suppress(OSError, subprocess.SubprocessError, AttributeError):
+        # Its numbers of GPUs are not CUDA's; the UUID is.
+        command.append(f"--id=GPU-{properties.uuid}")
+        found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        values = [value.strip() for value in found.split(",")]
+    return dict(zip(fields, values, strict=False))

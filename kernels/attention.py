@@ -6,8 +6,8 @@ transposed or copied. Backward: two kernels, one a query tile for dq (and the gr
 key tile for dk and dv, each written once, straight into the packed gradient: deterministic, no atomics.
 Saved for backward: qkv, the output and the log-sum-exp of each row (in base 2, float32; +inf for a query that may
 attend to no key, whose output is 0). Recomputed: the scores and probabilities, once in each backward kernel.
-A call moves, for B H N d elements a head tensor of size s: forward 4 s each, backward 12 s each; the gradient of a
-bias adds B H N N float32.
+A call must move, for B H N d elements a head tensor of size s: forward 4 s each, backward 8 s each; the gradient of a
+bias adds B H N N float32. The two backward kernels move 12 s each, and make seven products where one would make five.
 
 Head dims that are no power of two are split into two parts, the largest power of two and the rest padded to 16 or
 more (72 = 64 + 16, 80 = 64 + 16, 96 = 64 + 32), instead of padding the whole to the next power of two.
@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import configs
+from . import configs, cost
 from ._math import TRITON_DTYPES, accumulator_dtype, float32_precision, widen
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -79,7 +79,7 @@ def key_allowed(n, N, mask_ptr, batch, mask_stride_b, mask_stride_n):
     return allowed
 
 
-@triton.jit
+@triton.jit(launch_metadata=cost.attention_launch)
 def attention_kernel(
     qkv_ptr,
     out_ptr,
@@ -158,7 +158,7 @@ def attention_kernel(
     store_head(out_ptr, out_row, row_ok, acc0, acc1, HEAD_DIM, D0, D1)
 
 
-@triton.jit
+@triton.jit(launch_metadata=cost.attention_backward_dq_launch)
 def attention_backward_dq_kernel(
     qkv_ptr,
     out_ptr,
@@ -239,7 +239,7 @@ def attention_backward_dq_kernel(
     store_head(dqkv_ptr, dq_row, row_ok, dq0 * scale, dq1 * scale, HEAD_DIM, D0, D1)
 
 
-@triton.jit
+@triton.jit(launch_metadata=cost.attention_backward_dkdv_launch)
 def attention_backward_dkdv_kernel(
     qkv_ptr,
     dout_ptr,
@@ -316,16 +316,9 @@ def attention_backward_dkdv_kernel(
     store_head(dqkv_ptr, dk_row + H * HEAD_DIM, row_ok, dv0, dv1, HEAD_DIM, D0, D1)
 
 
-def _split_head(head_dim: int) -> tuple[int, int]:
-    """Widths of the two parts that a head is loaded in; powers of two of at least 16, or 0 for no second part."""
-    first = max(16, 1 << (head_dim.bit_length() - 1))
-    rest = head_dim - first
-    return first, max(16, triton.next_power_of_2(rest)) if rest > 0 else 0
-
-
 def _constants(qkv):
     head_dim = qkv.shape[-1]
-    d0, d1 = _split_head(head_dim)
+    d0, d1 = configs.split_head(head_dim)
     return dict(
         HEAD_DIM=head_dim,
         D0=d0,
@@ -344,6 +337,16 @@ def _mask_arguments(qkv, key_padding_mask, attn_bias):
     return mask, bias, strides
 
 
+def _request(kernel: str, qkv, mask, bias, dbias=None) -> configs.Request:
+    named = (("mask", mask), ("bias", bias), ("bias_gradient", dbias))
+    traits = tuple(name for name, tensor in named if tensor is not None)
+    if bias is not None and bias.dtype != qkv.dtype:
+        traits += (f"bias={configs.dtype_name(bias.dtype)}",)
+    batch, tokens, _, heads, head_dim = qkv.shape
+    shape = (batch, tokens, heads, head_dim)
+    return configs.Request(kernel, shape, qkv.dtype, traits + configs.precision_traits(qkv.dtype))
+
+
 def attention_forward(qkv, scale: float, key_padding_mask=None, attn_bias=None):
     """qkv (B, N, 3, H, d) with unit stride along d, key_padding_mask (B, N) bool, attn_bias broadcastable to
     (B, H, N, N) -> out (B, N, H * d) in qkv's dtype, lse (B, H, N) in base 2, float32 (float64 for float64)."""
@@ -352,24 +355,28 @@ def attention_forward(qkv, scale: float, key_padding_mask=None, attn_bias=None):
     lse = torch.empty(batch, heads, tokens, dtype=accumulator_dtype(qkv.dtype), device=qkv.device)
     if out.numel():
         mask, bias, strides = _mask_arguments(qkv, key_padding_mask, attn_bias)
-        config = configs.attention_config(head_dim, qkv.dtype, masked=not (mask is None and bias is None))
-        attention_kernel[(triton.cdiv(tokens, config.BLOCK_ROWS) * batch * heads,)](
-            qkv,
-            out,
-            lse,
-            mask,
-            bias,
-            tokens,
-            heads,
-            scale,
-            *qkv.stride()[:4],
-            *strides,
-            **_constants(qkv),
-            BLOCK_M=config.BLOCK_ROWS,
-            BLOCK_N=config.BLOCK_STEP,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-        )
+
+        def attempt(config):
+            attention_kernel[(triton.cdiv(tokens, config.BLOCK_ROWS) * batch * heads,)](
+                qkv,
+                out,
+                lse,
+                mask,
+                bias,
+                tokens,
+                heads,
+                scale,
+                *qkv.stride()[:4],
+                *strides,
+                **_constants(qkv),
+                BLOCK_M=config.BLOCK_ROWS,
+                BLOCK_N=config.BLOCK_STEP,
+                num_warps=config.num_warps,
+                num_stages=config.num_stages,
+            )
+            return out, lse
+
+        configs.run(_request("attention_forward", qkv, mask, bias), qkv.device, attempt)
     return out, lse
 
 
@@ -388,36 +395,47 @@ def attention_backward(
     if dqkv.numel():
         delta = torch.empty_like(lse)
         mask, bias, strides = _mask_arguments(qkv, key_padding_mask, attn_bias)
-        config = configs.attention_backward_config(head_dim, qkv.dtype, masked=not (mask is None and bias is None))
-        grid = (triton.cdiv(tokens, config.BLOCK_ROWS) * batch * heads,)
         sizes = (tokens, heads, scale, *qkv.stride()[:4], *dout.stride()[:2], *strides)
-        options = dict(**_constants(qkv), num_warps=config.num_warps, num_stages=config.num_stages)
-        attention_backward_dq_kernel[grid](
-            qkv,
-            out,
-            dout,
-            lse,
-            delta,
-            dqkv,
-            dbias,
-            mask,
-            bias,
-            *sizes,
-            **options,
-            BLOCK_M=config.BLOCK_ROWS,
-            BLOCK_N=config.BLOCK_STEP,
-        )
-        attention_backward_dkdv_kernel[grid](
-            qkv,
-            dout,
-            lse,
-            delta,
-            dqkv,
-            mask,
-            bias,
-            *sizes,
-            **options,
-            BLOCK_M=config.BLOCK_STEP,
-            BLOCK_N=config.BLOCK_ROWS,
-        )
+        constants = _constants(qkv)
+
+        def attempt_dq(config):
+            attention_backward_dq_kernel[(triton.cdiv(tokens, config.BLOCK_ROWS) * batch * heads,)](
+                qkv,
+                out,
+                dout,
+                lse,
+                delta,
+                dqkv,
+                dbias,
+                mask,
+                bias,
+                *sizes,
+                **constants,
+                BLOCK_M=config.BLOCK_ROWS,
+                BLOCK_N=config.BLOCK_STEP,
+                num_warps=config.num_warps,
+                num_stages=config.num_stages,
+            )
+            return (dqkv[:, :, 0], delta) if dbias is None else (dqkv[:, :, 0], delta, dbias)
+
+        def attempt_dkdv(config):
+            attention_backward_dkdv_kernel[(triton.cdiv(tokens, config.BLOCK_ROWS) * batch * heads,)](
+                qkv,
+                dout,
+                lse,
+                delta,
+                dqkv,
+                mask,
+                bias,
+                *sizes,
+                **constants,
+                BLOCK_M=config.BLOCK_STEP,
+                BLOCK_N=config.BLOCK_ROWS,
+                num_warps=config.num_warps,
+                num_stages=config.num_stages,
+            )
+            return (dqkv[:, :, 1:],)
+
+        configs.run(_request("attention_backward_dq", qkv, mask, bias, dbias), qkv.device, attempt_dq)
+        configs.run(_request("attention_backward_dkdv", qkv, mask, bias), qkv.device, attempt_dkdv)
     return dqkv, dbias

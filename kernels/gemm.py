@@ -8,14 +8,15 @@ memory. An epilogue is a Triton function (accumulator, i, j, part, target, ACTIV
 The reduction may be cut in `parts`, each of which stores its own float32 partial sums, added by one reduction after.
 Forward products, gradients of inputs and gradients of weights differ in nothing but these.
 
-A call moves at least (M K + K N + M N) * itemsize bytes; each operation's file says what it adds.
+A call must move (M K + K N + M N) * itemsize bytes; each operation's file says what it adds. `cost.py` has it all as
+functions.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from . import configs
+from . import configs, cost
 from ._math import TRITON_DTYPES, accumulator_dtype, float32_precision, widen
 
 
@@ -104,7 +105,7 @@ def matmul_loop(
     return acc
 
 
-@triton.jit
+@triton.jit(launch_metadata=cost.gemm_launch)
 def gemm_kernel(
     LOAD_A: tl.constexpr,
     a,
@@ -154,14 +155,57 @@ def plain_weight(weight):
 
 
 def launch(
-    load_a, a, load_b, b, epilogue, target, m, n, k, dtype, device, *, activation=None, config=None, parts=1
+    load_a, a, load_b, b, epilogue, target, m, n, k, dtype, device, *, activation=None, traits=(), outputs=1
 ) -> None:
-    """Launch `gemm_kernel` over an (m, n) output with reduction k, operands rounded to `dtype` (a torch dtype)."""
+    """Launch `gemm_kernel` over an (m, n) output with reduction k, operands rounded to `dtype` (a torch dtype).
+
+    The first `outputs` of target's entries are the tensors that the epilogue writes. traits: what the request (see
+    `configs.Request`) says beside the names of loaders, epilogue and activation.
+    """
     if m == 0 or n == 0:
         return
-    config = config or configs.gemm_config(m, n, dtype, device)
+
+    def attempt(config):
+        _launch(config, load_a, a, load_b, b, epilogue, target, m, n, k, dtype, activation)
+        return tuple(tensor for tensor in target[:outputs] if tensor is not None)
+
+    if activation is not None:
+        traits = (activation, *traits)
+    request = _request(load_a, a, load_b, b, epilogue, m, n, k, dtype, target[0].dtype, traits)
+    configs.run(request, device, attempt)
+
+
+def weight_gradient(dy, load_x, x, inputs: int, dtype, *, traits=()) -> torch.Tensor:
+    """dy^T X, summed over tokens: dy (M, O), X (M, inputs) as loaded by `load_x` from `x`, rounded to `dtype`.
+
+    Returns (O, inputs) in float32 (float64 for float64), so that what is made of it is rounded once.
+    """
+    tokens, outputs = dy.shape
+    acc = accumulator_dtype(dtype)
+    if not (tokens and outputs and inputs):
+        return torch.zeros(outputs, inputs, dtype=acc, device=dy.device)
+    product = (load_matrix, (dy, outputs, tokens, 1, dy.stride(0)), load_x, x, store)
+    sizes = (outputs, inputs, tokens, dtype)
+
+    def attempt(config):
+        partial = torch.empty(config.SPLIT_K, outputs, inputs, dtype=acc, device=dy.device)
+        _launch(config, *product, (partial, outputs, inputs), *sizes, None)
+        return (partial[0] if config.SPLIT_K == 1 else partial.sum(dim=0),)
+
+    return configs.run(_request(*product, *sizes, acc, ("partial", *traits)), dy.device, attempt)[0]
+
+
+def _request(load_a, a, load_b, b, epilogue, m, n, k, dtype, out_dtype, traits) -> configs.Request:
+    traits = (load_a.__name__, load_b.__name__, epilogue.__name__, *traits)
+    for name, other in (("left", a[0].dtype), ("right", b[0].dtype), ("out", out_dtype)):
+        if other != dtype:
+            traits += (f"{name}={configs.dtype_name(other)}",)
+    return configs.Request("gemm", (m, n, k), dtype, traits + configs.precision_traits(dtype))
+
+
+def _launch(config, load_a, a, load_b, b, epilogue, target, m, n, k, dtype, activation) -> None:
     tiles = triton.cdiv(m, config.BLOCK_M) * triton.cdiv(n, config.BLOCK_N)
-    gemm_kernel[(tiles * parts,)](
+    gemm_kernel[(tiles * config.SPLIT_K,)](
         load_a,
         a,
         load_b,
@@ -171,7 +215,7 @@ def launch(
         m,
         n,
         k,
-        triton.cdiv(triton.cdiv(k, parts), config.BLOCK_K) * config.BLOCK_K,
+        triton.cdiv(triton.cdiv(k, config.SPLIT_K), config.BLOCK_K) * config.BLOCK_K,
         ACTIVATION=activation,
         DTYPE=TRITON_DTYPES[dtype],
         ACC=TRITON_DTYPES[accumulator_dtype(dtype)],
@@ -183,36 +227,3 @@ def launch(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-
-
-def weight_gradient(dy, load_x, x, inputs: int, dtype, *, scattered=False) -> torch.Tensor:
-    """dy^T X, summed over tokens: dy (M, O), X (M, inputs) as loaded by `load_x` from `x`, rounded to `dtype`.
-
-    Returns (O, inputs) in float32 (float64 for float64), so that what is made of it is rounded once.
-    """
-    tokens, outputs = dy.shape
-    acc = accumulator_dtype(dtype)
-    if not (tokens and outputs and inputs):
-        return torch.zeros(outputs, inputs, dtype=acc, device=dy.device)
-    config = configs.gemm_config(outputs, inputs, dtype, dy.device, scattered=scattered)
-    parts = configs.split_k(outputs, inputs, tokens, config, dy.device)
-    # Rounding a part's length up to whole blocks can leave the last parts nothing to do.
-    parts = triton.cdiv(tokens, triton.cdiv(triton.cdiv(tokens, parts), config.BLOCK_K) * config.BLOCK_K)
-    out = torch.empty(parts, outputs, inputs, dtype=acc, device=dy.device)
-    transposed = (dy, outputs, tokens, 1, dy.stride(0))
-    launch(
-        load_matrix,
-        transposed,
-        load_x,
-        x,
-        store,
-        (out, outputs, inputs),
-        outputs,
-        inputs,
-        tokens,
-        dtype,
-        dy.device,
-        config=config,
-        parts=parts,
-    )
-    return out[0] if parts == 1 else out.sum(dim=0)

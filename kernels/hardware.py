@@ -35,6 +35,12 @@ class Arch:
     bandwidth: float
     l2: int
 
+    @property
+    def has_wgmma(self) -> bool:
+        """Whether products read their operands from shared memory (Hopper and data-center Blackwell) instead of
+        passing them through the registers that the accumulator needs too."""
+        return self.backend == "cuda" and 90 <= self.capability < 120
+
 
 def _nvidia(capability: int, warps: int, blocks: int, shared: int, *gpu) -> Arch:
     # The driver keeps 1 KiB of shared memory a block for itself.
@@ -66,18 +72,6 @@ def current_arch() -> Arch:
         return ARCHS["gfx942"]
     known = [arch for arch in ARCHS.values() if arch.backend == "cuda" and arch.capability <= target.arch]
     return max(known, key=lambda arch: arch.capability, default=ARCHS["sm_80"])
-
-
-def has_wgmma() -> bool:
-    """Whether products read their operands from shared memory (Hopper and data-center Blackwell) instead of passing
-    them through the registers that the accumulator needs too."""
-    arch = current_arch()
-    return arch.backend == "cuda" and 90 <= arch.capability < 120
-
-
-def is_amd() -> bool:
-    """Whether Triton's active driver compiles for an AMD GPU."""
-    return current_arch().backend == "hip"
 
 
 def num_sms(device: torch.device) -> int:

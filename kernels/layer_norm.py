@@ -3,7 +3,7 @@
 Fused: mean, variance (two passes over registers, not sum of squares), normalisation, affine; backward: the gradient of
 the input, the gradient that flows past the norm on a residual path added to it, and both parameter gradients.
 Saved for backward: mean and 1/sqrt(var + eps), float32, one each a row. Recomputed: the normalised values.
-A call moves, for M rows of D elements of size s: forward 2 M D s (the statistics alone: M D s), backward 3 M D s
+A call must move, for M rows of D elements of size s: forward 2 M D s (the statistics alone: M D s), backward 3 M D s
 (4 M D s with a residual gradient); the statistics and the float32 partials of the parameter gradients are small beside.
 """
 
@@ -11,13 +11,13 @@ import torch
 import triton
 import triton.language as tl
 
-from . import configs
+from . import configs, cost
 from ._math import TRITON_DTYPES, accumulator_dtype
 
 MAX_PARTIALS = 256
 
 
-@triton.jit
+@triton.jit(launch_metadata=cost.layer_norm_launch)
 def layer_norm_kernel(
     x_ptr,
     weight_ptr,
@@ -51,7 +51,7 @@ def layer_norm_kernel(
         tl.store(y_ptr + (row * columns + j[None, :]), y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(launch_metadata=cost.layer_norm_backward_launch)
 def layer_norm_backward_kernel(
     dy_ptr,
     x_ptr,
@@ -110,23 +110,28 @@ def _launch_forward(x, weight, bias, y, eps):
     acc = accumulator_dtype(x.dtype)
     mean, rstd = (torch.empty(rows, dtype=acc, device=x.device) for _ in range(2))
     if rows:
-        config = configs.row_config(columns, elements=4096)
-        layer_norm_kernel[(triton.cdiv(rows, config.BLOCK_ROWS),)](
-            x,
-            weight,
-            bias,
-            y,
-            mean,
-            rstd,
-            rows,
-            columns,
-            x.stride(0),
-            eps,
-            ACC=TRITON_DTYPES[acc],
-            BLOCK_ROWS=config.BLOCK_ROWS,
-            BLOCK_D=config.BLOCK_D,
-            num_warps=config.num_warps,
-        )
+
+        def attempt(config):
+            layer_norm_kernel[(triton.cdiv(rows, config.BLOCK_ROWS),)](
+                x,
+                weight,
+                bias,
+                y,
+                mean,
+                rstd,
+                rows,
+                columns,
+                x.stride(0),
+                eps,
+                ACC=TRITON_DTYPES[acc],
+                BLOCK_ROWS=config.BLOCK_ROWS,
+                BLOCK_D=config.BLOCK_D,
+                num_warps=config.num_warps,
+            )
+            return (mean, rstd) if y is None else (y, mean, rstd)
+
+        kernel = "layer_norm_statistics" if y is None else "layer_norm_forward"
+        configs.run(configs.Request(kernel, (rows, columns), x.dtype), x.device, attempt)
     return mean, rstd
 
 
@@ -150,29 +155,33 @@ def layer_norm_backward(dy, x, mean, rstd, weight, dresidual=None):
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if rows == 0:
         return dx, *(torch.zeros(columns, dtype=acc, device=x.device) for _ in range(2))
-    config = configs.row_config(columns, elements=2048)
-    rows_per_program = triton.cdiv(triton.cdiv(rows, MAX_PARTIALS), config.BLOCK_ROWS) * config.BLOCK_ROWS
-    parts = triton.cdiv(rows, rows_per_program)
-    dweight, dbias = (torch.empty(parts, columns, dtype=acc, device=x.device) for _ in range(2))
-    layer_norm_backward_kernel[(parts,)](
-        dy,
-        x,
-        mean,
-        rstd,
-        weight,
-        dresidual,
-        dx,
-        dweight,
-        dbias,
-        rows,
-        columns,
-        dy.stride(0),
-        x.stride(0),
-        0 if dresidual is None else dresidual.stride(0),
-        rows_per_program,
-        ACC=TRITON_DTYPES[acc],
-        BLOCK_ROWS=config.BLOCK_ROWS,
-        BLOCK_D=config.BLOCK_D,
-        num_warps=config.num_warps,
-    )
-    return dx, dweight.sum(dim=0), dbias.sum(dim=0)
+
+    def attempt(config):
+        rows_per_program = triton.cdiv(triton.cdiv(rows, MAX_PARTIALS), config.BLOCK_ROWS) * config.BLOCK_ROWS
+        parts = triton.cdiv(rows, rows_per_program)
+        dweight, dbias = (torch.empty(parts, columns, dtype=acc, device=x.device) for _ in range(2))
+        layer_norm_backward_kernel[(parts,)](
+            dy,
+            x,
+            mean,
+            rstd,
+            weight,
+            dresidual,
+            dx,
+            dweight,
+            dbias,
+            rows,
+            columns,
+            dy.stride(0),
+            x.stride(0),
+            0 if dresidual is None else dresidual.stride(0),
+            rows_per_program,
+            ACC=TRITON_DTYPES[acc],
+            BLOCK_ROWS=config.BLOCK_ROWS,
+            BLOCK_D=config.BLOCK_D,
+            num_warps=config.num_warps,
+        )
+        return dx, dweight.sum(dim=0), dbias.sum(dim=0)
+
+    traits = () if dresidual is None else ("residual",)
+    return configs.run(configs.Request("layer_norm_backward", (rows, columns), x.dtype, traits), x.device, attempt)

@@ -3,8 +3,10 @@
 Fused: the normalisation happens as the GEMM loads its tile of x, and the bias in its epilogue; the normalised tensor
 never exists in memory, neither in the forward nor in the gradient of the weight.
 Saved for backward: x itself, mean and rstd (float32, one each a row). Recomputed: the normalised values.
-A call moves, beyond the weights, for M rows, D inputs, O outputs of size s: forward M (2 D + O) s; backward
-M (3 O + 2 D) s for the products and the bias, and M 3 D s for the norm's gradient, one D more with a residual's.
+A call must move, beyond the weights, for M rows, D inputs, O outputs of size s: forward M (D + O) s; backward
+M (2 O + 3 D) s, one D more with a residual's gradient. These kernels move more: forward M D s, for x is read once more
+for its statistics; backward M (O + 2 D) s, for the bias sum reads dy, and the gradient of the normalised tensor is
+written and read.
 """
 
 import torch

@@ -6,19 +6,21 @@ activation's derivative in that GEMM's epilogue, the normalisation in the gradie
 gradient in the norm's.
 Saved for backward: x, mean, rstd and the pre-activation fc1(layer_norm(x)). Recomputed: the normalised values, and the
 activated tensor, by the very kernel that needs the pre-activation for the derivative.
-A call moves, beyond the weights, for M rows, D inputs, H hidden, O outputs of size s: forward M (2 D + 2 H + 2 O) s,
-plus M H s when the pre-activation is saved; backward M (3 O + 7 H + 5 D) s, one D more when the residual is x.
+A call must move, beyond the weights, for M rows, D inputs, H hidden, O outputs of size s: forward
+M (D + 2 H + 2 O) s, plus M H s when the pre-activation is saved; backward M (2 O + 6 H + 3 D) s, one D more when the
+residual is x. These kernels move more: forward M D s, for the row statistics; backward M (O + H + 2 D) s, for the two
+bias sums, and for the gradient of the normalised tensor, written and read.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from . import configs, gemm, layer_norm
+from . import gemm, layer_norm
 from ._math import activate, activate_with_gradient
 from .gemm import plain_weight, transposed_weight
 from .layer_norm_linear import layer_norm_linear_backward, normalised_source
-from .linear_residual import linear_parameter_gradients, linear_residual_forward, scaled_source
+from .linear_residual import linear_parameter_gradients, linear_residual_forward, scaled_operand
 
 
 @triton.jit
@@ -83,6 +85,8 @@ def layer_norm_mlp_forward(
         fc1_weight.dtype,
         x.device,
         activation=activation,
+        traits=("preactivation",) if keep_preactivation else (),
+        outputs=2,
     )
     out = linear_residual_forward(activated, fc2_weight, fc2_bias, residual, layer_scale, drop_path_scale, out_dtype)
     return out, mean, rstd, preactivation
@@ -120,8 +124,7 @@ def layer_norm_mlp_backward(
     rows, hidden = preactivation.shape
     dpreactivation, activated = torch.empty_like(preactivation), torch.empty_like(preactivation)
     gemm.launch(
-        gemm.load_scaled,
-        scaled_source(dout, drop_path_scale, layer_scale),
+        *scaled_operand(dout, drop_path_scale, layer_scale),
         gemm.load_matrix,
         plain_weight(fc2_weight),
         store_activation_gradient,
@@ -132,7 +135,7 @@ def layer_norm_mlp_backward(
         fc2_weight.dtype,
         x.device,
         activation=activation,
-        config=configs.gemm_config(rows, hidden, fc2_weight.dtype, x.device, heavy=True),
+        outputs=2,
     )
     fc2_gradients = linear_parameter_gradients(
         dout, activated, fc2_weight, fc2_bias, layer_scale, drop_path_scale, needs_fc2

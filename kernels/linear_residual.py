@@ -5,8 +5,9 @@ tiles, so the scaled gradient never exists in memory.
 Saved for backward: x only. Recomputed: nothing; the gradient of layer_scale, sum over tokens of dout * linear(x), comes
 from the unscaled gradient G = dout^T x of the weight as rowsum(weight * G) + bias * sum(dout), so linear(x) is not
 needed again.
-A call moves, beyond the weights, for M rows, K inputs, O outputs of size s: forward M (K + 2 O) s, backward
-M (3 O + 2 K) s (the gradient of the residual is dout itself).
+A call must move, beyond the weights, for M rows, K inputs, O outputs of size s: forward M (K + 2 O) s, backward
+M (2 O + 2 K) s (the gradient of the residual is dout itself). These kernels move M O s more backward: the bias sum
+reads dout.
 """
 
 import torch
@@ -15,9 +16,12 @@ from . import gemm, reduce
 from .gemm import plain_weight, store_linear, transposed_weight
 
 
-def scaled_source(x, row_scale, column_scale):
-    """The source of `gemm.load_scaled` for x (M, K)."""
-    return (x, row_scale, column_scale, reduce.rows_per_sample(len(x), row_scale), *x.shape, x.stride(0))
+def scaled_operand(x, row_scale, column_scale):
+    """The loader, and its source, of x (M, K) times a scale per sample and one per channel; each may be None."""
+    if row_scale is None and column_scale is None:
+        return gemm.load_matrix, (x, *x.shape, x.stride(0), 1)
+    rows_per_sample = reduce.rows_per_sample(len(x), row_scale)
+    return gemm.load_scaled, (x, row_scale, column_scale, rows_per_sample, *x.shape, x.stride(0))
 
 
 def linear_residual_forward(x, weight, bias, residual, layer_scale, drop_path_scale, out_dtype):
@@ -48,6 +52,7 @@ def linear_residual_forward(x, weight, bias, residual, layer_scale, drop_path_sc
         inputs,
         weight.dtype,
         x.device,
+        traits=() if residual is None else ("residual",),
     )
     return out
 
@@ -62,8 +67,7 @@ def linear_parameter_gradients(dout, x, weight, bias, layer_scale, drop_path_sca
     if needs_bias or needs_layer_scale:
         dbias = reduce.column_sum(dout, drop_path_scale)
     if needs_weight or needs_layer_scale:
-        source = scaled_source(x, drop_path_scale, None)
-        dweight = gemm.weight_gradient(dout, gemm.load_scaled, source, x.shape[1], weight.dtype)
+        dweight = gemm.weight_gradient(dout, *scaled_operand(x, drop_path_scale, None), x.shape[1], weight.dtype)
     if needs_layer_scale:
         dlayer_scale = (weight * dweight).sum(dim=1)
         if bias is not None:
@@ -86,8 +90,7 @@ def linear_residual_backward(dout, x, weight, bias, layer_scale, drop_path_scale
     if needs_x:
         dx = torch.empty(rows, inputs, dtype=x.dtype, device=x.device)
         gemm.launch(
-            gemm.load_scaled,
-            scaled_source(dout, drop_path_scale, layer_scale),
+            *scaled_operand(dout, drop_path_scale, layer_scale),
             gemm.load_matrix,
             plain_weight(weight),
             gemm.store,

@@ -6,8 +6,9 @@ load; bias, positions and prefix rows in the epilogue, which writes straight int
 gather again for the gradient of the weight, and a scatter in the epilogue for the gradient of the image: patches do not
 overlap, so each pixel is written once.
 Saved for backward: the image as it came. Recomputed: the gathered and normalised patches.
-A call moves, beyond the weight, for B images of C * H * W pixels of size p and T tokens of D channels of size s:
-forward B (C H W p + T D s), backward B (C H W p + 2 T D s), plus B (C H W p + T D s) for the gradient of the image.
+A call must move, beyond the weight and the positions, for B images of C * H * W pixels of size p and T tokens of D
+channels of size s: forward and backward B (C H W p + T D s) each, and as much again for the gradient of the image.
+These kernels move B T D s more backward: the sum for bias, positions and prefix reads dtokens.
 """
 
 import functools
@@ -16,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import configs, gemm, reduce
+from . import gemm, reduce
 from ._math import accumulator_dtype, widen
 from .gemm import plain_weight, transposed_weight
 
@@ -111,10 +112,11 @@ def _geometry(image, patch_height: int, patch_width: int, prefix: int):
     return (tokens, prefix, across, *image.stride(), *size)
 
 
-def _scattered(image, patch_width: int) -> bool:
-    """Whether runs of neighbouring pixels in a patch are too short for 16-byte loads, or bytes, which must be converted
-    in registers."""
-    return image.stride(3) != 1 or patch_width * image.element_size() % 16 != 0 or not image.is_floating_point()
+def _traits(image, patch_width: int) -> tuple[str, ...]:
+    """Scattered: runs of neighbouring pixels in a patch are too short for 16-byte loads, or bytes, which must be
+    converted in registers."""
+    scattered = image.stride(3) != 1 or patch_width * image.element_size() % 16 != 0 or not image.is_floating_point()
+    return ("scattered",) if scattered else ()
 
 
 @functools.lru_cache(maxsize=64)
@@ -162,9 +164,7 @@ def patch_embed_forward(image, weight, bias, pos_embed, prefix, mean, std, out_d
         pixels,
         weight.dtype,
         image.device,
-        config=configs.gemm_config(
-            rows, embed_dim, weight.dtype, image.device, scattered=_scattered(image, patch_size[1])
-        ),
+        traits=_traits(image, patch_size[1]),
     )
     return out
 
@@ -185,10 +185,10 @@ def patch_embed_backward(dtokens, image, weight, prefix_rows: int, mean, std, ne
     dtokens_rows = dtokens.view(rows, embed_dim)
     gain, shift = _normalisation(image, weight, mean, std)
     dimage = dweight = by_token = None
-    scattered = _scattered(image, patch_size[1])
+    traits = _traits(image, patch_size[1])
     if needs_weight:
         source = (image, gain, shift, rows, pixels, *_geometry(image, *patch_size, prefix_rows))
-        dweight = gemm.weight_gradient(dtokens_rows, load_patches, source, pixels, weight.dtype, scattered=scattered)
+        dweight = gemm.weight_gradient(dtokens_rows, load_patches, source, pixels, weight.dtype, traits=traits)
         dweight = dweight.view(weight.shape)
     if needs_image:
         dimage = torch.empty_like(image)
@@ -204,7 +204,7 @@ def patch_embed_backward(dtokens, image, weight, prefix_rows: int, mean, std, ne
             embed_dim,
             weight.dtype,
             image.device,
-            config=configs.gemm_config(rows, pixels, weight.dtype, image.device, scattered=scattered),
+            traits=traits,
         )
     if needs_sum:
         by_token = reduce.column_sum(dtokens.view(batch, tokens * embed_dim)).view(tokens, embed_dim)

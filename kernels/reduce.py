@@ -2,19 +2,20 @@
 
 Fused: the per-sample scale (drop path). Each program sums a stretch of rows in float32 and writes one row of
 partials; one reduction adds those. No atomics, so the result never depends on the order of the programs.
-A call moves rows * columns * itemsize bytes, plus the float32 partials: one row for every 32 or more, 64 at most.
+A call must move rows * columns * itemsize bytes, plus the float32 partials: one row for every 32 or more, 64 at most.
 """
 
 import torch
 import triton
 import triton.language as tl
 
+from . import configs, cost
 from ._math import TRITON_DTYPES, accumulator_dtype
 
-BLOCK_ROWS, BLOCK_COLUMNS, MAX_PARTIALS = 32, 128, 64
+MAX_PARTIALS = 64
 
 
-@triton.jit
+@triton.jit(launch_metadata=cost.column_sum_launch)
 def column_sum_kernel(
     x_ptr,
     row_scale_ptr,  # None, or one scale per sample
@@ -58,20 +59,25 @@ def column_sum(x: torch.Tensor, row_scale: torch.Tensor | None = None) -> torch.
     acc = accumulator_dtype(x.dtype)
     if rows == 0:
         return torch.zeros(columns, dtype=acc, device=x.device)
-    rows_per_program = triton.cdiv(triton.cdiv(rows, MAX_PARTIALS), BLOCK_ROWS) * BLOCK_ROWS
-    parts = triton.cdiv(rows, rows_per_program)
-    partial = torch.empty(parts, columns, dtype=acc, device=x.device)
-    column_sum_kernel[(triton.cdiv(columns, BLOCK_COLUMNS), parts)](
-        x,
-        row_scale,
-        partial,
-        rows,
-        columns,
-        x.stride(0),
-        rows_per_sample(rows, row_scale),
-        rows_per_program,
-        ACC=TRITON_DTYPES[acc],
-        BLOCK_ROWS=BLOCK_ROWS,
-        BLOCK_COLUMNS=BLOCK_COLUMNS,
-    )
-    return partial.sum(dim=0)
+
+    def attempt(config):
+        rows_per_program = triton.cdiv(triton.cdiv(rows, MAX_PARTIALS), config.BLOCK_ROWS) * config.BLOCK_ROWS
+        parts = triton.cdiv(rows, rows_per_program)
+        partial = torch.empty(parts, columns, dtype=acc, device=x.device)
+        column_sum_kernel[(triton.cdiv(columns, config.BLOCK_D), parts)](
+            x,
+            row_scale,
+            partial,
+            rows,
+            columns,
+            x.stride(0),
+            rows_per_sample(rows, row_scale),
+            rows_per_program,
+            ACC=TRITON_DTYPES[acc],
+            BLOCK_ROWS=config.BLOCK_ROWS,
+            BLOCK_COLUMNS=config.BLOCK_D,
+            num_warps=config.num_warps,
+        )
+        return (partial.sum(dim=0),)
+
+    return configs.run(configs.Request("column_sum", (rows, columns), x.dtype), x.device, attempt)[0]

@@ -6,15 +6,15 @@ it, or in the interpreter as well where TRITON_INTERPRET=1 is set.
 
 from __future__ import annotations
 
-import importlib.util
 import os
-from pathlib import Path
 
 import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+from fastvit.benchmarks.peers import _torchvision_shim  # noqa: E402
 
 from fastvit import use_backend  # noqa: E402
 from fastvit.dispatch import interpreting  # noqa: E402
@@ -27,27 +27,8 @@ if interpreting():
     torch.set_num_threads(1)
 
 
-def _define_torchvision_operators() -> torch.library.Library | None:
-    """Let a torchvision built for CUDA be imported beside a torch built without.
-
-    Its native library does not load there, and its Python modules then fail for want of two operators.
-    """
-    spec = importlib.util.find_spec("torchvision")
-    if spec is None or torch.version.cuda or torch.version.hip:
-        return None
-    try:
-        for native in Path(spec.origin).parent.glob("_C*.so"):
-            torch.ops.load_library(str(native))
-        return None
-    except OSError:
-        library = torch.library.Library("torchvision", "DEF")
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        return library
-
-
-# The operators live as long as this object.
-_torchvision_operators = _define_torchvision_operators()
+# timm and transformers import torchvision.
+_torchvision_shim.install()
 
 
 def pytest_addoption(parser):

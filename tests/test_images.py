@@ -10,7 +10,7 @@ import pytest
 import torch
 
 pytest.importorskip("PIL")
-from fastvit.benchmarks.bench import normalise  # noqa: E402
+from fastvit.benchmarks.work import normalise  # noqa: E402
 from PIL import Image, ImageOps  # noqa: E402
 
 from fastvit import images  # noqa: E402

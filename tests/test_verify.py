@@ -206,3 +206,39 @@ def test_command_without_triton(monkeypatch, capsys):
 def test_one_failure_among_passes_fails_the_command(monkeypatch):
     plant(monkeypatch, "layer_norm", lambda out: out * 1.1 if out.dtype == torch.bfloat16 else out)
     assert cli.main(["verify", "--device", "cpu", "--ops", "layer_norm"]) == 1
+
+
+@needs_interpreter
+def test_resume_runs_only_what_has_not_passed_here(monkeypatch, tmp_path, capsys):
+    right, output, ran = verify.run_case, tmp_path / "v.json", []
+
+    def run_case(case, device):
+        ran.append(case.dtype)
+        if interrupt and case.dtype == torch.float32:
+            raise KeyboardInterrupt
+        return right(case, device)
+
+    monkeypatch.setattr(verify, "run_case", run_case)
+    command = ["verify", "--device", "cpu", "--ops", "layer_norm", "--json", str(output), "--resume"]
+    interrupt = True
+    assert cli.main(command) == 130
+    interrupt = False
+    ran.clear()
+    assert cli.main(command) == 0
+    assert ran == [torch.float32, torch.float16]
+    assert "1 of 3 cases have passed before" in capsys.readouterr().err
+    written = json.loads(output.read_text())
+    assert (written["finished"], [row["dtype"] for row in written["results"]]) == (True, ["bf16", "fp32", "fp16"])
+
+    output.write_text(output.read_text().replace(torch.__version__, "0.0.1"))
+    ran.clear()
+    assert cli.main(command) == 0
+    assert len(ran) == 3, "what another torch passed was taken for ours"
+
+
+def test_resume_needs_a_results_file_of_verify(tmp_path, capsys):
+    assert cli.main(["verify", "--device", "cpu", "--resume"]) == 2
+    assert "--resume needs --json" in capsys.readouterr().err
+    (tmp_path / "v.json").write_text("[]")
+    assert cli.main(["verify", "--device", "cpu", "--resume", "--json", str(tmp_path / "v.json")]) == 2
+    assert "not a results file of fastvit verify" in capsys.readouterr().err

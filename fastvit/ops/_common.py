@@ -1,12 +1,14 @@
 """What the ops share: checks of arguments, dispatch, autocast, and the device that a launch runs on."""
 
 import contextlib
-from collections.abc import Callable
-from dataclasses import dataclass
+import importlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
-from fastvit import dispatch
+from fastvit import dispatch, tuned
 
 
 @dataclass(frozen=True)
@@ -14,7 +16,8 @@ class Op:
     """One op: four functions of the same arguments.
 
     check raises ValueError or TypeError for arguments that no back end takes; unsupported lists every reason why the
-    kernels cannot take them; torch and triton run it.
+    kernels cannot take them; torch and triton run it. others: further ways to run it in PyTorch, by name, that may be
+    measured against these two.
     """
 
     name: str
@@ -22,20 +25,102 @@ class Op:
     unsupported: Callable[..., list[str]]
     torch: Callable[..., torch.Tensor]
     triton: Callable[..., torch.Tensor]
+    others: dict[str, Callable[..., torch.Tensor]] = field(default_factory=dict)
+
+    @property
+    def candidates(self) -> dict[str, Callable[..., torch.Tensor]]:
+        """Every way to run it, by name, ours first."""
+        return {"triton": self.triton, "torch": self.torch, **self.others}
 
     def __call__(self, *args):
         self.check(*args)
+        if _watcher is not None:
+            _watcher(self, args)
         if dispatch.torch_without_question(args[0].device.type):
             return self.torch(*args)
-        return self.triton(*args) if dispatch.wants_triton(self.name, self.unsupported(*args)) else self.torch(*args)
+        if not dispatch.wants_triton(self.name, self.unsupported(*args)):
+            return self.torch(*args)
+        name = self._choice(args, measure=True)
+        return self.triton(*args) if name == "triton" else self.candidates[name](*args)
+
+    def _choice(self, args, measure: bool = False) -> str:
+        """The candidate to run where the kernels can: under "auto", the one that was measured to be the fastest, if any
+        was. measure: it may be measured now."""
+        device = args[0].device
+        tracing = torch.compiler.is_compiling() or isinstance(args[0], FakeTensor)
+        if measure and tuned.mode() == "measure" and not tracing and dispatch.can_measure(device):
+            importlib.import_module("fastvit.tune").tune_missing(self, args)
+        if dispatch.requested_backend() != "auto" or tuned.mode() == "off":
+            return "triton"
+        # Tables are read while tracing too, but by `measured_candidate` alone, which the compiler does not look into.
+        if not tracing and self.name not in tuned.table(device).lost:
+            return "triton"
+        if self._strided(args) or (tracing and not self._static(args)):
+            return "triton"
+        name = dispatch.measured_candidate(device, self.key(args))
+        return name if name in self.candidates else "triton"
+
+    def _strided(self, args) -> bool:
+        """Whether a tensor is not dense, as all that were measured are."""
+        return not all(a.is_contiguous() for a in args if isinstance(a, torch.Tensor))
+
+    def _static(self, args) -> bool:
+        """Whether all sizes are known while tracing: a graph for any size cannot follow what was measured at one."""
+        from torch.fx.experimental.symbolic_shapes import (
+            has_static_value,  # slow to import, but the compiler has done it
+        )
+
+        return all(has_static_value(size) for a in args if isinstance(a, torch.Tensor) for size in a.shape)
+
+    def key(self, args) -> str:
+        """What a measurement of this call stands for: calls of the same op, shapes, dtypes and gradients; "first" is
+        the first tensor once more: x as its own residual, which the kernels fuse."""
+        parts = [self.name]
+        gradients = torch.is_grad_enabled()
+        for value in args:
+            if value is args[0] and len(parts) > 1:
+                parts.append("first")
+            elif isinstance(value, torch.Tensor):
+                sizes = "x".join([str(size) for size in value.shape])
+                gradient = "+grad" if gradients and value.requires_grad else ""
+                parts.append(f"{str(value.dtype).removeprefix('torch.')}[{sizes}]{gradient}")
+            elif value is None or isinstance(value, str):
+                parts.append(value or "-")
+        if autocasting(args[0]):
+            parts.append(f"autocast={str(torch.get_autocast_dtype(args[0].device.type)).removeprefix('torch.')}")
+        return " ".join(parts)
 
     def explain(self, *args) -> dispatch.Explanation:
         """What a call would do under "auto", and why; under "triton", a call for which there are reasons raises them.
         Raises what `check` raises."""
         self.check(*args)
-        at_once = dispatch.torch_without_question(args[0].device.type)
-        reasons = ([at_once] if at_once else []) + self.unsupported(*args)
-        return dispatch.Explanation(self.name, "torch" if reasons else "triton", tuple(reasons))
+        device = args[0].device
+        at_once = dispatch.torch_without_question(device.type)
+        if reasons := ([at_once] if at_once else []) + self.unsupported(*args):
+            return dispatch.Explanation(self.name, "torch", tuple(reasons), "torch", ())
+        if dispatch.requested_backend() != "auto":
+            return dispatch.Explanation(self.name, "triton", (), "triton", ())
+        if self._strided(args):
+            evidence = ("nothing for tensors that are not contiguous: heuristics decide",)
+        else:
+            evidence = dispatch.evidence(device, self.key(args))
+        if (name := self._choice(args)) == "triton":
+            return dispatch.Explanation(self.name, "triton", (), "triton", evidence)
+        return dispatch.Explanation(self.name, "torch", (f"{name} was measured to be faster",), name, evidence)
+
+
+_watcher: Callable[[Op, tuple], None] | None = None
+
+
+@contextlib.contextmanager
+def watching(callback: Callable[[Op, tuple], None]) -> Iterator[None]:
+    """In the `with` body, callback(op, args) is called at every call of an op, before it runs."""
+    global _watcher
+    before, _watcher = _watcher, callback
+    try:
+        yield
+    finally:
+        _watcher = before
 
 
 def check_tensors(op: str, **tensors: torch.Tensor | None) -> None:
@@ -137,7 +222,8 @@ def dense(tensor: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def on_device_of(tensor: torch.Tensor):
-    """Context in which Triton launches on the tensor's device."""
+    """Context in which Triton launches on the tensor's device, with the configs that were measured for it."""
+    tuned.install()
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 

@@ -1,8 +1,11 @@
 """Multi-head self-attention over packed qkv as one op; see `fastvit.reference.attention` and
 `fastvit.kernels.attention`."""
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastvit import dispatch
 
@@ -133,7 +136,22 @@ def _triton(qkv, scale, key_padding_mask, attn_bias, dropout_p):
     return AttentionFunction.apply(qkv, scale, key_padding_mask, attn_bias)
 
 
-OP = Op("attention", _check, _unsupported, _torch, _triton)
+def _pinned(backend: SDPBackend, *args):
+    with sdpa_kernel(backend):
+        return _torch(*args)
+
+
+_SDPA = {
+    f"sdpa {name}": partial(_pinned, backend)
+    for name, backend in {
+        "flash": SDPBackend.FLASH_ATTENTION,
+        "efficient": SDPBackend.EFFICIENT_ATTENTION,
+        "cudnn": SDPBackend.CUDNN_ATTENTION,
+        "math": SDPBackend.MATH,
+    }.items()
+}
+
+OP = Op("attention", _check, _unsupported, _torch, _triton, _SDPA)
 
 
 def attention(qkv, *, scale=None, key_padding_mask=None, attn_bias=None, dropout_p=0.0):

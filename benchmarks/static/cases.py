@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from fastvit.kernels import (
     attention,
@@ -13,6 +11,8 @@ from fastvit.kernels import (
     linear_residual,
     patch_embed,
 )
+
+from .compile import Case
 
 BATCH = 64
 
@@ -72,37 +72,34 @@ def _patch_embed(size, patch, dim, dtype, image_dtype=None, channels_last=False,
     patch_embed.patch_embed_backward(out, image, weight, prefix, *normalisation, (needs_image, True, True))
 
 
-def cases() -> list[tuple[str, Callable[[], object]]]:
-    """(label, call) pairs; each call runs real launchers on meta tensors."""
+def cases() -> list[Case]:
+    """Every kernel, at the sizes, dtypes and layouts that change its code."""
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    uint8 = torch.uint8
     listed = [
-        ("block S/16 bf16", lambda: _block(197, 384, bf16)),
-        ("block B/16 bf16", lambda: _block(197, 768, bf16)),
-        ("block B/16 bf16, batch 1", lambda: _block(197, 768, bf16, batch=1)),
-        ("block B/16 bf16, float32 stream, scaled", lambda: _block(197, 768, bf16, stream=fp32, scaled=True)),
-        ("block B/16 fp16, scaled", lambda: _block(197, 768, fp16, scaled=True)),
-        ("block B/16 fp32", lambda: _block(197, 768, fp32, scaled=True)),
-        ("patch embedding B/16 bf16", lambda: _patch_embed(224, 16, 768, bf16)),
-        ("patch embedding B/16 bf16, uint8", lambda: _patch_embed(224, 16, 768, bf16, torch.uint8)),
-        ("patch embedding B/16 bf16, channels_last", lambda: _patch_embed(224, 16, 768, bf16, channels_last=True)),
-        ("patch embedding B/32 bf16, float32 image", lambda: _patch_embed(224, 32, 768, bf16, fp32)),
-        ("patch embedding B/8 bf16", lambda: _patch_embed(224, 8, 768, bf16)),
-        ("patch embedding L/14 fp16", lambda: _patch_embed(224, 14, 1024, fp16)),
-        ("patch embedding B/16 fp32", lambda: _patch_embed(224, 16, 768, fp32)),
+        Case("block S/16 bf16", lambda: _block(197, 384, bf16)),
+        Case("block B/16 bf16", lambda: _block(197, 768, bf16), candidates=True),
+        Case("block L/16 bf16", lambda: _block(197, 1024, bf16)),
+        Case("block B/16 bf16, batch 1", lambda: _block(197, 768, bf16, batch=1)),
+        Case("block B/16 bf16, float32 stream, scaled", lambda: _block(197, 768, bf16, stream=fp32, scaled=True)),
+        Case("block B/16 fp16, scaled", lambda: _block(197, 768, fp16, scaled=True)),
+        Case("block B/16 fp32", lambda: _block(197, 768, fp32, scaled=True)),
+        Case("patch embedding B/16 bf16", lambda: _patch_embed(224, 16, 768, bf16)),
+        Case("patch embedding B/16 bf16, uint8", lambda: _patch_embed(224, 16, 768, bf16, uint8)),
+        Case("patch embedding B/16 bf16, channels_last", lambda: _patch_embed(224, 16, 768, bf16, channels_last=True)),
+        Case("patch embedding B/32 bf16, float32 image", lambda: _patch_embed(224, 32, 768, bf16, fp32)),
+        Case("patch embedding B/8 bf16", lambda: _patch_embed(224, 8, 768, bf16)),
+        Case("patch embedding L/14 fp16", lambda: _patch_embed(224, 14, 1024, fp16)),
+        Case("patch embedding B/16 fp32", lambda: _patch_embed(224, 16, 768, fp32)),
     ]
-    for activation in ("gelu_tanh", "quick_gelu", "silu"):
-        listed.append(
-            (
-                f"block S/16 bf16, {activation}",
-                lambda activation=activation: _block(197, 384, bf16, None, False, activation),
-            )
-        )
-    for head_dim in (16, 32, 48, 64, 72, 80, 88, 96, 104, 112, 128):
-        listed.append((f"attention d={head_dim} bf16", lambda d=head_dim: _attention(197, 8, d, bf16)))
-    for head_dim in (64, 80, 128):
-        listed.append(
-            (f"attention d={head_dim} bf16, masked", lambda d=head_dim: _attention(197, 8, d, bf16, masked=True))
-        )
-        listed.append((f"attention d={head_dim} fp32", lambda d=head_dim: _attention(197, 8, d, fp32)))
-    listed.append(("attention d=64 fp16", lambda: _attention(257, 16, 64, fp16)))
+    for name in ("gelu_tanh", "quick_gelu", "silu"):
+        listed.append(Case(f"block S/16 bf16, {name}", lambda name=name: _block(197, 384, bf16, activation=name)))
+    for width in (16, 32, 48, 64, 72, 80, 88, 96, 104, 112, 128):
+        call = lambda width=width: _attention(197, 12, width, bf16)  # noqa: E731
+        listed.append(Case(f"attention d={width} bf16", call, candidates=width == 64))
+    for width in (64, 80, 128):
+        masked = lambda width=width: _attention(197, 12, width, bf16, masked=True)  # noqa: E731
+        listed.append(Case(f"attention d={width} bf16, masked", masked))
+        listed.append(Case(f"attention d={width} fp32", lambda width=width: _attention(197, 12, width, fp32)))
+    listed.append(Case("attention d=64 fp16", lambda: _attention(257, 16, 64, fp16)))
     return listed

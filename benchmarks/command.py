@@ -1,0 +1,80 @@
+"""What `fastvit bench` and `fastvit bench compare` do once their arguments are read."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+from fastvit.report import Table, device_name
+
+from . import report, schema
+from .bench import FILE, record
+from .compare import compare, lines
+from .report import table
+from .suites import Settings, describe
+
+
+def run(settings: Settings, folder: Path, before: schema.Run | None = None) -> int:
+    """Measure what `before` has not, print and write everything into `folder`; returns the exit status: 0 when
+    something was timed and nothing of ours was wrong or failed, 1 otherwise, 130 after Ctrl-C."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _note(f"Timing on {device_name(settings.device)}: {describe(settings)}")
+    if settings.interpreted:
+        _note(f"Last, the photographs are classified on the Triton kernels in the interpreter: {settings.interpreted}.")
+    rows = table.Table()
+    found, interrupted = record(settings, folder, before, rows.row)
+    if interrupted:
+        _note(f"Interrupted after {len(found.rows)} of {len(settings.cases)} rows.")
+    _print_top5(found.extra["top5"], settings)
+    interpreted = found.extra.get("interpreted")
+    if interpreted:
+        _print_interpreted(interpreted)
+    print(f"results: {folder / FILE}")
+    if importlib.util.find_spec("matplotlib") is None:
+        _note("No pictures: matplotlib is not installed.")
+    for path in report.write(found, folder):
+        print(f"written: {path}")
+    if interrupted:
+        return 130
+    statuses = {row.status for row in found.rows}
+    right = interpreted is None or interpreted["ok"]
+    return 0 if right and "timed" in statuses and statuses <= {"timed", "skipped"} else 1
+
+
+def compare_files(before: Path, after: Path, threshold: float, relative: str | None) -> int:
+    """Print what changed; returns the exit status, 1 if any of ours got slower or wrong. Raises ValueError, OSError
+    for files that cannot be compared."""
+    found = compare(schema.load(before), schema.load(after), threshold, relative)
+    for line in lines(found, threshold, relative):
+        print(line)
+    return found.status
+
+
+def _note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _print_top5(found: dict[str, dict], settings: Settings) -> None:
+    """How far the classes of the photographs by ours and by the float64 reference agree, once a model and dtype."""
+    if not found:
+        return
+    print()
+    if not settings.pretrained:
+        print("With random weights the classes mean nothing; that both sides name the same ones is the check.")
+    rows = Table({"model": -32, "same top class": 14, "shared top-5 classes": 20})
+    for model, top5 in found.items():
+        photos = len(top5["photos"])
+        rows.row(model, f"{top5['same_first']} of {photos}", f"{top5['same_in_top5']} of {5 * photos}")
+    print()
+
+
+def _print_interpreted(found: dict) -> None:
+    """The class of each photograph by the kernels and by the reference, and both errors."""
+    rows = Table({"photograph": -24, "class by the kernels": 20, "by the reference": 16, "shared top-5": 12})
+    for photo, ours, truth in zip(found["photos"], found["ours"], found["reference"], strict=True):
+        rows.row(photo, ours[0], truth[0], len({*ours} & {*truth}))
+    print(
+        f"{found['model']} {found['dtype']}: error of the kernels {found['error']:.1e}, of plain PyTorch "
+        f"{found['plain_error']:.1e}; {'ok' if found['ok'] else 'WRONG'}; {found['seconds']:.0f} s in the interpreter\n"
+    )

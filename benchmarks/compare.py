@@ -1,0 +1,180 @@
+"""What changed between two results files, row by row: `fastvit bench compare BEFORE AFTER`.
+
+A time has changed where its median moved by more than a threshold and the quartiles of the two runs lie apart. Only
+ours can fail the comparison; how far the peers moved says whether the machine did.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from .schema import OURS, Contestant, Row, Run, Spread
+
+MEMORY_NOISE = 4 << 20  # bytes: what a CPU's resident set may differ by for no reason
+# Facts of the environment that may differ between runs worth comparing, and are then said.
+_SAID = ("processor", "cpu_count", "torch_threads", "torch", "python", "platform", "gpu", "packages", "variables")
+
+
+@dataclass(frozen=True)
+class Change:
+    """One contestant of one row. ratio: seconds after over seconds before, above 1 is slower; None where the change is
+    another one. what: "slower", "faster", "unchanged", "error grew", "memory grew", "appeared", "vanished", or what its
+    status became ("wrong", "failed", "absent", "skipped", "timed"). bad: of ours, and a reason to fail."""
+
+    id: str
+    contestant: str
+    what: str
+    ratio: float | None = None
+    detail: str = ""
+    bad: bool = False
+
+
+@dataclass
+class Comparison:
+    """changes: all of them, unchanged ones included. drift: of every peer, the geometric mean of its ratios and how
+    many rows that is. warnings: what else differs between the runs."""
+
+    changes: list[Change] = field(default_factory=list)
+    drift: dict[str, tuple[float, int]] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def status(self) -> int:
+        """The exit status: 1 if any of ours got slower or wrong, else 0."""
+        return 1 if any(change.bad for change in self.changes) else 0
+
+
+def compare(before: Run, after: Run, threshold: float = 0.05, relative: str | None = None) -> Comparison:
+    """Compare two runs of one device. relative: judge our time by its ratio to this peer's in the same rounds, which a
+    slower machine leaves alone.
+
+    Raises ValueError where the runs are of different devices, have no case in common, or `relative` is timed beside
+    ours in no case of both.
+    """
+    devices = [run.environment.get("device") for run in (before, after)]
+    if devices[0] != devices[1]:
+        raise ValueError(f"the runs are of different devices, {devices[0]!r} and {devices[1]!r}: not comparable")
+    old, new = ({row.id: row for row in run.rows} for run in (before, after))
+    both = [id for id in new if id in old]
+    if not both:
+        raise ValueError("the runs have no case in common")
+    if relative and not any(_beside(old[id], relative) and _beside(new[id], relative) for id in both):
+        timed = dict.fromkeys(name for id in both for name in new[id].contestants if _beside(new[id], name))
+        raise ValueError(f"{relative!r} was timed in no case of both runs, expected one of {', '.join(timed)}")
+    found = Comparison(warnings=list(_differences(before, after)))
+    for id in both:
+        found.changes += _row_changes(old[id], new[id], threshold, relative)
+    found.changes += [
+        Change(id, OURS, "appeared", detail=new[id].status, bad=new[id].status == "wrong")
+        for id in new
+        if id not in old
+    ]
+    found.changes += [Change(id, OURS, "vanished") for id in old if id not in new]
+    found.drift = _drift(old, new, both)
+    return found
+
+
+def _beside(row: Row, peer: str) -> Spread | None:
+    side = row.contestants.get(peer)
+    return side.ratio if side else None
+
+
+def _differences(before: Run, after: Run) -> Iterator[str]:
+    for key in _SAID:
+        a, b = before.environment.get(key), after.environment.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            for name in dict.fromkeys((*a, *b)):
+                if a.get(name) != b.get(name):
+                    yield f"{key}: {name} was {a.get(name)}, is {b.get(name)}"
+        elif a != b:
+            yield f"{key} was {a}, is {b}"
+    for key in ("weights", "images"):
+        if before.settings.get(key) != after.settings.get(key):
+            yield f"{key}: {before.settings.get(key)}, then {after.settings.get(key)}"
+
+
+def _row_changes(old: Row, new: Row, threshold: float, relative: str | None) -> Iterator[Change]:
+    # A row without contestants was not started, or ours could not be made.
+    if old.status != new.status and not (OURS in old.contestants and OURS in new.contestants):
+        yield Change(new.id, OURS, new.status, detail=new.reason, bad=new.status in ("wrong", "failed"))
+        return
+    for name in dict.fromkeys((*old.contestants, *new.contestants)):
+        a, b = old.contestants.get(name), new.contestants.get(name)
+        if a is None or b is None:
+            # Peers chosen otherwise, or ours wrong and nobody else measured, which our own line says.
+            if new.status == old.status:
+                yield Change(new.id, name, "vanished" if b is None else "appeared")
+            continue
+        if a.status != b.status:
+            bad = name == OURS and b.status in ("wrong", "failed")
+            yield Change(new.id, name, b.status, detail=b.reason, bad=bad)
+        if a.seconds and b.seconds:
+            by_peer = (_beside(old, relative), _beside(new, relative)) if relative and name == OURS else ()
+            yield _time_change(new.id, name, a.seconds, b.seconds, threshold, relative, by_peer)
+        yield from _other_changes(new.id, name, a, b, threshold)
+
+
+def _time_change(
+    id: str, name: str, a: Spread, b: Spread, threshold: float, relative: str | None, by_peer: tuple
+) -> Change:
+    detail = f"{_milliseconds(a.median)} to {_milliseconds(b.median)} ms"
+    if by_peer:
+        if None in by_peer:
+            return Change(id, name, "unchanged", detail=f"{relative} was not timed beside it: not judged")
+        # The peer's time over ours: upside down, ours in units of the peer's.
+        a, b = (Spread(1 / s.median, 1 / s.q75, 1 / s.q25, s.rounds) for s in by_peer)
+        detail += f"; {a.median:.3f} to {b.median:.3f} times that of {relative}"
+    ratio = b.median / a.median
+    slower = ratio > 1 + threshold and b.q25 > a.q75
+    faster = ratio < 1 / (1 + threshold) and b.q75 < a.q25
+    what = "slower" if slower else "faster" if faster else "unchanged"
+    return Change(id, name, what, ratio, detail, bad=slower and name == OURS)
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:.4g}"
+
+
+def _other_changes(id: str, name: str, a: Contestant, b: Contestant, threshold: float) -> Iterator[Change]:
+    if a.error is not None and b.error is not None and b.error > a.error * (1 + threshold):
+        yield Change(id, name, "error grew", detail=f"{a.error:.2e} to {b.error:.2e}")
+    if a.peak_bytes is not None and b.peak_bytes is not None:
+        most = max(a.peak_bytes * (1 + threshold), a.peak_bytes + MEMORY_NOISE)
+        if b.peak_bytes > most:
+            detail = f"{a.peak_bytes / 1e6:.1f} to {b.peak_bytes / 1e6:.1f} MB"
+            yield Change(id, name, "memory grew", detail=detail)
+
+
+def _drift(old: dict[str, Row], new: dict[str, Row], both: list[str]) -> dict[str, tuple[float, int]]:
+    ratios: dict[str, list[float]] = {}
+    for id in both:
+        for name, side in new[id].contestants.items():
+            before = old[id].contestants.get(name)
+            if name != OURS and side.seconds and before and before.seconds:
+                ratios.setdefault(name, []).append(side.seconds.median / before.seconds.median)
+    return {name: (statistics.geometric_mean(found), len(found)) for name, found in ratios.items()}
+
+
+def lines(found: Comparison, threshold: float, relative: str | None) -> Iterator[str]:
+    """The comparison in words. Peers' unchanged times are left out, ours are not."""
+    for warning in found.warnings:
+        yield f"differs: {warning}"
+    width = max((len(change.id) for change in found.changes), default=0)
+    for change in found.changes:
+        if change.what == "unchanged" and change.contestant != OURS:
+            continue
+        ratio = "" if change.ratio is None else f"{change.ratio:.3f}"
+        mark = "!" if change.bad else " "
+        told = f"{mark} {change.id:{width}}  {change.contestant:16} {change.what:11} {ratio:>6}  {change.detail}"
+        yield told.rstrip()
+    for name, (ratio, rows) in found.drift.items():
+        yield f"drift of {name}: {ratio:.3f} times as long as before, over {rows} row{'s' if rows > 1 else ''}"
+    if found.drift and not relative:
+        mean = statistics.geometric_mean(ratio for ratio, _ in found.drift.values())
+        if not 1 / (1 + threshold) <= mean <= 1 + threshold:
+            yield f"The peers' own times moved by {mean:.3f}: the machine did, too. --relative PEER leaves that out."
+    ours = [change for change in found.changes if change.contestant == OURS]
+    counts = {what: sum(change.what == what for change in ours) for what in dict.fromkeys(c.what for c in ours)}
+    yield "ours: " + ", ".join(f"{count} {what}" for what, count in counts.items())

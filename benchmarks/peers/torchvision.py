@@ -1,0 +1,64 @@
+"""torchvision's VisionTransformer."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from torch import nn
+
+from . import Built, _torchvision_shim
+from ._common import copy_into
+
+# Ours to theirs, in this order: the first name of each pair is ours.
+_NAMES = (
+    ("cls_token", "class_token"),
+    ("pos_embed", "encoder.pos_embedding"),
+    ("patch_embed.proj.", "conv_proj."),
+    ("norm1.", "ln_1."),
+    ("norm2.", "ln_2."),
+    ("norm.", "encoder.ln."),
+    ("head.", "heads.head."),
+    ("attn.qkv.", "self_attention.in_proj_"),
+    ("attn.proj.", "self_attention.out_proj."),
+    ("mlp.fc1.", "mlp.0."),
+    ("mlp.fc2.", "mlp.3."),
+    ("blocks.", "encoder.layers.encoder_layer_"),
+)
+
+
+def unfit(peer, case, config, device) -> str | None:
+    for name, needed in (
+        *(("class_token", True), ("distilled", False), ("reg_tokens", 0), ("no_embed_class", False)),
+        *(("global_pool", "token"), ("norm_after_pool", False), ("final_norm", True)),
+        *(("mlp", "mlp"), ("activation", "gelu"), ("qkv_bias", True), ("init_values", None), ("in_chans", 3)),
+    ):
+        if getattr(config, name) != needed:
+            return f"has only {name}={needed!r}, the model has {getattr(config, name)!r}"
+    if not config.num_classes:
+        return "has no model without a classifier"
+    if len({*config.img_size}) > 1 or len({*config.patch_size}) > 1:
+        return "has square images and patches only"
+    return None
+
+
+def build(peer, case, ours, inputs) -> Built:
+    _torchvision_shim.install()
+    from torchvision.models import VisionTransformer
+
+    config, state = ours.config, {}
+    for name, tensor in ours.state_dict().items():
+        for mine, theirs in _NAMES:
+            name = name.replace(mine, theirs)
+        state[name] = tensor
+    make = partial(
+        VisionTransformer,
+        image_size=config.img_size[0],
+        patch_size=config.patch_size[0],
+        num_layers=config.depth,
+        num_heads=config.num_heads,
+        hidden_dim=config.embed_dim,
+        mlp_dim=ours.blocks[0].mlp.fc1.out_features,
+        num_classes=config.num_classes,
+        norm_layer=partial(nn.LayerNorm, eps=config.norm_eps),
+    )
+    return Built(copy_into(ours, make, state))

@@ -1,0 +1,40 @@
+"""The results as CSV: a line a contestant, every field of it and of its case."""
+
+from __future__ import annotations
+
+import csv
+import io
+from dataclasses import fields
+
+from ..schema import Contestant, Row, Run, Spread
+
+_SPREADS = ("seconds", "ratio", "graph", "host")
+_OF_ROW = [field.name for field in fields(Row) if field.name not in ("contestants", "status", "reason")]
+_OF_SIDE = [field.name for field in fields(Contestant) if field.name not in _SPREADS]
+_OF_SPREAD = [field.name for field in fields(Spread)]
+
+
+def as_csv(run: Run) -> str:
+    """The case's fields, "case_status" and "case_reason", "by", the contestant's fields, and those of its spreads as
+    "seconds_median" and so on; empty for what was not measured. A case without contestants has one line."""
+    spreads = [f"{name}_{part}" for name in _SPREADS for part in _OF_SPREAD]
+    text = io.StringIO()
+    writer = csv.DictWriter(
+        text,
+        [*_OF_ROW, "case_status", "case_reason", "by", *_OF_SIDE, *spreads, "fraction_of_floor"],
+        lineterminator="\n",
+    )
+    writer.writeheader()
+    for row in run.rows:
+        case = {name: getattr(row, name) for name in _OF_ROW}
+        case |= {"case_status": row.status, "case_reason": row.reason}
+        if not row.contestants:
+            writer.writerow(case)
+        for name, side in row.contestants.items():
+            line = case | {"by": name, "fraction_of_floor": row.fraction_of_floor(name)}
+            line |= {field: getattr(side, field) for field in _OF_SIDE}
+            for spread in _SPREADS:
+                if getattr(side, spread) is not None:
+                    line |= {f"{spread}_{part}": getattr(getattr(side, spread), part) for part in _OF_SPREAD}
+            writer.writerow(line)
+    return text.getvalue()

@@ -1,0 +1,192 @@
+"""What lies under benchmarks/results/, as its README.md, and the newest table in the project's README.md.
+
+    python -m fastvit.benchmarks.report.summary        # or: make pages
+
+writes both, and every run's pages anew from its bench.json. Results lie in <device>/ or <device>/<commit>/.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastvit.report import write_atomically
+
+from ..schema import OURS, Row, Run, load
+from . import PAGE, write
+from .page import CAPTIONS
+from .words import (
+    answers,
+    caveats,
+    cells,
+    command,
+    device,
+    groups,
+    headline,
+    on_gpu,
+    peers_of,
+    timed,
+    versions,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = Path("benchmarks") / "results"
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+MADE_BY = "<!-- Written by `make pages` from the results files. Edit those, or the code; not this. -->"
+
+
+@dataclass
+class Found:
+    """One folder of results: its bench.json as a run, or why that cannot be read; None for both where there is none."""
+
+    folder: Path
+    run: Run | None = None
+    unreadable: str = ""
+
+
+def find(root: Path) -> list[Found]:
+    """Every folder with results under root/benchmarks/results, newest run first, then those without one by name."""
+    results = root / RESULTS
+    found = []
+    for folder in sorted({path.parent for name in ("bench.json", "verify.json") for path in results.rglob(name)}):
+        found.append(each := Found(folder))
+        if (folder / "bench.json").exists():
+            try:
+                each.run = load(folder / "bench.json")
+            except ValueError as error:
+                each.unreadable = str(error).replace(f"{root}/", "")
+    return sorted(found, key=lambda each: each.run.started if each.run else "", reverse=True)
+
+
+def results_page(root: Path) -> str:
+    """benchmarks/results/README.md, in Markdown."""
+    found = find(root)
+    parts = [
+        MADE_BY,
+        "# Results",
+        "One folder a device, or a device and a commit. Each holds what `fastvit bench` wrote: `bench.json` with every "
+        "number and the environment, `bench.csv`, pictures, and `index.html`, one page with all of it and an "
+        "explanation of every word.",
+    ]
+    if not any(each.run for each in found):
+        parts.append("No run is here that this version reads.")
+    for each in found:
+        parts += _folder(each, root / RESULTS)
+    return "\n\n".join(parts) + "\n"
+
+
+def _folder(found: Found, results: Path) -> list[str]:
+    where = found.folder.relative_to(results).as_posix()
+    parts = [f"## {where}"]
+    if found.unreadable:
+        parts.append(f"Not readable: {_escape(found.unreadable)}.")
+    if found.run:
+        parts += _told(found.run)
+        parts += [
+            f"- **{question}** {_escape(' '.join(sentences))}" for question, sentences in answers(found.run).items()
+        ]
+        parts.append(f"- **How to check?** {_code(command(found.run))}, then `fastvit bench compare` the two files.")
+        parts += [f"### {group.capitalize()}\n\n{matrix(rows)}" for group, rows in groups(found.run.rows).items()]
+        drawn = [path.name for stem in CAPTIONS for path in sorted(found.folder.glob(f"{stem}*.png"))]
+        parts += [f'<img src="{where}/{name}" alt="{name.removesuffix(".png")}" width="420">' for name in drawn]
+        if (found.folder / PAGE).exists():
+            parts.append(f"All of it on one page: [{where}/{PAGE}]({where}/{PAGE}).")
+    verified = _verified(found.folder / "verify.json")
+    return [*parts, verified] if verified else parts
+
+
+def _told(run: Run) -> list[str]:
+    """The headline, what a reader must know before it, and when and with what it was measured."""
+    when = f"Measured {run.started[:10]} with {versions(run)}: the median of rounds in which all took turns."
+    return [f"**{_escape(headline(run))}**", *map(_escape, [*caveats(run), when])]
+
+
+def _verified(path: Path) -> str:
+    """What verify.json says, in a sentence; nothing where there is none."""
+    if not path.exists():
+        return ""
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        statuses = [case["status"] for case in json.loads(path.read_text(encoding="utf-8"))["results"]]
+        counts = ", ".join(f"{statuses.count(status)} {status}" for status in dict.fromkeys(statuses))
+        return f"`fastvit verify`, every kernel against the reference: {counts}."
+    return "`verify.json` is not readable."
+
+
+def matrix(rows: list[Row]) -> str:
+    """A Markdown table: a line a case, our speed, and our speed over that of each peer that some case has."""
+    peers = [peer for peer in peers_of(rows) if any(_score(row, peer) for row in rows)]
+    headings = [
+        "case",
+        "ours, a call" if rows[0].op else "ours, images/s",
+        "of floor",
+        *(f"over {peer}" for peer in peers),
+    ]
+    lines = [headings, ["---", *["---:"] * (len(headings) - 1)]]
+    for row in rows:
+        if row.status == "timed":
+            ours = cells(row, OURS)
+            lines.append([row.id, ours["images/s"], ours["of floor"], *(_score(row, peer) for peer in peers)])
+        else:
+            lines.append([row.id, f"{row.status}: {row.reason}", "", *[""] * len(peers)])
+    return "\n".join(f"| {' | '.join(map(_escape, line))} |" for line in lines)
+
+
+def _score(row: Row, peer: str) -> str:
+    side = row.contestants.get(peer)
+    if side is None or side.status == "absent":
+        return ""
+    if side.ratio is None:
+        return side.status
+    return "tie" if side.verdict == "tie" else f"{side.ratio.median:.2f}"
+
+
+def _escape(text: str) -> str:
+    """Text that Markdown shows as it is, also in a table."""
+    for character in "\\|<>*`[]":
+        text = text.replace(character, f"\\{character}")
+    return text.replace("\n", " ")
+
+
+def _code(text: str) -> str:
+    return "`" + text.replace("`", "'").replace("\n", " ") + "`"
+
+
+def newest_table(root: Path) -> str:
+    """What the project's README shows: the newest run of whole models, a GPU's where there is one."""
+    runs = [each for each in find(root) if each.run and any(not row.op for row in timed(each.run.rows))]
+    runs.sort(key=lambda each: on_gpu(each.run), reverse=True)  # stable: the newest stays first
+    link = f"[{RESULTS.as_posix()}/]({RESULTS.as_posix()}/README.md)"
+    if not runs:
+        return f"No results are here that this version reads. What there is: {link}."
+    run = runs[0].run
+    models = [row for row in run.rows if not row.op]
+    note = (
+        f"On {_escape(device(run))}. `over`: our speed over that peer's, above 1 is faster; `tie`: chance could "
+        f"explain the ratio; `of floor`: 100 % is the device's roofline. Everything else: {link}."
+    )
+    return "\n\n".join([*_told(run), matrix(models), note])
+
+
+def with_table(readme: str, table: str) -> str:
+    """`readme` with what stands between its markers replaced. Raises ValueError where they are missing."""
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"README.md has no {BEGIN} and {END}, in this order")
+    return f"{before}{BEGIN}\n\n{table}\n\n{END}{after}"
+
+
+def main(root: Path = ROOT) -> None:
+    """Write all pages. Raises OSError, and ValueError where README.md has no place for the table."""
+    readme = root / "README.md"
+    write_atomically(readme, with_table(readme.read_text(encoding="utf-8"), newest_table(root)).encode())
+    for each in find(root):
+        if each.run:
+            write(each.run, each.folder)
+    write_atomically(root / RESULTS / "README.md", results_page(root).encode())
+
+
+if __name__ == "__main__":
+    main()

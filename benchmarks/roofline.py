@@ -1,0 +1,198 @@
+"""The least time that a case can take: what it costs, by `fastvit.kernels.cost`, at the rates that a device reaches.
+
+The floor of a model is that of a plan, the fused block of five kernels, not of today's kernels: it is the sum over the
+plan's kernels of the larger of their matrix time and their memory time. Today's kernels move more: row statistics are a
+kernel of their own, which reads x once more; the gradient of the normalised tensor is written and read again before
+LayerNorm's gradient; bias gradients read dout again; attention's backward is two kernels; a gate (SwiGLU) runs in
+PyTorch; so a fraction of the floor below 1 says both how fast the kernels run and how far they are from the plan.
+
+Counted: matrix products and matrices, as `cost` says. Not counted: the optimiser, dropout, the loss.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterable
+
+import torch
+from fastvit.kernels import cost
+from fastvit.kernels.cost import Cost, Rates, floor_seconds
+
+from fastvit.verify import SHORT
+
+from .cases import Case
+from .schema import Ceilings
+
+SAMPLES = 7
+
+
+def model_cost(case: Case) -> list[tuple[str, Cost]]:
+    """(kernel, cost) of the plan's kernels for the whole model, each taken over all blocks.
+
+    Images are counted as bytes (uint8), the least that a model takes. The head reads the pooled tokens alone. Inference
+    runs every block for every token. In training the pre-activation is saved, the image needs no gradient, and weights'
+    gradients are float32.
+    """
+    config, size, batch = case.config, case.dtype.itemsize, case.batch
+    dim, rows, training = config.embed_dim, case.batch * case.tokens, case.mode == "training"
+    attention = (batch, case.tokens, config.num_heads, dim // config.num_heads, size)
+    hidden, gated = _mlp(case)
+    packed = hidden * (1 + gated)
+    block = [
+        ("LN + QKV", cost.layer_norm_linear_forward(rows, dim, 3 * dim, size)),
+        ("attention", cost.attention_forward(*attention)),
+        ("proj + residual", cost.linear_residual_forward(rows, dim, dim, size)),
+        ("LN + fc1 + activation", cost.fc1_forward(rows, dim, hidden, size, gated, saved=training)),
+        ("fc2 + residual", cost.linear_residual_forward(rows, hidden, dim, size)),
+    ]
+    if training:
+        # The kernel that makes attention's dout reads its output as well, for the row sums of their product.
+        delta = Cost(0.0, rows * dim * size)
+        block += [
+            ("fc2 input gradient", cost.fc2_input_gradient(rows, hidden, dim, size, gated)),
+            ("fc2 weight gradient", cost.weight_gradient(rows, hidden, dim, size)),
+            ("fc1 weight gradient", cost.weight_gradient(rows, dim, packed, size)),
+            ("fc1 + LN input gradient", cost.layer_norm_linear_input_gradient(rows, dim, packed, size, residual=True)),
+            ("proj input gradient", cost.gemm(rows, dim, dim, size) + delta),
+            ("proj weight gradient", cost.weight_gradient(rows, dim, dim, size)),
+            ("attention backward", cost.attention_backward(*attention, delta=False)),
+            ("QKV weight gradient", cost.weight_gradient(rows, dim, 3 * dim, size)),
+            ("QKV + LN input gradient", cost.layer_norm_linear_input_gradient(rows, dim, 3 * dim, size, residual=True)),
+        ]
+    kernels = [("patch embedding", cost.patch_embed_forward(*_patches(case), pixel_size=1))]
+    kernels += [(name, kernel * config.depth) for name, kernel in block]
+    if training:
+        kernels.append(("patch embedding backward", cost.patch_embed_backward(*_patches(case), pixel_size=1)))
+    if config.num_classes:
+        # The two heads of a distilled model read a token each.
+        head = (batch, dim, config.num_classes, size)
+        kernels.append(("LN + head", cost.layer_norm_linear_forward(*head) * (1 + config.distilled)))
+        if training:
+            kernels.append(("LN + head backward", cost.layer_norm_linear_backward(*head) * (1 + config.distilled)))
+    return kernels
+
+
+def op_cost(case: Case) -> Cost:
+    """What `case.op` costs as it stands in the model's blocks, forward, and in training forward and backward. Images
+    are of the case's dtype. Raises ValueError for a case of a whole model."""
+    forward, backward = _op_directions(case)
+    return forward + backward if case.mode == "training" else forward
+
+
+def case_cost(case: Case) -> Cost:
+    """All of a case, of a model or of an op."""
+    return sum((kernel for _, kernel in _kernels(case)), Cost())
+
+
+def floor(case: Case, rates: Rates) -> float:
+    """Seconds: of a model the sum over the plan's kernels, of an op over its directions, which a single kernel each
+    might do."""
+    return sum(floor_seconds(kernel, rates) for _, kernel in _kernels(case))
+
+
+def _kernels(case: Case) -> list[tuple[str, Cost]]:
+    if not case.op:
+        return model_cost(case)
+    forward, backward = _op_directions(case)
+    return [("forward", forward), ("backward", backward)] if case.mode == "training" else [("forward", forward)]
+
+
+def _op_directions(case: Case) -> tuple[Cost, Cost]:
+    """The costs of `case.op`, forward and backward."""
+    config, size = case.config, case.dtype.itemsize
+    dim, rows, training = config.embed_dim, case.batch * case.tokens, case.mode == "training"
+    if case.op == "patch_embed":
+        return cost.patch_embed_forward(*_patches(case)), cost.patch_embed_backward(*_patches(case))
+    if case.op == "attention":
+        shape = (case.batch, case.tokens, config.num_heads, dim // config.num_heads, size)
+        return cost.attention_forward(*shape), cost.attention_backward(*shape)
+    if case.op == "layer_norm":
+        return cost.layer_norm_forward(rows, dim, size), cost.layer_norm_backward(rows, dim, size)
+    if case.op == "layer_norm_linear":
+        shape = (rows, dim, 3 * dim, size)
+        return cost.layer_norm_linear_forward(*shape), cost.layer_norm_linear_backward(*shape)
+    if case.op == "linear_residual":
+        shape = (rows, dim, dim, size)
+        return cost.linear_residual_forward(*shape), cost.linear_residual_backward(*shape)
+    if case.op == "layer_norm_mlp":
+        hidden, gated = _mlp(case)
+        shape = (rows, dim, hidden, dim, size, gated)
+        return cost.layer_norm_mlp_forward(*shape, saved=training), cost.layer_norm_mlp_backward(*shape)
+    raise ValueError(f"{case.id} is of a whole model, expected a case of one op")
+
+
+def _mlp(case: Case) -> tuple[int, bool]:
+    """Columns that fc2 reads, and whether fc1 makes twice as many, gate and value."""
+    config, gated = case.config, case.config.mlp == "swiglu"
+    return int(config.embed_dim * config.mlp_ratio) // (1 + gated), gated
+
+
+def _patches(case: Case) -> tuple[int, ...]:
+    """The first arguments of `cost.patch_embed_forward`."""
+    config = case.config
+    rows, columns = config.grid_size
+    pixels = config.in_chans * config.patch_size[0] * config.patch_size[1]
+    return case.batch, rows * columns, case.tokens, pixels, config.embed_dim, case.dtype.itemsize
+
+
+def rates(ceilings: Ceilings, dtype: str) -> Rates:
+    """What was measured for a dtype, by its short name ("bf16"). Raises ValueError where that one was not."""
+    if dtype not in ceilings.flops_per_s:
+        measured = ", ".join(ceilings.flops_per_s)
+        raise ValueError(f"dtype is {dtype!r}, expected one whose ceiling was measured: {measured}")
+    return Rates(ceilings.flops_per_s[dtype], ceilings.bytes_per_s)
+
+
+def measure_ceilings(device: str | torch.device, dtypes: Iterable[torch.dtype]) -> Ceilings:
+    """Time a copy far larger than the caches, and for each dtype the product of two large square matrices: the median
+    of several of each, after one that does not count.
+
+    On a GPU 8192 x 8192, by CUDA events; on a CPU sizes that take about a second a dtype on two cores. Products in
+    float32 are under torch's present setting for them (TF32 or not).
+    """
+    device = torch.device(device)
+    return Ceilings(_copy_rate(device), {SHORT[dtype]: _product_rate(dtype, device) for dtype in dtypes})
+
+
+def _copy_rate(device: torch.device) -> float:
+    size = 1 << 30 if device.type == "cuda" else 1 << 27
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * size / _median_seconds(lambda: target.copy_(source), device)
+
+
+def _product_rate(dtype: torch.dtype, device: torch.device) -> float:
+    size = 8192 if device.type == "cuda" else _cpu_size(dtype)
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(left)
+    return 2 * size**3 / _median_seconds(lambda: torch.mm(left, right, out=out), device)
+
+
+def _cpu_size(dtype: torch.dtype, seconds: float = 0.1) -> int:
+    """The largest power of two, to 2048, whose product takes about `seconds` at most, judged by a product of 256."""
+    left, right = (torch.randn(256, 256).to(dtype) for _ in range(2))
+    single = _median_seconds(lambda: left @ right, torch.device("cpu"))
+    size = 256
+    while size < 2048 and single * (2 * size / 256) ** 3 <= seconds:
+        size *= 2
+    return size
+
+
+def _median_seconds(call: Callable[[], object], device: torch.device) -> float:
+    call()
+    return statistics.median(_seconds(call, device) for _ in range(SAMPLES))
+
+
+def _seconds(call: Callable[[], object], device: torch.device) -> float:
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            call()
+            end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1000
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began

@@ -1,0 +1,108 @@
+"""What the gates stop and is let through all the same. An entry that a whole run does not need any more fails it."""
+
+from .gates import SCALAR, SERIALIZED, SPILL, Allowed
+
+# (Triton, architecture, kernel, case) of kernels that keep a few bytes, 40 at most, outside their main loops.
+_SPILLS = (
+    ("3.6.0", "sm_8[09]", "gemm_kernel load_normalised *", "block B/16 bf16, float32 stream, scaled"),
+    ("3.6.0", "sm_89", "gemm_kernel load_normalised *", "block B/16 fp32"),
+    ("3.6.0", "sm_89", "attention_kernel", "attention d=72 bf16"),
+    ("3.6.0", "sm_80", "attention_backward_dkdv_kernel", "attention d=128 fp32"),
+    ("3.6.0", "sm_90", "attention_backward_dkdv_kernel", "attention d=80 fp32"),
+    ("3.6.0", "sm_100", "gemm_kernel load_matrix load_matrix store", "block L/16 bf16"),
+    ("3.6.0", "sm_120", "gemm_kernel load_normalised *", "block B/16 fp32"),
+    ("3.6.0", "sm_120", "gemm_kernel load_matrix load_patches store", "patch embedding B/32 *"),
+    ("3.6.0", "gfx942", "gemm_kernel load_matrix load_normalised store", "block B/16 bf16, float32 stream, scaled"),
+    ("3.9.0", "sm_8[09]", "gemm_kernel load_normalised *", "block B/16 fp32"),
+    ("3.9.0", "sm_89", "attention_backward_dq_kernel", "attention d=64 bf16, masked"),
+    ("3.9.0", "sm_80", "attention_backward_dkdv_kernel", "attention d=64 fp32"),
+    ("3.9.0", "sm_80", "attention_backward_dkdv_kernel", "attention d=128 fp32"),
+    ("3.9.0", "sm_120", "gemm_kernel load_matrix load_patches store", "patch embedding B/32 *"),
+    ("3.9.0", "sm_120", "attention_backward_dq_kernel", "attention d=64 bf16, masked"),
+)
+
+ALLOWED: tuple[Allowed, ...] = (
+    *(
+        Allowed(
+            SCALAR,
+            "A head of this width starts at multiples of 8 elements. Triton is told only whether a stride is a "
+            "multiple of 16, and takes the heads for unaligned: it loads them element by element.",
+            kernel="attention_*",
+            case=f"attention d={width} *",
+        )
+        for width in (72, 88, 104)
+    ),
+    Allowed(
+        SCALAR,
+        "With 197 tokens a row of the bias starts at an odd address, and nothing wider than one element can be loaded. "
+        "The key padding mask is one byte a key.",
+        kernel="attention_*",
+        case="attention * masked",
+    ),
+    Allowed(
+        SCALAR,
+        "Each thread reads lse and delta of the queries in its columns one by one: with 197 tokens a head's row of "
+        "them starts at an odd address. Rows padded to a multiple of four would load by four.",
+        kernel="attention_backward_dkdv_kernel",
+    ),
+    Allowed(
+        SCALAR,
+        "The right operand's rows are tokens here: each thread holds a few columns of many tokens, and reads the "
+        "statistics or the drop path's scale of each token by themselves.",
+        kernel="gemm_kernel load_matrix load_[ns]* store",
+    ),
+    Allowed(
+        SCALAR,
+        "The gain and shift of a pixel's channel are gathered for every column of the tile, each by itself.",
+        kernel="gemm_kernel *load_patches *",
+        case="patch embedding *, uint8",
+    ),
+    Allowed(
+        SCALAR,
+        "A flattened patch has its channels outermost, a channels_last image has them innermost: neighbours in the "
+        "tile are three elements apart in memory.",
+        case="patch embedding *, channels_last",
+    ),
+    Allowed(
+        SCALAR,
+        "A patch's row of 14 pixels is 28 bytes long and starts at any even address: its pixels are loaded one by one, "
+        "and a weight's row of 588 elements is not a multiple of 16.",
+        case="patch embedding L/14 *",
+    ),
+    Allowed(
+        SCALAR,
+        "On this architecture each thread normalises parts of eight rows, and reads the mean and rstd of each row by "
+        "themselves.",
+        arch="sm_100",
+        triton="3.6.0",
+        kernel="gemm_kernel load_normalised load_matrix *",
+    ),
+    Allowed(
+        SCALAR,
+        "Tiles of full-precision float32 are so small that two wide loads a thread fetch both: a few statistics or "
+        "scales outnumber them.",
+        arch="gfx942",
+        case="* fp32",
+    ),
+    Allowed(
+        SERIALIZED,
+        "For float16 (bfloat16 is not) every tile that was tried is serialized but two: one of 32 columns, which loads "
+        "twice as much for each product, and 64x128 with four warps, which spills 436 bytes.",
+        arch="sm_90",
+        triton="3.6.0",
+        kernel="gemm_kernel load_scaled load_matrix store_activation_gradient",
+        case="block B/16 fp16, scaled",
+    ),
+    *(
+        Allowed(
+            SPILL,
+            "A few bytes before or after the main loop, none in it: most often the assembler's price for one more "
+            "block on a multiprocessor.",
+            arch=arch,
+            triton=triton,
+            kernel=kernel,
+            case=case,
+        )
+        for triton, arch, kernel, case in _SPILLS
+    ),
+)

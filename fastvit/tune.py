@@ -1,0 +1,510 @@
+"""Chooses by measuring, on a GPU: the config of each launch, then for each op our kernels or one of PyTorch's ways.
+
+An op's calls are taken from the models at hand (`calls_of`). Each launch that has a choice is shown by
+`kernels.configs.watching`; of the configs worth measuring, `kernels.cost` keeps the most promising. Then each op as a
+whole, forward or forward and backward, is measured against the library: its PyTorch back end, and for attention every
+back end of SDPA. In both, what computes something else than the incumbent is dropped before any timing; the rest are
+timed side by side, in random order, on buffers that rotate so that none is found in the L2 cache; and the incumbent
+stays unless a challenger is faster by more than `GAIN` with quartiles apart. Every decision is kept in the table of
+choices (`fastvit.tuned`) as soon as it is made, also when nothing changes, so that none is measured twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import inspect
+import math
+import random
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from functools import partial
+from typing import Protocol
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from . import dispatch, tuned
+from .kernels import configs, cost, hardware
+from .measure import quartiles, verdict
+from .models.config import ViTConfig
+from .models.vision_transformer import VisionTransformer
+from .ops import _common
+
+MODES = ("inference", "training")
+KEEP = 8  # configs that are measured beside the heuristic's
+GAIN = 1.02  # by which a challenger must be faster
+ROUNDS, WARMUP_ROUNDS = 50, 3
+ROUND_SECONDS = 1e-3  # a replay lasts at least about this long: an event's tick must not count
+MAX_COPIES = 8  # of an op's tensors, to rotate through
+# How many roundings may lie between the results of two configs, and of two ways to run an op, which round in between.
+LAUNCH_ROUNDINGS, OP_ROUNDINGS = 1, 8
+
+Run = Callable[[], tuple[torch.Tensor, ...]]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Time
+
+
+class Clock(Protocol):
+    """What measures: the device, or a test's stand-in."""
+
+    def timer(self, runs: list[Run], graph: bool) -> Callable[[], float]:
+        """A function that measures once: seconds of one of `runs`, which do the same on buffers of their own. graph:
+        replayed from a CUDA graph. Raises RuntimeError for what cannot be captured."""
+
+
+class CudaClock:
+    """Times on the current CUDA device by events around replays of a CUDA graph."""
+
+    def __init__(self):
+        # PyTorch's own stream for captures is of the device that captured first.
+        self._stream = torch.cuda.Stream()
+
+    def timer(self, runs: list[Run], graph: bool) -> Callable[[], float]:
+        def work(repeats: int = 1) -> None:
+            for _ in range(repeats):
+                for run in runs:
+                    run()
+
+        work()  # compiles
+        repeats = self._repeats(work)
+        work = partial(work, repeats)
+        if graph:
+            captured = torch.cuda.CUDAGraph()
+            # Each in a pool of its own: one that cuBLAS left its workspace in cannot be used again once its graphs are
+            # gone. The outer context: a capture that fails leaves its stream in force.
+            with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(captured, stream=self._stream):
+                work()
+            work = captured.replay
+        # A graph does in less time what takes its launches longer.
+        replays = self._repeats(work)
+        calls = replays * repeats * len(runs)
+        return lambda: self._elapsed(lambda: [work() for _ in range(replays)]) / calls
+
+    def _repeats(self, work: Callable[[], object]) -> int:
+        return max(1, math.ceil(ROUND_SECONDS / max(self._elapsed(work), 1e-6)))
+
+    def _elapsed(self, work: Callable[[], object]) -> float:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize()
+        start.record()
+        work()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / 1000
+
+
+def interleave(timers: dict[str, Callable[[], float]]) -> dict[str, list[float]]:
+    """Seconds by name, one a round, each round in a fresh random order: what drifts falls on all alike."""
+    order, shuffle = list(timers), random.Random(0).shuffle
+    measured: dict[str, list[float]] = {name: [] for name in timers}
+    for round in range(WARMUP_ROUNDS + ROUNDS):
+        shuffle(order)
+        for name in order:
+            seconds = timers[name]()
+            if round >= WARMUP_ROUNDS:
+                measured[name].append(seconds)
+    return measured
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# One decision
+
+
+def beats(challenger: list[float], incumbent: list[float]) -> bool:
+    """Whether the challenger's times, paired by round with the incumbent's, take its place."""
+    ratios = [theirs / ours for ours, theirs in zip(challenger, incumbent, strict=True)]
+    apart = quartiles(challenger).q75 < quartiles(incumbent).q25
+    return apart and quartiles(ratios).median > GAIN and verdict(ratios) == "faster"
+
+
+def mismatch(got: Iterable[torch.Tensor], want: Iterable[torch.Tensor], dtype: torch.dtype, roundings: int) -> str:
+    """Why `got` is not `want` up to so many roundings in `dtype`; empty if it is.
+
+    Each element is held against its own size and the tensor's rms. Of a narrow dtype, a rounding is 4 eps: a result
+    and its neighbour are one eps apart, and sums round elsewhere. In float32 it is the order of long sums, 1000 eps.
+    NaN, in what a launch does not write, must be where it was.
+    """
+    limit = roundings * torch.finfo(dtype).eps * (4 if dtype.itemsize == 2 else 1000)
+    for index, (ours, theirs) in enumerate(zip(got, want, strict=True)):
+        if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
+            found = f"{tuple(ours.shape)} {ours.dtype}, expected {tuple(theirs.shape)} {theirs.dtype}"
+            return f"result {index} is {found}"
+        finite = theirs.isfinite()
+        if not torch.equal(ours.isfinite(), finite):
+            return f"result {index} is not finite where it should be, or the other way round"
+        if not finite.any():
+            continue
+        ours, theirs = ours[finite].float(), theirs[finite].float()
+        scale = theirs.abs() + theirs.square().mean().sqrt()
+        error = ((ours - theirs).abs() / scale.clamp_min(torch.finfo(torch.float32).tiny)).max().item()
+        if error > limit:
+            return f"result {index} is wrong: off by {error:.1e} of its size, {limit:.1e} may be"
+    return ""
+
+
+def decide(
+    candidates: dict[str, list[Run]], dtype: torch.dtype, roundings: int, clock: Clock, in_place: bool = False
+) -> tuple[str, dict]:
+    """The name of the candidate to use, and the evidence (fields of `tuned.Entry`). The first is the incumbent.
+
+    Each candidate is a list of runs that do the same on different buffers and return what they wrote; in_place: into
+    tensors that all candidates write, which are filled with NaN before, so that nothing is found there. One that raises
+    or computes something else is dropped. Raises whatever the incumbent does.
+    """
+    (incumbent, (first, *_)), *challengers = candidates.items()
+    written = first() if in_place else ()
+
+    def fresh(run: Run) -> tuple[torch.Tensor, ...]:
+        for tensor in written:
+            tensor.fill_(math.nan)
+        return run()
+
+    want = [tensor.clone() for tensor in fresh(first)] if in_place else first()
+    dropped = {}
+    for name, runs in challengers:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # SDPA's, of a back end that cannot take the call
+                reason = mismatch(fresh(runs[0]), want, dtype, roundings)
+        except Exception as error:  # whatever a candidate that cannot run raises
+            reason = _first_line(error)
+        if reason:
+            dropped[name] = reason
+    if in_place:
+        first()  # other launches may read what a wrong candidate wrote
+    alive = {name: runs for name, runs in candidates.items() if name not in dropped}
+    measured, graph = _time(alive, clock)
+    medians = {name: quartiles(times).median for name, times in measured.items()}
+    winners = [name for name in alive if name != incumbent and beats(measured[name], measured[incumbent])]
+    evidence = {
+        "incumbent": incumbent,
+        "seconds": {name: [float(f"{q:.4g}") for q in quartiles(times)] for name, times in measured.items()},
+        "dropped": dropped,
+        "rounds": ROUNDS,
+        "graph": graph,
+        "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+    return min(winners, key=medians.get, default=incumbent), evidence
+
+
+def _time(candidates: dict[str, list[Run]], clock: Clock) -> tuple[dict[str, list[float]], bool]:
+    """Times of all, from graphs, or from none where one cannot be captured: a launch from Python costs its own time."""
+    for graph in (True, False):
+        try:
+            timers = {name: clock.timer(runs, graph) for name, runs in candidates.items()}
+        except RuntimeError:
+            if not graph:
+                raise
+        else:
+            return interleave(timers), graph
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Calls of ops
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of an op as a shape: args are the op's, tensors on the meta device; those that require grad make it a
+    forward and a backward pass. autocast: the dtype of the autocast it runs under, or None."""
+
+    op: _common.Op
+    args: tuple
+    autocast: torch.dtype | None = None
+
+    @staticmethod
+    def like(op: _common.Op, args: tuple) -> Call:
+        """The call as it would be made now."""
+        autocast = torch.get_autocast_dtype(args[0].device.type) if _common.autocasting(args[0]) else None
+        made = {id(value): _meta(value) for value in args}  # what is given twice, x as its own residual, stays one
+        return Call(op, tuple(made[id(value)] for value in args), autocast)
+
+    def __reduce__(self):
+        return _call_of, (self.op.name, self.args, self.autocast)  # not every function of an op can be pickled
+
+
+def _call_of(name: str, args: tuple, autocast: torch.dtype | None) -> Call:
+    return Call(importlib.import_module(f"{_common.__package__}.{name}").OP, args, autocast)
+
+
+def _meta(value):
+    if not isinstance(value, torch.Tensor):
+        return value
+    return torch.empty(value.shape, dtype=value.dtype, device="meta").requires_grad_(_common.needs_grad(value))
+
+
+class Work:
+    """A call with tensors: `work(function)` runs it once with one of the op's candidates and returns the result and all
+    gradients. make(shape, dtype, name) gives the tensors."""
+
+    def __init__(self, call: Call, device: torch.device, make: Callable):
+        self.call, self.device = call, device
+        names = inspect.signature(call.op.check).parameters
+        made = {}
+        for name, value in zip(names, call.args, strict=True):
+            if isinstance(value, torch.Tensor) and value not in made:
+                made[value] = make(value.shape, value.dtype, name).requires_grad_(value.requires_grad)
+        self.args = tuple(made[value] if isinstance(value, torch.Tensor) else value for value in call.args)
+        self.tensors = list(made.values())
+        self.wanted = [tensor for tensor in self.tensors if tensor.requires_grad]
+        self.dout = None
+        if self.wanted:
+            with self.mode():
+                out = call.op.triton(*self.args)
+            self.dout = make(out.shape, out.dtype, "dout")
+
+    @contextlib.contextmanager
+    def mode(self) -> Iterator[None]:
+        """Gradients and autocast as the call has them."""
+        autocast = self.call.autocast
+        kind = torch.autocast(self.device.type, autocast, enabled=autocast is not None, cache_enabled=False)
+        with torch.set_grad_enabled(bool(self.wanted)), kind:
+            yield
+
+    @property
+    def key(self) -> str:
+        with self.mode():
+            return self.call.op.key(self.args)
+
+    def __call__(self, function: Callable) -> tuple[torch.Tensor, ...]:
+        with self.mode():
+            out = function(*self.args)
+            return (out.detach(), *torch.autograd.grad(out, self.wanted, self.dout)) if self.wanted else (out,)
+
+    def bytes(self) -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors)
+
+
+def _random(device: torch.device) -> Callable:
+    """Random tensors of an op, weights scaled by their inputs; the process's own generators are left alone."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def make(shape, dtype, name):
+        tensor = torch.empty(shape, dtype=dtype, device=device)
+        if dtype == torch.bool:
+            tensor.bernoulli_(0.9, generator=generator)[:, 0] = True  # a mask that leaves every query a key
+            return tensor
+        if not dtype.is_floating_point:
+            return tensor.random_(0, 256, generator=generator)
+        tensor.normal_(generator=generator)
+        return tensor.mul_(math.prod(shape[1:]) ** -0.5) if name.endswith("weight") and len(shape) > 1 else tensor
+
+    return make
+
+
+def works_of(call: Call, device: torch.device, arch: hardware.Arch) -> list[Work]:
+    """The call with random tensors, so often that by the time the first comes round again it has left the L2 cache."""
+    make = _random(device)
+    first = Work(call, device, make)
+    copies = min(MAX_COPIES, math.ceil(2 * arch.l2 / max(1, first.bytes())))
+    return [first, *(Work(call, device, make) for _ in range(copies - 1))]
+
+
+def calls_of(config: ViTConfig, batch: int, dtype: torch.dtype, mode: str) -> list[Call]:
+    """Every distinct call of an op that a model of `config` makes in a forward pass, found by running it without
+    memory. mode: "inference" or "training". Raises ValueError for another mode."""
+    if mode not in MODES:
+        raise ValueError(f"mode is {mode!r}, expected one of {', '.join(MODES)}")
+    with torch.device("meta"):
+        model = VisionTransformer(config).to(dtype).train(mode == "training")
+        images = torch.empty(batch, config.in_chans, *_pair(config.img_size), dtype=dtype)
+    found: dict[str, Call] = {}
+    with (
+        _common.watching(lambda op, args: found.setdefault(op.key(args), Call.like(op, args))),
+        dispatch.use_backend("torch"),
+        torch.set_grad_enabled(mode == "training"),
+    ):
+        model(images)
+    return list(found.values())
+
+
+def _pair(size) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Launches
+
+
+def requests_of(works: list[Work]) -> dict[configs.Request, list[Callable]]:
+    """Each launch with a choice that the works' op makes on our kernels: how to repeat it, once a work."""
+    found: dict[configs.Request, list[Callable]] = {}
+    with configs.watching(lambda request, run: found.setdefault(request, []).append(run)):
+        for work in works:
+            work(work.call.op.triton)
+    return found
+
+
+def pruned(request: configs.Request, arch: hardware.Arch, sms: int) -> dict[configs.Config, float]:
+    """The configs to measure, with their estimates in seconds: the heuristic's, then the `KEEP` most promising."""
+    first, *rest = configs.search_space(request, arch, sms)
+    estimates = {config: cost.request_seconds(request, config, arch, sms) for config in (first, *rest)}
+    return {config: estimates[config] for config in (first, *sorted(rest, key=estimates.get)[:KEEP])}
+
+
+def as_dict(config: configs.Config) -> dict:
+    """A config as a table holds it."""
+    return {type(config).__name__: asdict(config)}
+
+
+def label(config: configs.Config) -> str:
+    """A config's name in a table's evidence."""
+    return tuned.label(as_dict(config))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Tuning
+
+
+class OutOfTime(Exception):
+    """The time limit was reached."""
+
+
+def tune_call(
+    call: Call,
+    device: torch.device,
+    clock: Clock,
+    say: Callable[[str], None] = lambda line: None,
+    deadline: float = math.inf,
+) -> None:
+    """Decide what the table lacks for one call: the config of each of its launches, then the candidate of its op.
+
+    say: called with a line a decision. Raises OutOfTime once `time.monotonic()` has passed `deadline`, between two
+    decisions; a launch for which not even the heuristic's config runs is said and left out.
+    """
+    table, arch, sms = tuned.table(device), hardware.current_arch(), hardware.num_sms(device)
+    with tuned.use_tuning("read-only"), torch.inference_mode(False), torch.no_grad():
+        works = works_of(call, device, arch)
+        if works[0].key in table.own("segments"):
+            return
+
+        def settle(kind: str, key: str, candidates: dict[str, list[Run]], choice_of: Callable, *how) -> None:
+            if time.monotonic() > deadline:
+                raise OutOfTime
+            name, evidence = decide(candidates, *how)
+            entry = tuned.Entry(choice_of(name), **evidence)
+            table.record(kind, key, entry)
+            say(f"{key}: {_summary(entry)}")
+
+        for request, runs in requests_of(works).items():
+            if request.key in table.own("configs"):
+                continue
+            choices = {label(config): config for config in pruned(request, arch, sms)}
+            candidates = {
+                name: [partial(run, config) for run in runs[: len(works)]] for name, config in choices.items()
+            }
+            how = (request.dtype, LAUNCH_ROUNDINGS, clock, True)
+            try:
+                settle("configs", request.key, candidates, lambda name, known=choices: as_dict(known[name]), *how)
+            except OutOfTime:
+                raise
+            except Exception as error:  # whatever a launch raises must not stop the others
+                say(f"{request.key}: not tuned, {_first_line(error)}")
+        candidates = {
+            name: [partial(work, function) for work in works] for name, function in call.op.candidates.items()
+        }
+        settle("segments", works[0].key, candidates, str, _narrowest(call), OP_ROUNDINGS, clock)
+
+
+def _narrowest(call: Call) -> torch.dtype:
+    """The dtype that rounds the most in a call."""
+    dtypes = [a.dtype for a in call.args if isinstance(a, torch.Tensor) and a.is_floating_point()]
+    return min([*dtypes, call.autocast or dtypes[0]], key=lambda dtype: dtype.itemsize)
+
+
+def _summary(entry: tuned.Entry) -> str:
+    medians = {name: median for name, (_, median, _) in entry.seconds.items()}
+    gain = medians[entry.incumbent] / medians[entry.chosen]
+    how = "stays" if entry.chosen == entry.incumbent else f"is {gain:.2f} times as fast as {entry.incumbent}"
+    dropped = "".join(f"; dropped {name}: {reason}" for name, reason in entry.dropped.items())
+    return f"{entry.chosen} {how}, {1e6 * medians[entry.chosen]:.1f} us, of {len(medians)} timed{dropped}"
+
+
+def tune(calls: Iterable[Call], device: torch.device, clock: Clock, say=lambda line: None, deadline=math.inf) -> int:
+    """`tune_call` for each; one that fails is said and left out. Returns how many did. Raises OutOfTime."""
+    failed = 0
+    for call in calls:
+        try:
+            tune_call(call, device, clock, say, deadline)
+        except OutOfTime:
+            raise
+        except Exception as error:
+            failed += 1
+            say(f"{call.op.name}: not tuned, {_first_line(error)}")
+    return failed
+
+
+_given_up: set[str] = set()
+
+
+def tune_missing(op: _common.Op, args: tuple) -> None:
+    """Tune a call that is about to be made on a GPU, where the table has nothing for it: FASTVIT_TUNING=measure. Where
+    that fails, it warns, and the heuristics stand."""
+    device, key = args[0].device, op.key(args)
+    if key in tuned.table(device).segments or key in _given_up:
+        return
+    try:
+        with torch.cuda.device(device):
+            tune_call(Call.like(op, args), device, CudaClock())
+    except Exception as error:  # no measurement is worth a user's run
+        _given_up.add(key)
+        warnings.warn(f"{key} could not be tuned: {_first_line(error)}", stacklevel=4)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Without a GPU
+
+
+class _AbsentDriver:
+    """Answers for a GPU as far as choosing a config and compiling a kernel ask."""
+
+    def __init__(self, target: GPUTarget):
+        self._target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device) -> int:
+        return 0
+
+
+@contextlib.contextmanager
+def without_gpu(target: GPUTarget, run: Callable = JITFunction.run) -> Iterator[None]:
+    """In the `with` body Triton takes `target` for its device, and launches go to run(kernel, *args, grid, warmup,
+    **kwargs) in place of Triton's own method."""
+    driver, before = triton.runtime.driver, (triton.runtime.driver._active, JITFunction.run)
+    driver.set_active(_AbsentDriver(target))
+    JITFunction.run = run
+    try:
+        yield
+    finally:
+        driver._active, JITFunction.run = before
+
+
+def hollow(call: Call) -> Work:
+    """The call with tensors that hold nothing, on the CPU: for launches that nothing runs."""
+    return Work(call, torch.device("cpu"), lambda shape, dtype, name: torch.empty(shape, dtype=dtype))
+
+
+def planned(call: Call, arch: hardware.Arch) -> dict[configs.Request, dict[configs.Config, float]]:
+    """What `tune_call` would measure on a GPU of `arch` for a call's launches, with the estimates it prunes by."""
+    target = GPUTarget(arch.backend, arch.capability, arch.warp_size)
+    with without_gpu(target, run=lambda *args, **kwargs: None), torch.no_grad():
+        found = requests_of([hollow(call)])
+    return {request: pruned(request, arch, arch.sms) for request in found}

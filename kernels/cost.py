@@ -1,0 +1,466 @@
+"""What the ops and their kernels cost: FLOPs and bytes from shapes alone, and a rough estimate of a launch's time.
+
+Three things, each built on the one before:
+
+- *Ops*, forward and backward: the least they need. FLOPs are those of the matrix products (a multiplication and an
+  addition are two); the elementwise ones, which run beside them, are not counted. Bytes are of device memory: every
+  matrix that a kernel of the plan reads or writes, once, with nothing kept in caches from one kernel to the next.
+  Left out as small: vectors (biases, norm and scale parameters, row statistics) and the position table, which is one
+  image's tokens. The plan is the fused block of five kernels, LN + QKV, attention, proj + residual, LN + fc1 +
+  activation, fc2 + residual, with row statistics and LayerNorm's gradient made in the epilogues of their neighbours.
+  What today's kernels move beyond it is said in the head of each kernel's file.
+- *Launches*: what one launch of a kernel needs, for `triton.jit(launch_metadata=...)`, which Triton's profiler
+  (Proton) reads. Triton evaluates it only when a profiler asks.
+- *Estimates* of a launch's seconds with a config on an architecture. They rank candidates and promise no time: nothing
+  here was measured, and caches, clocks and instruction mixes are not modelled.
+
+Sizes are in elements, `itemsize` in bytes an element; gradients of weights are float32 (float64 for float64).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from . import configs
+from .configs import AttentionConfig, Config, GemmConfig, Request, RowConfig
+from .hardware import Arch
+
+
+@dataclass(frozen=True)
+class Cost:
+    """flops: of matrix products; bytes: of device memory, read and written."""
+
+    flops: float = 0.0
+    bytes: float = 0.0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.flops + other.flops, self.bytes + other.bytes)
+
+    def __mul__(self, times: float) -> Cost:
+        return Cost(self.flops * times, self.bytes * times)
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a device reaches: FLOP/s in one dtype, bytes/s of device memory."""
+
+    flops_per_s: float
+    bytes_per_s: float
+
+
+def floor_seconds(cost: Cost, rates: Rates) -> float:
+    """The least time for `cost`: products and memory traffic overlap perfectly (the roofline, doi
+    10.1145/1498765.1498785)."""
+    return max(cost.flops / rates.flops_per_s, cost.bytes / rates.bytes_per_s)
+
+
+def gemm(m: int, n: int, k: int, itemsize: int, extra: int = 0) -> Cost:
+    """An (m, k) by (k, n) product; extra: elements that its epilogue reads or writes beside the result."""
+    return Cost(2.0 * m * n * k, (m * k + k * n + m * n + extra) * itemsize)
+
+
+def weight_gradient(rows: int, inputs: int, outputs: int, itemsize: int) -> Cost:
+    """dy^T x over `rows` tokens, dy (rows, outputs), x (rows, inputs), the result in the accumulator's dtype."""
+    return Cost(
+        2.0 * rows * inputs * outputs, rows * (inputs + outputs) * itemsize + inputs * outputs * _wide(itemsize)
+    )
+
+
+def _wide(itemsize: int) -> int:
+    return max(itemsize, 4)
+
+
+# ---- The ops -----------------------------------------------------------------------------------------------------
+
+
+def row_statistics(rows: int, columns: int, itemsize: int) -> Cost:
+    """Mean and 1/sqrt(var + eps) of each row."""
+    return Cost(0.0, rows * columns * itemsize)
+
+
+def column_sum(rows: int, columns: int, itemsize: int) -> Cost:
+    """Sum over rows."""
+    return Cost(0.0, rows * columns * itemsize)
+
+
+def layer_norm_forward(rows: int, columns: int, itemsize: int) -> Cost:
+    """x read, y written."""
+    return Cost(0.0, 2 * rows * columns * itemsize)
+
+
+def layer_norm_backward(rows: int, columns: int, itemsize: int, residual: bool = False) -> Cost:
+    """dy and x read, dx written; residual: with the gradient that is added to dx."""
+    return Cost(0.0, (3 + residual) * rows * columns * itemsize)
+
+
+def layer_norm_linear_forward(rows: int, inputs: int, outputs: int, itemsize: int) -> Cost:
+    """linear(layer_norm(x)): one product."""
+    return gemm(rows, outputs, inputs, itemsize)
+
+
+def layer_norm_linear_input_gradient(
+    rows: int, inputs: int, outputs: int, itemsize: int, residual: bool = False
+) -> Cost:
+    """The gradient of x: one product, LayerNorm's gradient in its epilogue, which reads x; residual: with the gradient
+    that is added to dx."""
+    return gemm(rows, inputs, outputs, itemsize, extra=(1 + residual) * rows * inputs)
+
+
+def layer_norm_linear_backward(rows: int, inputs: int, outputs: int, itemsize: int, residual: bool = False) -> Cost:
+    """The gradients of x and the weight: two products."""
+    return layer_norm_linear_input_gradient(rows, inputs, outputs, itemsize, residual) + weight_gradient(
+        rows, inputs, outputs, itemsize
+    )
+
+
+def linear_residual_forward(rows: int, inputs: int, outputs: int, itemsize: int, residual: bool = True) -> Cost:
+    """residual + scales * linear(x): one product."""
+    return gemm(rows, outputs, inputs, itemsize, extra=residual * rows * outputs)
+
+
+def linear_residual_backward(rows: int, inputs: int, outputs: int, itemsize: int) -> Cost:
+    """The gradients of x and the weight: two products. The residual's is dout itself."""
+    return gemm(rows, inputs, outputs, itemsize) + weight_gradient(rows, inputs, outputs, itemsize)
+
+
+def fc1_forward(rows: int, inputs: int, hidden: int, itemsize: int, gated: bool = False, saved: bool = False) -> Cost:
+    """activation(linear(layer_norm(x))) -> (rows, hidden): one product. gated: of 2 * hidden columns, gate and value
+    (SwiGLU), combined in its epilogue; saved: the pre-activation is written too."""
+    outputs = (1 + gated) * hidden
+    written = rows * (hidden + saved * outputs)
+    return Cost(2.0 * rows * inputs * outputs, (rows * inputs + inputs * outputs + written) * itemsize)
+
+
+def fc2_input_gradient(rows: int, hidden: int, outputs: int, itemsize: int, gated: bool = False) -> Cost:
+    """The gradient of fc1's output: dout fc2 times the activation's derivative, from the pre-activation, with the
+    activated tensor, made again, written for fc2's weight gradient. One product."""
+    return gemm(rows, hidden, outputs, itemsize, extra=rows * hidden * (4 if gated else 2))
+
+
+def layer_norm_mlp_forward(
+    rows: int, inputs: int, hidden: int, outputs: int, itemsize: int, gated=False, saved=False, residual=True
+) -> Cost:
+    """residual + scales * fc2(activation(fc1(layer_norm(x)))): two products. hidden: columns that fc2 reads; gated,
+    saved: see `fc1_forward`."""
+    return fc1_forward(rows, inputs, hidden, itemsize, gated, saved) + linear_residual_forward(
+        rows, hidden, outputs, itemsize, residual
+    )
+
+
+def layer_norm_mlp_backward(
+    rows: int, inputs: int, hidden: int, outputs: int, itemsize: int, gated=False, residual=True
+) -> Cost:
+    """All gradients, from the saved pre-activation: four products."""
+    return (
+        fc2_input_gradient(rows, hidden, outputs, itemsize, gated)
+        + weight_gradient(rows, hidden, outputs, itemsize)
+        + layer_norm_linear_backward(rows, inputs, (1 + gated) * hidden, itemsize, residual)
+    )
+
+
+def _attention(batch: int, tokens: int, num_heads: int, head_dim: int, itemsize: int, products: int, tensors: int):
+    """`products` of (tokens, tokens, head_dim) a head, `tensors` of (tokens, head_dim) a head."""
+    heads = batch * num_heads
+    return Cost(2.0 * products * heads * tokens**2 * head_dim, tensors * heads * tokens * head_dim * itemsize)
+
+
+def attention_forward(batch: int, tokens: int, num_heads: int, head_dim: int, itemsize: int) -> Cost:
+    """q, k, v read, the output written; two products."""
+    return _attention(batch, tokens, num_heads, head_dim, itemsize, products=2, tensors=4)
+
+
+def attention_backward(
+    batch: int, tokens: int, num_heads: int, head_dim: int, itemsize: int, delta: bool = True
+) -> Cost:
+    """q, k, v and dout read, dq, dk, dv written, in one kernel; five products, the scores being made again. delta: the
+    output is read as well, for the row sums of out * dout, which may come from the kernel that makes dout."""
+    return _attention(batch, tokens, num_heads, head_dim, itemsize, products=5, tensors=7 + delta)
+
+
+def attention_backward_dq(batch: int, tokens: int, num_heads: int, head_dim: int, itemsize: int) -> Cost:
+    """The first of the two backward kernels: q, k, v, out, dout read, dq written; three products."""
+    return _attention(batch, tokens, num_heads, head_dim, itemsize, products=3, tensors=6)
+
+
+def attention_backward_dkdv(batch: int, tokens: int, num_heads: int, head_dim: int, itemsize: int) -> Cost:
+    """The second: q, k, v, dout read, dk, dv written; four products."""
+    return _attention(batch, tokens, num_heads, head_dim, itemsize, products=4, tensors=6)
+
+
+def patch_embed_forward(
+    batch: int, patches: int, tokens: int, pixels: int, embed_dim: int, itemsize: int, pixel_size: int | None = None
+) -> Cost:
+    """`patches` an image, of `pixels` values (C * ph * pw) each, of pixel_size bytes (None: itemsize), to `tokens` rows
+    an image, prefix included: one product."""
+    return _patch_product(batch, patches, tokens, pixels, embed_dim, itemsize, pixel_size, itemsize)
+
+
+def patch_embed_backward(
+    batch: int, patches: int, tokens: int, pixels: int, embed_dim: int, itemsize: int, pixel_size: int | None = None
+) -> Cost:
+    """The gradient of the weight; that of the image, which training does not need, is not in it. One product."""
+    return _patch_product(batch, patches, tokens, pixels, embed_dim, itemsize, pixel_size, _wide(itemsize))
+
+
+def _patch_product(batch, patches, tokens, pixels, embed_dim, itemsize, pixel_size, weight_size) -> Cost:
+    image = batch * patches * pixels * (itemsize if pixel_size is None else pixel_size)
+    moved = image + batch * tokens * embed_dim * itemsize + pixels * embed_dim * weight_size
+    return Cost(2.0 * batch * patches * pixels * embed_dim, moved)
+
+
+# ---- Launches: (grid, metadata, args) -> what Triton's profiler reads --------------------------------------------
+
+
+def _matrix_bytes(*values) -> int:
+    """Bytes of the tensors of two or more axes among `values`, of an expanded axis once."""
+    total = 0
+    for value in values:
+        if isinstance(value, torch.Tensor) and value.dim() > 1:
+            sizes = (size for size, stride in zip(value.shape, value.stride(), strict=True) if stride)
+            total += math.prod(sizes) * value.element_size()
+    return total
+
+
+def _metrics(metadata, about: str, cost: Cost, itemsize: int) -> dict:
+    """Proton's keys: FLOPs by the operands' width in bits, bytes; the name groups equal launches."""
+    metrics = {"name": f"{metadata.name} [{about}]", "bytes": cost.bytes}
+    return metrics | {f"flops{8 * itemsize}": cost.flops} if cost.flops else metrics
+
+
+def gemm_launch(grid, metadata, args: dict) -> dict:
+    """`launch_metadata` of `gemm.gemm_kernel`: every matrix that loaders and epilogue are given, once."""
+    m, n, k = args["M"], args["N"], args["K"]
+    moved = _matrix_bytes(*args["a"], *args["b"], *args["target"])
+    made_of = " ".join(args[role].__name__ for role in ("LOAD_A", "LOAD_B", "EPILOGUE"))
+    cost = Cost(gemm(m, n, k, 0).flops, moved)
+    return _metrics(metadata, f"{made_of}, M={m} N={n} K={k}", cost, args["DTYPE"].primitive_bitwidth // 8)
+
+
+def _attention_launch(metadata, args: dict, of_op, *others) -> dict:
+    qkv = args["qkv_ptr"]
+    batch, tokens, _, heads, head_dim = qkv.shape
+    cost = of_op(batch, tokens, heads, head_dim, qkv.element_size()) + Cost(0.0, _matrix_bytes(*others))
+    about = f"B={batch} N={tokens} H={heads} d={head_dim}"
+    return _metrics(metadata, about, cost, qkv.element_size())
+
+
+def attention_launch(grid, metadata, args: dict) -> dict:
+    """`launch_metadata` of `attention.attention_kernel`."""
+    return _attention_launch(metadata, args, attention_forward, args["mask_ptr"], args["bias_ptr"])
+
+
+def attention_backward_dq_launch(grid, metadata, args: dict) -> dict:
+    """`launch_metadata` of `attention.attention_backward_dq_kernel`."""
+    others = (args[name] for name in ("mask_ptr", "bias_ptr", "dbias_ptr"))
+    return _attention_launch(metadata, args, attention_backward_dq, *others)
+
+
+def attention_backward_dkdv_launch(grid, metadata, args: dict) -> dict:
+    """`launch_metadata` of `attention.attention_backward_dkdv_kernel`."""
+    return _attention_launch(metadata, args, attention_backward_dkdv, args["mask_ptr"], args["bias_ptr"])
+
+
+def _rows_launch(metadata, x, of_op, **options) -> dict:
+    rows, columns = x.shape
+    cost = of_op(rows, columns, x.element_size(), **options)
+    return _metrics(metadata, f"rows={rows} columns={columns}", cost, x.element_size())
+
+
+def layer_norm_launch(grid, metadata, args: dict) -> dict:
+    """`launch_metadata` of `layer_norm.layer_norm_kernel`."""
+    return _rows_launch(metadata, args["x_ptr"], row_statistics if args["y_ptr"] is None else layer_norm_forward)
+
+
+def layer_norm_backward_launch(grid, metadata, args: dict) -> dict:
+    """`launch_metadata` of `layer_norm.layer_norm_backward_kernel`."""
+    residual = args["dresidual_ptr"] is not None
+    return _rows_launch(metadata, args["x_ptr"], layer_norm_backward, residual=residual)
+
+
+def column_sum_launch(grid, metadata, args: dict) -> dict:
+    """`launch_metadata` of `reduce.column_sum_kernel`."""
+    return _rows_launch(metadata, args["x_ptr"], column_sum)
+
+
+# ---- Estimates ---------------------------------------------------------------------------------------------------
+
+# Shares of the data sheet's rates that the best code reaches: planning figures for an H100 (790 of 989 bf16 TFLOP/s,
+# 3.0 of 3.35 TB/s), taken for every architecture.
+REACHED_FLOPS, REACHED_BANDWIDTH = 0.8, 0.9
+# Of what is reached: by the depth K of a product, for filling and draining its pipeline (the shape of Hopper's table in
+# Triton's Gluon tutorial on persistent kernels), and by BLOCK_M * BLOCK_N / (BLOCK_M + BLOCK_N), products an operand
+# loaded: 64x64, 64x128, 128x128, 128x192, 128x256 (a rule of thumb).
+DEPTH_SHARE = ((192, 0.62), (384, 0.75), (768, 0.83), (1024, 0.85), (2048, 0.89), (4096, 0.92))
+TILE_SHARE = ((32, 0.60), (42.7, 0.80), (64, 0.93), (76.8, 0.98), (85.3, 1.0))
+# Softmax beside the products leaves attention this share (planning figures: 400 and 330 TFLOP/s of an H100's 790).
+ATTENTION_SHARE, ATTENTION_BACKWARD_SHARE = 0.5, 0.42
+# Each kernel's cost, products a tile of scores, and share.
+_ATTENTION = {
+    "attention_forward": (attention_forward, 2, ATTENTION_SHARE),
+    "attention_backward_dq": (attention_backward_dq, 3, ATTENTION_BACKWARD_SHARE),
+    "attention_backward_dkdv": (attention_backward_dkdv, 4, ATTENTION_BACKWARD_SHARE),
+}
+# From load to data, clock cycles (arXiv 2402.13499 has about 470 for A100 and H100).
+LATENCY_CYCLES = 480
+# Instructions an element of a row-wise kernel takes, load, reductions and store together (a rule of thumb).
+ROW_INSTRUCTIONS = 20
+# A kernel inside a replayed graph, start to start, beyond its work (a planning figure).
+LAUNCH_SECONDS = 1.5e-6
+
+
+def request_cost(request: Request) -> Cost:
+    """What the launch that `request` states needs at least, every operand in request.dtype. A gemm's epilogue is taken
+    to write one matrix and to read none."""
+    itemsize = request.dtype.itemsize
+    if request.kernel == "gemm":
+        m, n, k = request.shape
+        return weight_gradient(k, n, m, itemsize) if "partial" in request.traits else gemm(m, n, k, itemsize)
+    if request.kernel in _ATTENTION:
+        return _ATTENTION[request.kernel][0](*request.shape, itemsize)
+    rows, columns = request.shape
+    return Cost(0.0, _matrices_moved(request) * rows * columns * itemsize)
+
+
+def _matrices_moved(request: Request) -> int:
+    """How many matrices of (rows, columns) a row-wise kernel reads or writes."""
+    moves = {"layer_norm_statistics": 1, "layer_norm_forward": 2, "column_sum": 1}
+    return moves.get(request.kernel, 3 + ("residual" in request.traits))
+
+
+def request_seconds(request: Request, config: Config, arch: Arch, sms: int | None = None) -> float:
+    """An estimate, not a promise: seconds of the launch that `request` states, with `config`, on an otherwise idle
+    `arch` of `sms` multiprocessors (None: those of `arch.gpu`), each with the rates of one of `arch.gpu`'s.
+
+    Every operand is taken to be in request.dtype, and an epilogue to write one matrix and read none. Whether the config
+    is valid is not asked: that is `configs.why_invalid`'s.
+    """
+    itemsize = request.dtype.itemsize
+    how = {"shared": configs.shared_memory(config, request, arch), "sms": sms}
+    if request.kernel == "gemm":
+        return gemm_seconds(*request.shape, itemsize, config, arch, **how)
+    if request.kernel in _ATTENTION:
+        return attention_seconds(*request.shape, itemsize, config, arch, request.kernel, **how)
+    from . import layer_norm, reduce  # which import this file
+
+    stretches = {"layer_norm_backward": layer_norm.MAX_PARTIALS, "column_sum": reduce.MAX_PARTIALS}
+    return row_seconds(
+        *request.shape,
+        itemsize,
+        config,
+        arch,
+        _matrices_moved(request),
+        stretches.get(request.kernel),
+        sms,
+    )
+
+
+def gemm_seconds(
+    m: int,
+    n: int,
+    k: int,
+    itemsize: int,
+    config: GemmConfig,
+    arch: Arch,
+    shared: int = 0,
+    sms: int | None = None,
+) -> float:
+    """An estimate, not a promise: one (m, n) product over k, its SPLIT_K parts added by a second kernel.
+
+    Products on tensor cores for 16-bit operands, in full precision without them for wider ones. shared: bytes of shared
+    memory that a block needs; sms: see `request_seconds`.
+    """
+    depth = _ceil(k, config.SPLIT_K)
+    tiles = _ceil(m, config.BLOCK_M) * _ceil(n, config.BLOCK_N) * config.SPLIT_K
+    intensity = config.BLOCK_M * config.BLOCK_N / (config.BLOCK_M + config.BLOCK_N)
+    share = _interpolate(DEPTH_SHARE, depth) * _interpolate(TILE_SHARE, intensity)
+    step = 2 * config.BLOCK_M * config.BLOCK_N * config.BLOCK_K / (share * _flops_of_sm(itemsize, arch))
+    compute = _seconds_of_programs(tiles, _ceil(depth, config.BLOCK_K), step, config, arch, shared, sms)
+    if config.SPLIT_K == 1:
+        return max(compute, _memory_seconds(gemm(m, n, k, itemsize).bytes, arch)) + LAUNCH_SECONDS
+    partial = m * n * _wide(itemsize)
+    moved = (m * k + k * n) * itemsize + config.SPLIT_K * partial
+    reduction = _memory_seconds((config.SPLIT_K + 1) * partial, arch)
+    return max(compute, _memory_seconds(moved, arch)) + reduction + 2 * LAUNCH_SECONDS
+
+
+def attention_seconds(
+    batch: int,
+    tokens: int,
+    num_heads: int,
+    head_dim: int,
+    itemsize: int,
+    config: AttentionConfig,
+    arch: Arch,
+    kernel: str = "attention_forward",
+    shared: int = 0,
+    sms: int | None = None,
+) -> float:
+    """An estimate, not a promise: one kernel of attention, by its name in `configs.CONFIGS`. shared, sms: see
+    `gemm_seconds`."""
+    of_kernel, products, share = _ATTENTION[kernel]
+    # As many columns as whole products of 16 take.
+    flops = 2 * products * config.BLOCK_ROWS * config.BLOCK_STEP * 16 * _ceil(head_dim, 16)
+    programs = batch * num_heads * _ceil(tokens, config.BLOCK_ROWS)
+    step = flops / (share * _flops_of_sm(itemsize, arch))
+    compute = _seconds_of_programs(programs, _ceil(tokens, config.BLOCK_STEP), step, config, arch, shared, sms)
+    moved = of_kernel(batch, tokens, num_heads, head_dim, itemsize).bytes
+    return max(compute, _memory_seconds(moved, arch)) + LAUNCH_SECONDS
+
+
+def row_seconds(
+    rows: int,
+    columns: int,
+    itemsize: int,
+    config: RowConfig,
+    arch: Arch,
+    moves: int = 2,
+    stretches: int | None = None,
+    sms: int | None = None,
+) -> float:
+    """An estimate, not a promise: a row-wise kernel that reads or writes `moves` matrices of (rows, columns), each
+    program a tile of rows, or one of at most `stretches` of them. sms: see `request_seconds`."""
+    tiles = _ceil(rows, config.BLOCK_ROWS)
+    steps = 1 if stretches is None else _ceil(tiles, stretches)
+    programs = _ceil(tiles, steps) * _ceil(columns, config.BLOCK_D)
+    moved = moves * config.BLOCK_ROWS * min(columns, config.BLOCK_D) * itemsize
+    instructions = ROW_INSTRUCTIONS * config.BLOCK_ROWS * config.BLOCK_D
+    # An SM's share of the bandwidth, and of the data sheet's FLOP/s, which count two an instruction.
+    step = arch.sms * max(_memory_seconds(moved, arch), 2 * instructions / arch.flops_32)
+    compute = _seconds_of_programs(programs, steps, step, config, arch, 0, sms)
+    return max(compute, _memory_seconds(moves * rows * columns * itemsize, arch)) + LAUNCH_SECONDS
+
+
+def _seconds_of_programs(programs: int, steps: int, step_seconds: float, config, arch, shared: int, sms) -> float:
+    """Equal programs dealt out over the multiprocessors; those that fit on one together share its rates and hide each
+    other's latency, which no step of them all is shorter than, beyond what its stages prefetch."""
+    resident = max(1, min(arch.shared // (shared + 1024), arch.warps // config.num_warps, arch.blocks))
+    latency = LATENCY_CYCLES / arch.clock / max(1, getattr(config, "num_stages", 1) - 1)
+    full, rest = divmod(_ceil(programs, arch.sms if sms is None else sms), resident)
+    waves = full * max(resident * step_seconds, latency)
+    return steps * (waves + (max(rest * step_seconds, latency) if rest else 0.0))
+
+
+def _flops_of_sm(itemsize: int, arch: Arch) -> float:
+    return REACHED_FLOPS * (arch.flops_16 if itemsize <= 2 else arch.flops_32) / arch.sms
+
+
+def _memory_seconds(moved: float, arch: Arch) -> float:
+    return moved / (REACHED_BANDWIDTH * arch.bandwidth)
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _interpolate(points: tuple[tuple[float, float], ...], x: float) -> float:
+    """Linear in log(x) between the points, in proportion to x below the first, the last value above the last."""
+    below, share = points[0]
+    if x <= below:
+        return share * x / below
+    for (low, share), (high, higher) in zip(points, points[1:], strict=False):
+        if x <= high:
+            return share + (higher - share) * math.log(x / low) / math.log(high / low)
+    return points[-1][1]
