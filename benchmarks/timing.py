@@ -22,6 +22,9 @@ from .schema import Spread
 # In 12 rounds a sign test may be lost once: with 2 % of noise it then calls a difference of 5 % in nine cases of ten.
 MIN_ROUNDS, MAX_ROUNDS = 12, 51
 ROUND_SECONDS = 0.02  # calls are repeated within a round until it lasts this long: a clock's tick must not count
+# Threads of a library go on spinning for work after its call, on cores that the next contestant needs: ONNX Runtime's
+# doubled what came after them, PyTorch's own slowed ONNX Runtime by a sixth.
+PAUSE_SECONDS = 0.03
 STEADY, STEADY_WITHIN, MAX_WARM_UPS = 3, 0.02, 20
 ENERGY_SECONDS = 1.0  # the energy counter moves in steps of some ten milliseconds
 
@@ -114,6 +117,7 @@ def timer(device: str) -> Timer:
 
 
 def _wall(call: Call, repeats: int) -> float:
+    time.sleep(PAUSE_SECONDS)
     start = time.perf_counter()
     for _ in range(repeats):
         call()

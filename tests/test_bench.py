@@ -42,6 +42,7 @@ def quick(monkeypatch, photos):
     create = fastvit.create_model
     monkeypatch.setattr(fastvit, "create_model", lambda name, **kwargs: create(name, depth=2, **kwargs))
     monkeypatch.setattr(timing, "ROUND_SECONDS", 0)
+    monkeypatch.setattr(timing, "PAUSE_SECONDS", 0)
     monkeypatch.setattr(timing, "pin_threads", torch.get_num_threads)
     ceilings = schema.Ceilings(1e10, {"fp32": 1e11, "bf16": 1e11, "fp16": 1e11})
     monkeypatch.setattr(bench.roofline, "measure_ceilings", lambda device, dtypes: ceilings)

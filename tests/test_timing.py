@@ -23,6 +23,10 @@ class Machine:
         self.noise, self.spikes, self.drift = noise, spikes, drift
         self.ran = []
         monkeypatch.setattr(timing.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(timing.time, "sleep", self.sleep)
+
+    def sleep(self, seconds):
+        self.now += seconds
 
     def call(self, name, seconds):
         def run():
@@ -52,6 +56,22 @@ def test_the_same_is_a_tie_and_five_percent_are_seen(monkeypatch, factor, call, 
         assert len(measured["ours"]) >= 21
         called.append(verdict(ratios(measured, "peer")))
     assert called.count(call) >= least, {word: called.count(word) for word in set(called)}
+
+
+def test_a_library_whose_threads_go_on_spinning_does_not_slow_the_next(monkeypatch):
+    machine = Machine(monkeypatch)
+    until = 0.0
+
+    def spinning():
+        nonlocal until
+        machine.now += 0.02
+        until = machine.now + 0.02
+
+    def next_one():
+        machine.now += 0.04 if machine.now < until else 0.02
+
+    measured, _ = timing.interleave({"a": spinning, "b": next_one}, timing._wall, 2.0)
+    assert measured["b"] == pytest.approx([0.02] * len(measured["b"]))
 
 
 def test_five_percent_are_seen_in_the_fewest_rounds(monkeypatch):
