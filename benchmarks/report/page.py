@@ -65,7 +65,7 @@ p { margin: .5rem 0; }
 dl { margin: 0; }
 .answers div, .facts div { border-top: 1px solid var(--line); padding: .7rem 0; }
 dt { font-weight: 600; }
-dd { margin: 0; overflow-wrap: anywhere; }
+dd { margin: 0; min-width: 0; overflow-wrap: anywhere; }
 dd p:first-child { margin-top: 0; }
 .facts dt { font-weight: 400; color: var(--quiet); }
 @media (min-width: 50rem) {
