@@ -233,7 +233,7 @@ def fractions(rows: list[Row]) -> list[float]:
 
 
 def _beyond(rows: list[Row]) -> dict[str, float]:
-    """The sides that took less than the least time there is, and the largest fraction of the limit that each reached."""
+    """The sides that took less than the least time there is, and the largest fraction of the limit each reached."""
     found: dict[str, float] = {}
     for row in rows:
         for side in row.contestants:
