@@ -11,12 +11,15 @@ help:
 	@echo "make verify    every kernel against the reference"
 	@echo "make test      the tests; make test-all: with the slow ones"
 	@echo "make static    compile every kernel for six architectures with two Tritons: docs/static, in about 12 minutes"
-	@echo "make gpu       verify, tune, bench and profile on this machine's GPU, with the python3 on PATH, under 9 minutes"
+	@echo "make gpu       all that is worth knowing on this machine's GPU, with the python3 on PATH, under 9 minutes:"
+	@echo "               OUT=folder FROM=archive COMMIT=name BUDGET=seconds MODELS=names BATCH=n STEPS=names"
 	@echo "make pages     the pages and tables of benchmarks/results/ anew, and the table in README.md"
 	@echo "make clean     remove the environment and what was built"
 
-# The time limit is for a busy machine: rows that it leaves out are named.
+# What would not fit the time limit is left out before the start, and named. With a GPU, ViT-B is tuned first.
 bench: verify
+	@if $(VENV)/bin/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then \
+		$(VENV)/bin/fastvit tune --models vit_base_patch16_224 --batches 256 --time-limit 45 || true; fi
 	@$(VENV)/bin/fastvit bench --peers reference,timm,torchvision --output results --time-limit 150
 
 verify: $(VENV)/.bench
@@ -54,9 +57,15 @@ $(VENV)-static-%/.installed: $(VENV)/.bench
 	@$(VENV)/bin/python -m pip install -qq --disable-pip-version-check --no-deps --upgrade --target $(@D) triton==$*
 	@touch $@
 
-# Within the budget, and what a step that hangs takes to be stopped: under nine minutes. A second call goes on from there.
+# Under nine minutes, with what it takes to stop a step that hangs. A second call goes on from there.
+# OUT: the folder for what it finds, results/gpu if not said. FROM: the archive of an earlier call, where OUT has none.
+# COMMIT: what to call these sources where there is no git. BUDGET: seconds. MODELS, BATCH: for a smaller GPU.
+# STEPS: only these.
 gpu:
-	@PYTHONPATH=".:$$PYTHONPATH" PYTHONDONTWRITEBYTECODE=1 python3 -m fastvit.benchmarks.runbook
+	@PYTHONPATH=".:$$PYTHONPATH" PYTHONDONTWRITEBYTECODE=1 python3 -m fastvit.benchmarks.runbook \
+		$(if $(OUT),--out "$(OUT)") $(if $(FROM),--from "$(FROM)") $(if $(COMMIT),--commit "$(COMMIT)") \
+		$(if $(BUDGET),--budget $(BUDGET)) $(if $(MODELS),--models $(MODELS)) $(if $(BATCH),--batch $(BATCH)) \
+		$(if $(STEPS),--only $(STEPS))
 
 pages: $(VENV)/.bench
 	@$(VENV)/bin/python -m fastvit.benchmarks.report.summary

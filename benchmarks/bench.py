@@ -13,6 +13,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,15 +23,14 @@ from fastvit import report
 from fastvit.measure import verdict
 from fastvit.verify import FACTOR, SHORT, floor, relative_rms
 
-from . import roofline, timing
+from . import plan, roofline, timing
 from .cases import Case
-from .peers import PEERS, Peer, absent
-from .schema import OURS, Ceilings, Contestant, Row, Run
+from .peers import PEERS, absent
+from .schema import OURS, Ceilings, Contestant, Row, Run, Spread
 from .suites import SEED, Settings
 from .work import ModelWork, OpWork, Subject, run_watched
 
 FILE = "bench.json"
-GRAPHED_BATCH = 8  # to this batch the host may be what a model waits for: its time and a CUDA graph's are shown
 # What must be equal for rows of an earlier run to stand for this one's.
 _SAME_ENVIRONMENT = ("fastvit", "commit", "device", "tuned", "torch", "torch_threads", "packages")
 _SAME_SETTINGS = ("peers", "weights", "images")
@@ -55,12 +55,16 @@ class Bench:
         self._energy = timing.energy_counter(settings.device)
         self._lost = ""
 
+    def spent(self) -> float:
+        """Seconds of the time limit that are gone."""
+        return time.perf_counter() - self._start
+
     def out_of_time(self) -> str:
         """Why nothing more is started; "" while there is time, and a device."""
         if self._lost:
             return self._lost
         limit = self.settings.time_limit
-        if limit is None or time.perf_counter() - self._start <= limit:
+        if limit is None or self.spent() <= limit:
             return ""
         return f"not started: the time limit of {limit:g} s was reached"
 
@@ -86,7 +90,7 @@ class Bench:
         row.limit = _finite(work.limits["out"])
         steps, first_seconds, opaque = {}, {}, set()
         # Ours first: where it is wrong, nothing else is worth the time.
-        for name in (OURS, *(name for name in self.settings.peers if _concerns(PEERS[name], case))):
+        for name in (OURS, *(name for name in self.settings.peers if plan.concerns(PEERS[name], case))):
             side = row.contestants[name] = Contestant()
             if name != OURS:
                 reason = absent(PEERS[name], case, self.settings.device) or self.out_of_time()
@@ -127,7 +131,7 @@ class Bench:
         if isinstance(work, ModelWork) and case.mode == "inference":
             self.top5[f"{row.model}@{row.img_size}/{row.dtype}"] = work.top5()
         with work.gradients():
-            self._time(row, steps, first_seconds, opaque)
+            self._time(row, steps, first_seconds, opaque, work.turns)
 
     def _prepare(self, case: Case) -> ModelWork | OpWork:
         if case.op:
@@ -138,8 +142,16 @@ class Bench:
             self._subject = Subject(case.model, case.img_size, self.settings)
         return ModelWork(case, self._subject)
 
-    def _time(self, row: Row, steps: dict[str, timing.Call], first_seconds: dict[str, float], opaque: set[str]) -> None:
-        """first_seconds: of those that compile; opaque: those that cannot be captured."""
+    def _time(
+        self,
+        row: Row,
+        steps: dict[str, timing.Call],
+        first_seconds: dict[str, float],
+        opaque: set[str],
+        turns: int,
+    ) -> None:
+        """first_seconds: of those that compile; opaque: those that cannot be captured; turns: after so many calls a
+        step is back at its first input."""
         device, seconds = self.settings.device, self.settings.seconds
         timer = timing.timer(device)
         measured, failures = timing.interleave(steps, timer, seconds)
@@ -148,33 +160,37 @@ class Bench:
         if OURS not in measured:
             row.status, row.reason = "failed", row.contestants[OURS].reason
             return
+        ratios = _against_ours(measured)
         for name, durations in measured.items():
             side = row.contestants[name]
             side.seconds = timing.spread(durations)
             if name in first_seconds:
                 side.compile_seconds = max(0.0, first_seconds[name] - side.seconds.median)
-            if name != OURS:
-                ratios = [peer / ours for peer, ours in zip(durations, measured[OURS], strict=True)]
-                side.ratio, side.verdict = timing.spread(ratios), verdict(ratios)
+            if name in ratios:
+                side.ratio, side.verdict = ratios[name]
             if self._energy is not None and not row.op:
                 with contextlib.suppress(Exception):  # what was timed is not lost for it
                     side.joules = timing.joules(steps[name], timer, self._energy, side.seconds.median)
-        if device.startswith("cuda") and not row.op and row.batch <= GRAPHED_BATCH:
-            self._time_host_and_graph(row, {name: steps[name] for name in measured}, opaque)
+        if device.startswith("cuda"):
+            self._time_host_and_graph(row, {name: steps[name] for name in measured}, opaque, turns)
 
-    def _time_host_and_graph(self, row: Row, steps: dict[str, timing.Call], opaque: set[str]) -> None:
-        graphs = {}
+    def _time_host_and_graph(self, row: Row, steps: dict[str, timing.Call], opaque: set[str], turns: int) -> None:
+        """Where the host is what an eager call waits for, Python is measured: a graph's replay is the GPU alone."""
         for name, step in steps.items():
-            if name in opaque:
-                continue
-            try:
-                graphs[name] = timing.replayed(step)
-            except Exception as error:  # not everything can be captured
-                side = row.contestants[name]
-                side.note = "; ".join(filter(None, [side.note, f"no CUDA graph: {first_line(error)}"]))
-        for calls, timer, field in ((steps, timing.host_timer, "host"), (graphs, timing.timer("cuda"), "graph")):
-            for name, durations in timing.interleave(calls, timer, self.settings.seconds / 2)[0].items():
-                setattr(row.contestants[name], field, timing.spread(durations))
+            with contextlib.suppress(Exception):  # what was timed is not lost for it
+                budget = timing.HOST_SHARE * self.settings.seconds / len(steps)
+                row.contestants[name].host = timing.spread(timing.host_seconds(step, budget))
+        graphs, failures = timing.replayed({name: steps[name] for name in steps if name not in opaque}, turns)
+        measured, more = timing.interleave(graphs, timing.timer("cuda"), self.settings.seconds)
+        for name, error in (failures | more).items():  # not everything can be captured
+            side = row.contestants[name]
+            side.note = "; ".join(filter(None, [side.note, f"no CUDA graph: {first_line(error)}"]))
+        ratios = _against_ours(measured)
+        for name, durations in measured.items():
+            side = row.contestants[name]
+            side.graph = timing.spread([duration / turns for duration in durations])
+            if name in ratios:
+                side.graph_ratio, side.graph_verdict = ratios[name]
 
     def _synchronise(self) -> None:
         if self.settings.device.startswith("cuda"):
@@ -202,9 +218,13 @@ def _row(case: Case, ceilings: Ceilings | None) -> Row:
     )
 
 
-def _concerns(peer: Peer, case: Case) -> bool:
-    """Whether the peer has anything like the case: who has not is not even absent."""
-    return case.op in peer.ops and peer.kind != "model" if case.op else peer.kind != "op"
+def _against_ours(measured: dict[str, list[float]]) -> dict[str, tuple[Spread, str]]:
+    """Of every peer, its time over ours in each round, and the verdict; nothing where ours was not measured."""
+    found = {}
+    for name in measured.keys() - {OURS} if OURS in measured else ():
+        ratios = [peer / ours for peer, ours in zip(measured[name], measured[OURS], strict=True)]
+        found[name] = timing.spread(ratios), verdict(ratios)
+    return found
 
 
 def _finite(value: float) -> float | None:
@@ -227,13 +247,19 @@ def _clean_up() -> None:
 
 
 def record(
-    settings: Settings, folder: Path, before: Run | None = None, each: Callable[[Row], None] = lambda row: None
+    settings: Settings,
+    folder: Path,
+    before: Run | None = None,
+    each: Callable[[Row], None] = lambda row: None,
+    planned: Callable[[plan.Plan], None] = lambda plan: None,
 ) -> tuple[Run, bool]:
     """Measure everything, saving to `folder`/bench.json after every row; returns the run, and whether Ctrl-C cut it
     short. before: an earlier run, whose rows are not measured again where code, machine and settings are the same; its
-    cases that failed come last, so that one that ends the run keeps it from none of the others.
+    cases that failed come last, so that one that ends the run keeps it from none of the others. planned: told, before
+    anything but the ceilings is measured, how long the rest will take.
 
-    Past the time limit rows come back "skipped"; `finished` says whether there is nothing left to do.
+    What would not fit the time limit is left out from the start (`plan.make`), and what the limit cuts off all the same
+    comes back "skipped"; `finished` says whether there is nothing left to do.
     """
     timing.pin_threads()
     timing.pin_precision()
@@ -248,6 +274,9 @@ def record(
         failed = {row.id for row in before.rows if row.status == "failed"}
         run.ceilings = before.ceilings  # until they are measured again
         bench.top5 |= before.extra.get("top5", {})
+        interpreted = before.extra.get("interpreted", {})
+        if interpreted.get("ok") and interpreted["model"] == settings.interpreted:
+            run.extra["interpreted"] = interpreted
     complete = interrupted = False
 
     def save() -> None:
@@ -259,20 +288,37 @@ def record(
     try:
         run.ceilings = roofline.measure_ceilings(settings.device, dict.fromkeys(c.dtype for c in settings.cases))
         cases = sorted(settings.cases, key=lambda case: case.id in failed)
+        todo = [case for case in cases if case.id not in found]
+        interprets = settings.interpreted and "interpreted" not in run.extra
+        planning = settings if interprets else replace(settings, interpreted=None)
+        pace = plan.probe(settings, run.ceilings) if todo else plan.Pace()
+        schedule = plan.make(planning, todo, run.ceilings, bench.spent(), pace)
+        planned(schedule)
+        if schedule.left_out:
+            run.extra["left_out"] = schedule.left_out
+            cases = [case for case in cases if case.id not in schedule.left_out]
         for case in report.progress(cases, len(cases), "timing"):
             if case.id in found:
                 found[case.id].floor_seconds = _row(case, run.ceilings).floor_seconds  # by the ceilings of this run
             else:
+                # Kept while it runs: a row that ends the process has failed for the next one, which takes it last.
+                found[case.id] = _row(case, run.ceilings)
+                found[case.id].status, found[case.id].reason = "failed", ENDED
+                save()
                 found[case.id] = bench.row(case, run.ceilings)
             save()
             each(found[case.id])
-        if settings.interpreted:
+        if interprets:
             run.extra["interpreted"] = classify_interpreted(settings)
-        complete = not any(_unfinished(row) for row in run.rows)
+        complete = not schedule.left_out and not any(_unfinished(row) for row in run.rows)
     except KeyboardInterrupt:
         interrupted = True
+        found = {name: row for name, row in found.items() if row.reason != ENDED}
     save()
     return run, interrupted
+
+
+ENDED = "it ended the process"
 
 
 def _unfinished(row: Row) -> bool:

@@ -11,7 +11,8 @@ from fastvit.report import Table, device_name
 from . import report, schema
 from .bench import FILE, record
 from .compare import compare, lines
-from .report import table
+from .plan import Plan
+from .report import table, words
 from .suites import Settings, describe
 
 
@@ -22,8 +23,14 @@ def run(settings: Settings, folder: Path, before: schema.Run | None = None) -> i
     _note(f"Timing on {device_name(settings.device)}: {describe(settings)}")
     if settings.interpreted:
         _note(f"Last, the photographs are classified on the Triton kernels in the interpreter: {settings.interpreted}.")
-    rows = table.Table()
-    found, interrupted = record(settings, folder, before, rows.row)
+    rows = None
+
+    def planned(schedule: Plan) -> None:
+        nonlocal rows
+        _tell(schedule, settings)
+        rows = table.Table()  # its heading stands above the rows
+
+    found, interrupted = record(settings, folder, before, lambda row: rows.row(row), planned)
     if interrupted:
         _note(f"Interrupted after {len(found.rows)} of {len(settings.cases)} rows.")
     _print_top5(found.extra["top5"], settings)
@@ -49,6 +56,21 @@ def compare_files(before: Path, after: Path, threshold: float, relative: str | N
     for line in lines(found, threshold, relative):
         print(line)
     return found.status
+
+
+def _tell(schedule: Plan, settings: Settings) -> None:
+    """How long it will take, and what is left out."""
+    if schedule.rows:
+        sides = words.count(schedule.sides, "side")
+        cases = f"{words.count(len(schedule.rows), 'case')}, {'up to ' if schedule.compiling else ''}{sides} each"
+        beside = ", and what compiling takes" if schedule.compiling else ""
+        _note(f"This will take about {words.minutes(schedule.seconds)}{beside}: {cases}.")
+    if schedule.left_out:
+        _note(f"Left out, because the time limit is {settings.time_limit:g} s:")
+        for case, seconds in schedule.left_out.items():
+            _note(f"  {case}, about {words.minutes(seconds)}")
+        resume = "" if "--resume" in settings.command else " --resume"
+        _note(f"What measures them, a limit's worth at a time: {settings.command}{resume}")
 
 
 def _note(text: str) -> None:

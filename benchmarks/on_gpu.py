@@ -1,51 +1,66 @@
-"""What only a GPU can tell, for `make gpu`: its own limits, what its driver makes of the kernels, how fast each is.
+"""What only a GPU can tell, for `make gpu`: its limits, how fast each launch is, what its counters and driver say.
 
-    python3 -m fastvit.benchmarks.on_gpu {ceilings,loaded,profile} FOLDER SECONDS
+    python3 -m fastvit.benchmarks.on_gpu {peaks,micro,counters,loaded} FOLDER SECONDS [--models NAME,...] [--batch N]
 
 Each writes a file into FOLDER as it goes, with "finished" when nothing is left; past SECONDS nothing new is started.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import csv
 import json
-import math
+import shutil
+import subprocess
 import sys
 import time
-from collections.abc import Container, Iterable, Iterator
-from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
 import torch
 import triton
-from fastvit.kernels import configs, cost, hardware
+from fastvit.kernels import configs, hardware
 
-from fastvit import report, tune
-from fastvit.measure import quartiles
+from fastvit import report, tune, tuned
+from fastvit.attempts import GPU_LOST, Attempts, GpuLost
 from fastvit.models.registry import model_entry
 from fastvit.verify import SHORT
 
-from . import roofline
-from .schema import Ceilings
+from . import micro, peaks, roofline
+from .static.estimate import config_text
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# Profiled, in order of worth.
-MODELS = tuple(f"vit_{size}_patch16_224" for size in ("base", "small", "large"))
-BATCH, DTYPE = 64, torch.bfloat16
-ROUNDS = 9
+MODELS = tuple(f"vit_{size}_patch16_224" for size in ("base", "small", "large"))  # in order of worth
+BATCH = 256
+SAVE_EVERY = 25  # kernels of `loaded`
+COUNTED = 16  # launches that a profiler counts: the longest
+# Sections of Nsight Compute, and what of them goes into the table: heading -> metric.
+SECTIONS = ("SpeedOfLight", "LaunchStats", "Occupancy", "MemoryWorkloadAnalysis", "ComputeWorkloadAnalysis",
+            "SchedulerStats", "WarpStateStats")  # fmt: skip
+COUNTERS = {
+    "us": "Duration",
+    "SM %": "Compute (SM) Throughput",
+    "mem %": "Memory Throughput",
+    "DRAM %": "DRAM Throughput",
+    "L2 hit %": "L2 Hit Rate",
+    "regs": "Registers Per Thread",
+    "occ. %": "Achieved Occupancy",
+    "issue %": "Issue Slots Busy",
+}
 
 
-def ceilings(folder: Path, deadline: float) -> bool:
-    """ceilings.json: bytes/s of a copy, FLOP/s of a large matrix product by dtype."""
-    found = roofline.measure_ceilings("cuda", DTYPES)
-    report.write_json(folder / "ceilings.json", asdict(found) | {"finished": True})
-    print(f"copy {found.bytes_per_s / 1e12:.2f} TB/s; ", end="")
-    print(", ".join(f"{dtype} {rate / 1e12:.0f} TFLOP/s" for dtype, rate in found.flops_per_s.items()))
-    return True
+def measure_peaks(folder: Path, deadline: float, models: list[str], batch: int) -> bool:
+    """peaks.json: see `peaks`."""
+    return peaks.run(folder, deadline, models, batch)
 
 
-def loaded(folder: Path, deadline: float) -> bool:
+def measure_micro(folder: Path, deadline: float, models: list[str], batch: int) -> bool:
+    """micro.json: see `micro`; of the first model."""
+    rates = roofline.rates(peaks.ceilings(folder), SHORT[micro.DTYPE])
+    device = torch.device("cuda", torch.cuda.current_device())
+    return micro.run(folder, deadline, models[0], batch, rates, device, tune.CudaClock())
+
+
+def loaded(folder: Path, deadline: float, models: list[str], batch: int) -> bool:
     """loaded.json: registers of each shipped kernel, and whether it has local memory (spills, a stack), as the driver
     loads it, beside what the static report reads off the same code. False where they differ: then the report cannot be
     believed."""
@@ -59,6 +74,12 @@ def loaded(folder: Path, deadline: float) -> bool:
         rows = before["kernels"] if before["triton"] == triton.__version__ else []
     left = found[len(rows) :]  # they come in the same order every time
     utils, device = triton.runtime.driver.active.utils, torch.cuda.current_device()
+
+    def save() -> None:
+        finished = len(rows) == len(found)
+        written = {"arch": arch.name, "triton": triton.__version__, "kernels": rows, "finished": finished}
+        report.write_json(path, written)
+
     # Meanwhile Triton's cache is the report's own, so that ptxas is heard, and what it made is found again here.
     with contextlib.closing(compile.compile_all(left)) as records:
         for launch, record in zip(left, records, strict=False):
@@ -73,116 +94,111 @@ def loaded(folder: Path, deadline: float) -> bool:
                 row |= {"registers": [record.registers, registers], "local memory": [local, spills > 0]}
                 row["same"] = all(static == real for static, real in (row["registers"], row["local memory"]))
             rows.append(row)
+            if len(rows) % SAVE_EVERY == 0:
+                save()
+                print(f"{len(rows)} of {len(found)} loaded", flush=True)
             if time.monotonic() > deadline:
                 break
+    save()
     differ = [row for row in rows if not row.get("same")]
-    written = {"arch": arch.name, "triton": triton.__version__, "kernels": rows, "finished": len(rows) == len(found)}
-    report.write_json(path, written)
     for row in differ:
         print(f"{row['kernel']} ({row['case']}; {row['options']}): {row['error'] or row}")
     print(f"{len(rows)} of {len(found)} kernels loaded; {len(differ)} differ from the static report")
     return not differ
 
 
-def profile(folder: Path, deadline: float) -> bool:
-    """kernels.json: each launch that has a choice, with the config in force, on cold buffers: seconds, FLOP/s, bytes/s
-    and the fraction of its floor; the slowest are printed. What an earlier call measured is not measured again. False
-    where an op failed, which stops no other. `static.estimate` reads the file."""
-    path, device, arch = folder / "kernels.json", _device(), hardware.current_arch()
-    limits = roofline.measure_ceilings(device, (DTYPE,))
-    rows = {}
-    if path.exists():
-        rows = {row["request"]: row for row in json.loads(path.read_text(encoding="utf-8"))["kernels"]}
+# ---------------------------------------------------------------------------------------------------------------------
+# Counters
 
-    def save(finished: bool) -> None:
-        written = {"batch": BATCH, "ceilings": asdict(limits), "kernels": list(rows.values()), "finished": finished}
-        report.write_json(path, written)
 
-    well, clock = True, tune.CudaClock()
-    for name, mode, call in _calls():
+def counters(folder: Path, deadline: float, models: list[str], batch: int) -> bool:
+    """counters.csv: what Nsight Compute counts of the longest launches of micro.json, each with its best config;
+    counters.json says whether it could. False where it ended badly."""
+    path, seconds = folder / "counters.json", max(1.0, deadline - time.monotonic())
+    if shutil.which("ncu") is None:
+        print("no counters: Nsight Compute (ncu) is not on the PATH")
+        report.write_json(path, {"kernels": 0, "why": "ncu is not on the PATH", "finished": True})
+        return True
+    command = ["ncu", "--csv", "--page", "details", "--clock-control", "none", "--profile-from-start", "off"]
+    command += [part for section in SECTIONS for part in ("--section", section)]
+    command += [sys.executable, "-m", "fastvit.benchmarks.on_gpu", "launches", str(folder), f"{seconds:.0f}"]
+    command += ["--models", ",".join(models), "--batch", str(batch)]
+    with open(folder / "counters.csv", "w", encoding="utf-8") as out:
         try:
-            for row in measure_launches(call, device, arch, clock, limits, deadline, rows.keys()):
-                rows[row["request"]] = {"model": name, "mode": mode, "arch": arch.name} | row
-        except Exception as error:  # whatever a launch raises, or running out of memory
-            well = False
-            print(f"{name} {mode} {call.op.name}: not profiled, {type(error).__name__}: {error}")
-        save(finished=False)
-        if time.monotonic() > deadline:
-            break
-    else:
-        save(finished=True)
-    _print(rows.values())
-    return well
+            status = subprocess.run(command, stdout=out, timeout=seconds).returncode
+        except subprocess.TimeoutExpired:
+            status = None
+    counted = read_counters(folder / "counters.csv")
+    rows = report.Table({"kernel": -44} | {heading: max(7, len(heading)) for heading in COUNTERS})
+    for kernel, metrics in counted:
+        rows.row(kernel[:44], *(metrics.get(name, "") for name in COUNTERS.values()))
+    why = {0: "", None: "out of time"}.get(status, f"ncu ended with {status}")
+    report.write_json(path, {"kernels": len(counted), "why": why, "finished": status is not None})
+    if why:
+        print(f"counters: {why}")
+    return not why
 
 
-def _device() -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device())
+def read_counters(path: Path) -> list[tuple[str, dict[str, str]]]:
+    """(kernel, {metric: value}) of each launch in Nsight Compute's CSV, which other programs' lines may precede."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), len(lines))
+    found: dict[str, tuple[str, dict[str, str]]] = {}
+    for row in csv.DictReader(lines[start:]):
+        if row.get("Metric Name"):
+            found.setdefault(row["ID"], (row["Kernel Name"], {}))[1][row["Metric Name"]] = row["Metric Value"]
+    return list(found.values())
 
 
-def _calls() -> Iterator[tuple[str, str, tune.Call]]:
-    for name in MODELS:
-        for mode in tune.MODES:
-            for call in tune.calls_of(model_entry(name).config, BATCH, DTYPE, mode):
-                yield name, mode, call
+def launches(folder: Path, deadline: float, models: list[str], batch: int) -> bool:
+    """Launch what `counters` counts, once each, between the profiler's start and stop."""
+    written = json.loads((folder / micro.FILE).read_text(encoding="utf-8"))
+    longest = sorted(written["launches"], key=lambda row: -row["seconds"])[:COUNTED]
+    wanted = {row["request"]: row["best"] for row in longest}
+    device, arch = torch.device("cuda", torch.cuda.current_device()), hardware.current_arch()
+    attempts = Attempts(tuned.table(device).attempts)
+    with torch.no_grad():
+        for call in tune.calls_of(model_entry(models[0]).config, batch, micro.DTYPE, "training"):
+            with contextlib.suppress(RuntimeError):  # of a call that is known to be fatal
+                _, found = tune.launches_of(call, device, arch, attempts)
+                for request, (run, *_) in found.items():
+                    if request.key not in wanted:
+                        continue
+                    space = configs.search_space(request, arch, hardware.num_sms(device))
+                    config = next(c for c in space if config_text(vars(c)) == wanted[request.key])
+                    run(config)  # compiles
+                    torch.cuda.synchronize()
+                    torch.cuda.profiler.start()
+                    run(config)
+                    torch.cuda.synchronize()
+                    torch.cuda.profiler.stop()
+                    del wanted[request.key]
+    return not wanted
 
 
-def measure_launches(
-    call: tune.Call,
-    device: torch.device,
-    arch: hardware.Arch,
-    clock: tune.Clock,
-    limits: Ceilings,
-    deadline: float = math.inf,
-    known: Container[str] = (),
-) -> Iterator[dict]:
-    """Each launch with a choice of one call of an op, but those whose key is in `known`, measured by itself with the
-    config in force."""
-    with torch.inference_mode(False), torch.no_grad():
-        for request, runs in tune.requests_of(tune.works_of(call, device, arch)).items():
-            if request.key in known:
-                continue
-            if time.monotonic() > deadline:
-                return
-            config = configs.choose(request, device)
-            time_once = clock.timer([partial(run, config) for run in runs], graph=True)
-            spread = quartiles([time_once() for _ in range(ROUNDS)])
-            needs = cost.request_cost(request)
-            floor = cost.floor_seconds(needs, roofline.rates(limits, SHORT[DTYPE]))
-            yield {
-                "request": request.key,
-                "config": asdict(config),
-                "seconds": spread.median,
-                "q25": spread.q25,
-                "q75": spread.q75,
-                "flops_per_s": needs.flops / spread.median,
-                "bytes_per_s": needs.bytes / spread.median,
-                "fraction_of_floor": floor / spread.median,
-            }
-
-
-def _print(rows: Iterable[dict]) -> None:
-    table = report.Table({"us": 9, "TFLOP/s": 8, "GB/s": 7, "of floor": 8, "model": -22, "launch": -60})
-    for row in sorted(rows, key=lambda row: -row["seconds"])[:25]:
-        speeds = (f"{row['flops_per_s'] / 1e12:.0f}", f"{row['bytes_per_s'] / 1e9:.0f}")
-        table.row(
-            f"{row['seconds'] * 1e6:.1f}", *speeds, f"{row['fraction_of_floor']:.0%}", row["model"], row["request"]
-        )
-
-
-MEASUREMENTS = {function.__name__: function for function in (ceilings, loaded, profile)}
+MEASUREMENTS = {"peaks": measure_peaks, "micro": measure_micro, "counters": counters, "loaded": loaded,
+                "launches": launches}  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """0 when all is well, 1 when a check failed, 2 without a GPU or for unknown arguments."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if len(arguments) != 3 or arguments[0] not in MEASUREMENTS:
-        print(f"usage: on_gpu {{{','.join(MEASUREMENTS)}}} FOLDER SECONDS", file=sys.stderr)
-        return 2
-    name, folder, seconds = arguments
+    """0 when all is well, 1 when a check failed, 2 without a GPU or for unknown arguments, 3 when a kernel took the GPU
+    from this process: another call goes on, without that kernel."""
+    parser = argparse.ArgumentParser(prog="on_gpu", description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=MEASUREMENTS)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("seconds", type=float)
+    parser.add_argument("--models", type=lambda text: text.split(","), default=list(MODELS))
+    parser.add_argument("--batch", type=int, default=BATCH)
+    options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
-        print(f"on_gpu {name}: error: PyTorch {torch.__version__} finds no GPU", file=sys.stderr)
+        print(f"on_gpu {options.what}: error: PyTorch {torch.__version__} finds no GPU", file=sys.stderr)
         return 2
-    return 0 if MEASUREMENTS[name](Path(folder), time.monotonic() + float(seconds)) else 1
+    deadline = time.monotonic() + options.seconds
+    try:
+        return 0 if MEASUREMENTS[options.what](options.folder, deadline, options.models, options.batch) else 1
+    except GpuLost as error:
+        print(f"the GPU is lost: {error}", flush=True)
+        return GPU_LOST
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from fastvit.kernels.cost import Cost, Rates, floor_seconds
 
 from fastvit.verify import SHORT
 
+from . import timing
 from .cases import Case
 from .schema import Ceilings
 
@@ -145,11 +146,11 @@ def rates(ceilings: Ceilings, dtype: str) -> Rates:
 
 
 def measure_ceilings(device: str | torch.device, dtypes: Iterable[torch.dtype]) -> Ceilings:
-    """Time a copy far larger than the caches, and for each dtype the product of two large square matrices: the median
-    of several of each, after one that does not count.
+    """Time a copy far larger than the caches, and for each dtype the product of two large square matrices.
 
-    On a GPU 8192 x 8192, by CUDA events; on a CPU sizes that take about a second a dtype on two cores. Products in
-    float32 are under torch's present setting for them (TF32 or not).
+    On a GPU 8192 x 8192, at clocks that last (`timing.steady_seconds`), about a second each; on a CPU the median of
+    several after one that does not count, of sizes that take about a second a dtype on two cores. Products in float32
+    are under torch's present setting for them (TF32 or not).
     """
     device = torch.device(device)
     return Ceilings(_copy_rate(device), {SHORT[dtype]: _product_rate(dtype, device) for dtype in dtypes})
@@ -169,30 +170,28 @@ def _product_rate(dtype: torch.dtype, device: torch.device) -> float:
     return 2 * size**3 / _median_seconds(lambda: torch.mm(left, right, out=out), device)
 
 
-def _cpu_size(dtype: torch.dtype, seconds: float = 0.1) -> int:
-    """The largest power of two, to 2048, whose product takes about `seconds` at most, judged by a product of 256."""
-    left, right = (torch.randn(256, 256).to(dtype) for _ in range(2))
-    single = _median_seconds(lambda: left @ right, torch.device("cpu"))
+def _cpu_size(dtype: torch.dtype, seconds: float = 0.025) -> int:
+    """The first power of two from 256, to 2048, whose product takes `seconds` or more. Each is tried, by the best of a
+    few: a busy machine adds as much to a small product as to a large one."""
     size = 256
-    while size < 2048 and single * (2 * size / 256) ** 3 <= seconds:
+    while size < 2048:
+        left, right = (torch.randn(size, size).to(dtype) for _ in range(2))
+        if min(_samples(lambda a=left, b=right: a @ b, 3)) >= seconds:
+            break
         size *= 2
     return size
 
 
 def _median_seconds(call: Callable[[], object], device: torch.device) -> float:
+    return timing.steady_seconds(call, device) if device.type == "cuda" else statistics.median(_samples(call))
+
+
+def _samples(call: Callable[[], object], count: int = SAMPLES) -> list[float]:
     call()
-    return statistics.median(_seconds(call, device) for _ in range(SAMPLES))
+    return [_seconds(call) for _ in range(count)]
 
 
-def _seconds(call: Callable[[], object], device: torch.device) -> float:
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            call()
-            end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1000
+def _seconds(call: Callable[[], object]) -> float:
     began = time.perf_counter()
     call()
     return time.perf_counter() - began

@@ -1,153 +1,286 @@
 """`make gpu`: what is worth knowing about a GPU, in one unattended run of a few minutes, in order of worth.
 
-    python3 -m fastvit.benchmarks.runbook [--budget SECONDS] [--output FOLDER] [--only STEP ...]
+    python3 -m fastvit.benchmarks.runbook [--out FOLDER] [--from ARCHIVE] [--commit NAME] [--budget SECONDS]
+                                          [--models NAME,...] [--batch N] [--only STEP ...]
 
-Each step is a process of its own, so that one that hangs or breaks the GPU's context leaves the others whole. It gets
-its share of the time that is left, is asked to end in good order, and is interrupted, then killed, when it does not.
-Everything lies under <output>/<device>/<commit>/ as soon as it is known. A second call goes on where the first stopped.
-Installs nothing and needs no network.
+Each step is processes of its own: one that hangs, or that a kernel left without its GPU, is ended and started again,
+goes on where it stopped and leaves out what it died of. A step gets its share of the time that is left, is asked to end
+in good order, and is interrupted, then killed, when it does not. All that is known so far lies in FOLDER, a few files
+that are written anew every few seconds: an archive of every result, gpu.log and summary.txt, which is also the last
+thing printed. A second call finds that archive, or the one of --from, and goes on. Needs no network, installs nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
+import tarfile
+import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+
+from fastvit.report import write_atomically, write_json
+
+from .cases import OPS
 
 ROOT = Path(__file__).resolve().parent.parent
 BUDGET = 510.0  # seconds; with what ends a process that hangs, under nine minutes
-MODELS = ",".join(f"vit_{size}_patch16_224" for size in ("base", "small", "large"))
+MODELS = "vit_base_patch16_224,vit_small_patch16_224,vit_large_patch16_224"
+BATCH = 256
 # Those that are strong and soon ready: max-autotune alone would take the whole time.
 PEERS = "torch,timm,timm amp,timm compiled,compiled,sdpa flash,sdpa efficient,sdpa cudnn,flash-attn"
 GRACE = 10.0  # seconds from an interrupt to a kill
-NO_GPU = 2  # the exit status of a command that was asked for a device that is not there
+STALL = 150.0  # seconds without a line of output, after which a process is taken to hang: the longest compilation
+PACK_SECONDS = 15.0  # how much a machine that goes away may take with it
+AGAIN, MOST_AGAIN = 15.0, 5  # seconds that must be left for a step to be started again, and how often it is
+NO_GPU, GPU_LOST = 2, 3  # exit statuses: the device is not there; a kernel took it from the process
 
 
 @dataclass(frozen=True)
 class Step:
     """One part of the run. share: of the time, against the shares of the steps still to come; command: what python3 is
     given, from the results folder and the seconds after which no new work should start; result: the file that it
-    writes, whose "finished" says whether a further call has anything to add."""
+    writes, whose "finished" says whether a further call has anything to add; environment: variables of its own."""
 
     name: str
     what: str
     share: float
     command: Callable[[Path, float], list[str]]
     result: str
+    environment: dict[str, str] = field(default_factory=dict)
+
+    def found(self, folder: Path) -> bytes:
+        """What it has written so far."""
+        try:
+            return (folder / self.result).read_bytes()
+        except OSError:
+            return b""
 
     def finished(self, folder: Path) -> bool:
         try:
-            return json.loads((folder / self.result).read_text(encoding="utf-8"))["finished"] is True
-        except (OSError, ValueError, KeyError, TypeError):
+            return json.loads(self.found(folder))["finished"] is True
+        except (ValueError, KeyError, TypeError):
             return False
 
 
-def _fastvit(*arguments: str) -> Callable[[Path, float], list[str]]:
-    """A command of fastvit's; {folder} in its arguments is where results go."""
+def steps(models: str = MODELS, batch: int = BATCH) -> tuple[Step, ...]:
+    """The run for these models, of which the first matters most, at a batch."""
 
-    def command(folder: Path, seconds: float) -> list[str]:
-        placed = [argument.format(folder=folder) for argument in arguments]
-        return ["-m", "fastvit", *placed, "--device", "cuda", "--time-limit", f"{seconds:.0f}"]
+    def fastvit(*arguments: str) -> Callable[[Path, float], list[str]]:
+        """A command of fastvit's; {folder} in its arguments is where results go."""
 
-    return command
+        def command(folder: Path, seconds: float) -> list[str]:
+            placed = [argument.format(folder=folder) for argument in arguments]
+            return ["-m", "fastvit", *placed, "--device", "cuda", "--time-limit", f"{seconds:.0f}"]
+
+        return command
+
+    def measurement(name: str) -> Callable[[Path, float], list[str]]:
+        options = ["--models", models, "--batch", str(batch)]
+        return lambda folder, seconds: [
+            *("-m", "fastvit.benchmarks.on_gpu", name, str(folder), f"{seconds:.0f}", *options)
+        ]
+
+    # What is verified and timed first is what a user has without tuning, and stays finished once the tables change.
+    untuned = {"FASTVIT_TUNING": "off"}
+    first = models.partition(",")[0]
+    bench = ("bench", "--resume", "--dtypes", "bf16", "--peers", PEERS)
+    both = ("--modes", "inference,training", "--batches", str(batch))
+    return (
+        Step("verify", "every kernel against the reference", 60,
+             fastvit("verify", "--json", "{folder}/verify.json", "--resume"), "verify.json", untuned),
+        Step("peaks", "what the device and the library reach", 40, measurement("peaks"), "peaks.json"),
+        Step("micro", "every launch of a training step, every config, beside the library", 100,
+             measurement("micro"), "micro.json"),
+        Step("models", "whole models, then single ops, against their peers", 150,
+             fastvit(*bench, *both, "--models", models, "--ops", f"model,{','.join(OPS)}", "--output", "{folder}"),
+             "bench.json", untuned),
+        Step("tune", "configs and candidates at the same shapes", 60,
+             fastvit("tune", "--models", models, "--batches", f"{batch},1,32", "--json", "{folder}/tune.json"),
+             "tune.json"),
+        Step("tuned", "the first model with what was tuned", 30,
+             fastvit(*bench, *both, "--models", first, "--output", "{folder}/after-tuning"),
+             "after-tuning/bench.json"),
+        Step("small", "models at small batches", 30,
+             fastvit(*bench, "--batches", "1,32", "--models", models, "--output", "{folder}/small-batches"),
+             "small-batches/bench.json", untuned),
+        Step("counters", "what a profiler counts of the longest launches", 25, measurement("counters"),
+             "counters.json"),
+        Step("loaded", "what the driver loads against the static report", 20, measurement("loaded"), "loaded.json"),
+    )  # fmt: skip
 
 
-def _measurement(name: str) -> Callable[[Path, float], list[str]]:
-    return lambda folder, seconds: ["-m", "fastvit.benchmarks.on_gpu", name, str(folder), f"{seconds:.0f}"]
+class Out:
+    """What a caller takes home: everything printed, in gpu.log, and all results so far, in one archive."""
+
+    def __init__(self, out: Path, name: str):
+        """name: of the archive, and of the one folder in it."""
+        out.mkdir(parents=True, exist_ok=True)
+        self.folder, self.archive = out, out / f"{name}.tgz"
+        self._name, self._log, self._packed = name, out / "gpu.log", 0.0
+
+    def say(self, text: str) -> None:
+        print(text, flush=True)
+        with open(self._log, "a", encoding="utf-8") as log:
+            print(text, file=log)
+
+    def unpack(self, results: Path, other: Path | None) -> None:
+        """Take up what an earlier call left: here, or in the archive `other`."""
+        for archive in (self.archive, other):
+            if archive is not None and archive.exists():
+                with tarfile.open(archive) as tar:
+                    members = [member for member in tar.getmembers() if member.name.startswith(f"{self._name}/")]
+                    for member in members:
+                        member.name = member.name.removeprefix(f"{self._name}/")
+                    tar.extractall(results, members, filter="data")
+                if members:
+                    self.say(f"== goes on from {archive}")
+                    return
+                self.say(f"== {archive} is of another device or commit: nothing of it is taken up")
+
+    def pack(self, results: Path, every: float = 0.0) -> None:
+        """Write the archive anew, if the last one is older than `every` seconds."""
+        if time.monotonic() - self._packed < every:
+            return
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode="w:gz", compresslevel=3) as tar:
+            for path in sorted(results.rglob("*")):
+                with contextlib.suppress(FileNotFoundError):  # a step is writing
+                    tar.add(path, f"{self._name}/{path.relative_to(results)}", recursive=False)
+        write_atomically(self.archive, buffer.getvalue())
+        self._packed = time.monotonic()
 
 
-STEPS = (
-    Step("verify", "every kernel against the reference", 30,
-         _fastvit("verify", "--json", "{folder}/verify.json", "--resume"), "verify.json"),
-    Step("loaded", "what the driver loads against the static report", 5, _measurement("loaded"), "loaded.json"),
-    Step("ceilings", "the device's own limits", 3, _measurement("ceilings"), "ceilings.json"),
-    Step("tune", "candidates at the shapes of S, B and L", 25,
-         _fastvit("tune", "--models", MODELS, "--batches", "256,32,1", "--json", "{folder}/tune.json"), "tune.json"),
-    Step("bench", "models and ops against their peers", 27,
-         _fastvit("bench", "--peers", PEERS, "--resume", "--output", "{folder}"), "bench.json"),
-    Step("profile", "the slowest kernels against their floors", 10, _measurement("profile"), "kernels.json"),
-)  # fmt: skip
-
-
-def run(steps: tuple[Step, ...], folder: Path, budget: float, environment: dict[str, str] | None = None) -> dict:
-    """Run what is not finished; returns {step: {"state", "status", "seconds"}}, kept in <folder>/runbook.json.
+def run(
+    todo: tuple[Step, ...], results: Path, budget: float, out: Out, environment: dict[str, str] | None = None
+) -> dict[str, dict]:
+    """Run what is not finished; returns {step: {"state", "status", "seconds", "starts"}}, kept in runbook.json.
 
     state: "done", "unfinished" (its time was up: a further call goes on), "failed" (it ended by itself, and not well)
     or "kept" (finished by an earlier call).
     """
-    from fastvit import report
-
-    folder.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
     states: dict[str, dict] = {}
-    for i, step in enumerate(steps):
-        if step.finished(folder):
-            states[step.name] = {"state": "kept", "status": 0, "seconds": 0.0}
-            _say(f"{step.name}: finished by an earlier run")
+    for i, step in enumerate(todo):
+        if step.finished(results):
+            states[step.name] = {"state": "kept", "status": 0, "seconds": 0.0, "starts": 0}
+            out.say(f"== {step.name}: finished by an earlier run")
             continue
-        coming = [later for later in steps[i:] if not later.finished(folder)]
+        coming = [later for later in todo[i:] if not later.finished(results)]
         left = budget - (time.monotonic() - start)
         allowed = left * step.share / sum(later.share for later in coming)
+        states[step.name] = state = {"state": "unfinished", "status": None, "seconds": 0.0, "starts": 0}
         if allowed < 1:
-            states[step.name] = {"state": "unfinished", "status": None, "seconds": 0.0}
-            _say(f"{step.name}: no time left")
+            out.say(f"== {step.name}: no time left")
             continue
-        _say(f"{step.name}: {step.what}, {allowed:.0f} s at most")
+        out.say(f"== {step.name}: {step.what}, {allowed:.0f} s at most")
         began = time.monotonic()
-        # A case that is under way when the soft limit comes needs time to end.
-        command = [sys.executable, *step.command(folder, max(1.0, 0.85 * allowed))]
-        status, overdue = _run(command, allowed, environment)
-        if overdue or (status == 0 and not step.finished(folder)):
-            state = "unfinished"
-        else:
-            state = "done" if status == 0 else "failed"
-        states[step.name] = {"state": state, "status": status, "seconds": round(time.monotonic() - began, 1)}
-        report.write_json(folder / "runbook.json", states)
-        _say(f"{step.name}: {state} after {states[step.name]['seconds']:.0f} s")
+        ends = began + allowed
+        while True:
+            seconds = ends - time.monotonic()
+            # A case that is under way when the soft limit comes needs time to end.
+            command = [sys.executable, *step.command(results, max(1.0, 0.85 * seconds))]
+            before = step.found(results)
+            variables = (os.environ if environment is None else environment) | step.environment
+            status, overdue = _run(command, seconds, variables, out, lambda: out.pack(results, PACK_SECONDS))
+            state |= {"status": status, "starts": state["starts"] + 1}
+            done = step.finished(results)
+            # One that ended by itself and found nothing new would do so again; one that was ended knows why by now.
+            ended = overdue or status < 0 or status == GPU_LOST
+            again = not done and (ended or (status in (0, 1) and step.found(results) != before))
+            if not again or state["starts"] == MOST_AGAIN or ends - time.monotonic() < max(AGAIN, 0.15 * allowed):
+                break
+            out.say(f"== {step.name}: {'hung' if overdue else f'ended with status {status}'}; goes on")
+        if status == 0 and done:
+            state["state"] = "done"
+        elif status != 0 and not overdue:
+            state["state"] = "failed"
+        state["seconds"] = round(time.monotonic() - began, 1)
+        write_json(results / "runbook.json", states)
+        out.say(f"== {step.name}: {state['state']} after {state['seconds']:.0f} s")
+        out.pack(results)
         if status == NO_GPU:
             break
-    report.write_json(folder / "runbook.json", states)
+    write_json(results / "runbook.json", states)
     return states
 
 
-def _run(command: list[str], seconds: float, environment: dict[str, str] | None) -> tuple[int, bool]:
-    """Run to the end: its exit status, and whether it had to be stopped."""
-    process = subprocess.Popen(command, cwd=ROOT, env=environment)
+def _run(
+    command: list[str], seconds: float, environment: dict[str, str], out: Out, meanwhile: Callable[[], None]
+) -> tuple[int, bool]:
+    """Run to the end, every line going to `out`: the exit status, and whether it had to be stopped, for its time was up
+    or it said nothing for too long. meanwhile: called about once a second."""
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    printed = _Lines(process.stdout.fileno(), out.say)
+    end, overdue = time.monotonic() + seconds, False
     try:
-        return process.wait(seconds), False
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGINT)
+        while printed.listen(1.0) and process.poll() is None:
+            meanwhile()
+            if time.monotonic() > min(end, printed.heard + STALL):
+                overdue = True
+                process.send_signal(signal.SIGINT)
+                break
         with contextlib.suppress(subprocess.TimeoutExpired):
-            return process.wait(GRACE), True
-        process.kill()
-        return process.wait(), True
+            process.wait(GRACE)
     except KeyboardInterrupt:  # the terminal has told the process too
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(GRACE)
         raise
     finally:
         process.kill()
+        process.wait()
+        printed.rest()
+        process.stdout.close()
+    return process.returncode, overdue
 
 
-def _say(text: str) -> None:
-    print(f"== {text}", file=sys.stderr, flush=True)
+class _Lines:
+    """What a process prints, handed on line by line; heard: when it last said something."""
+
+    def __init__(self, descriptor: int, say: Callable[[str], None]):
+        self._descriptor, self._say, self._pending, self.heard = descriptor, say, b"", time.monotonic()
+        os.set_blocking(descriptor, False)
+
+    def listen(self, seconds: float) -> bool:
+        """Hand on what comes within so long; False once nothing can come any more."""
+        ready, _, _ = select.select([self._descriptor], [], [], seconds)
+        if not ready:
+            return True
+        text = os.read(self._descriptor, 1 << 16)
+        *lines, self._pending = (self._pending + text).split(b"\n")
+        self.heard = time.monotonic()
+        for line in lines:
+            self._say(line.decode(errors="replace"))
+        return bool(text)
+
+    def rest(self) -> None:
+        """Hand on what is there; what its children print after its end is not waited for."""
+        while select.select([self._descriptor], [], [], 0)[0] and self.listen(0):
+            pass
+        if self._pending:
+            self._say(self._pending.decode(errors="replace"))
 
 
 def main(arguments: list[str] | None = None) -> int:
     """0 when every step is done or kept, 1 when one failed or is unfinished, 2 without a GPU."""
     parser = argparse.ArgumentParser(prog="runbook", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=ROOT / "results" / "gpu", metavar="FOLDER")
+    parser.add_argument("--from", type=Path, dest="before", metavar="ARCHIVE", help="go on from what a call left here")
+    parser.add_argument("--commit", metavar="NAME", help="of the sources, where there is no git to tell")
     parser.add_argument("--budget", type=float, default=BUDGET, metavar="SECONDS", help=f"in all, {BUDGET:.0f}")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results", metavar="FOLDER")
-    parser.add_argument("--only", nargs="+", choices=[step.name for step in STEPS], metavar="STEP",
-                        help=", ".join(step.name for step in STEPS))  # fmt: skip
+    parser.add_argument("--models", default=MODELS, help="the first matters most")
+    parser.add_argument("--batch", type=int, default=BATCH)
+    names = [step.name for step in steps()]
+    parser.add_argument("--only", nargs="+", choices=names, metavar="STEP", help=", ".join(names))
     options = parser.parse_args(arguments)
     try:
         import torch
@@ -155,25 +288,41 @@ def main(arguments: list[str] | None = None) -> int:
         return _no_gpu("PyTorch is not installed: pip install torch")
     if not torch.cuda.is_available():
         return _no_gpu(f"PyTorch {torch.__version__} finds no GPU")
+    if options.commit:
+        os.environ["FASTVIT_COMMIT"] = options.commit
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill ends it as Ctrl-C does
     from fastvit import report
 
+    from .report import gpu
+
     facts = report.environment("cuda")
-    folder = options.output.resolve() / report.slug(facts["device"]) / report.revision()
-    steps = tuple(step for step in STEPS if options.only is None or step.name in options.only)
-    # What is tuned here is used by the steps that follow, and lies with the results.
+    out = Out(options.out.resolve(), f"{report.slug(facts['device'])}-{report.slug(facts['commit'])}")
+    todo = tuple(
+        step for step in steps(options.models, options.batch) if options.only is None or step.name in options.only
+    )
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    places = {"FASTVIT_CACHE": str(folder / "tuned"), "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
-    _say(f"{facts['device']}; results: {folder}")
-    try:
-        states = run(steps, folder, options.budget, os.environ | places)
-    except KeyboardInterrupt:
-        _say("interrupted; what was measured is kept, and a further call goes on from there")
-        return 130
-    for name, state in states.items():
-        print(f"{name:10} {state['state']:10} {state['seconds']:6.0f} s")
-    if any(state["status"] == NO_GPU for state in states.values()):
-        return NO_GPU
-    return 0 if all(state["state"] in ("done", "kept") for state in states.values()) else 1
+    places = {"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONUNBUFFERED": "1"}
+    status, states = 130, {}
+    with tempfile.TemporaryDirectory(prefix="fastvit-gpu-") as folder:
+        results = Path(folder)
+        out.say(f"== {facts['device']}, fastvit at {facts['commit']}; all that is found goes to {out.folder}")
+        try:
+            out.unpack(results, options.before)
+            write_json(results / "environment.json", facts)
+            # What is tuned here is used by the steps that follow, and lies with the results.
+            places["FASTVIT_CACHE"] = str(results / "tuned")
+            states = run(todo, results, options.budget, out, os.environ | places)
+            well = all(state["state"] in ("done", "kept") for state in states.values())
+            status = NO_GPU if any(state["status"] == NO_GPU for state in states.values()) else 0 if well else 1
+        except KeyboardInterrupt:
+            out.say("== interrupted; what was measured is kept, and a further call goes on from there")
+        finally:
+            summary = gpu.summary(results)
+            (results / "summary.txt").write_text(summary, encoding="utf-8")
+            out.pack(results)
+            write_atomically(out.folder / "summary.txt", summary.encode())
+            out.say(summary)
+    return status
 
 
 def _no_gpu(why: str) -> int:

@@ -25,6 +25,9 @@ class Spread:
     rounds: int
 
 
+SPREADS = ("seconds", "ratio", "graph", "graph_ratio", "host")  # fields of a Contestant
+
+
 @dataclass
 class Contestant:
     """One side of a row.
@@ -32,9 +35,10 @@ class Contestant:
     status: "timed", "wrong" (its error is beyond the limit: no speed), "failed" (it raised: `reason` is the first line)
     or "absent" (not installed, or it has no such model). note: how it differs from the case ("tanh GELU"). error:
     relative rms of the output against float64. ratio: this side's time over ours in paired rounds, so that above 1 ours
-    is faster; verdict: of that, "faster" (ours), "slower" or "tie". graph: replayed from a CUDA graph; host: until the
-    call returned. joules: energy a call. peak_bytes: memory beyond weights and input, None where it
-    cannot be seen. compile_seconds: before the first answer of a peer that compiles, or of our kernels.
+    is faster; verdict: of that, "faster" (ours), "slower" or "tie". graph: replayed from a CUDA graph, with the ratio
+    and the verdict of those times; host: until the call returned. joules: energy a call. peak_bytes: memory beyond
+    weights and input, None where it cannot be seen. compile_seconds: before the first answer of a peer that compiles,
+    or of our kernels.
     """
 
     status: str = "timed"
@@ -45,6 +49,8 @@ class Contestant:
     ratio: Spread | None = None
     verdict: str = ""
     graph: Spread | None = None
+    graph_ratio: Spread | None = None
+    graph_verdict: str = ""
     host: Spread | None = None
     peak_bytes: int | None = None
     joules: float | None = None
@@ -96,7 +102,8 @@ class Ceilings:
 @dataclass
 class Run:
     """One results file. environment: as `fastvit.report.environment` gives it, with commit, seed and clocks; started:
-    ISO 8601, UTC; extra: what belongs to one kind of run only (the photographs' classes, for instance)."""
+    ISO 8601, UTC; finished: nothing is left to do; extra: what belongs to one kind of run only (the photographs'
+    classes; "left_out", seconds by the id of each case that did not fit the time limit and was not started)."""
 
     environment: dict
     settings: dict
@@ -135,5 +142,5 @@ def _row(found: dict) -> Row:
 
 
 def _contestant(found: dict) -> Contestant:
-    spreads = {name: Spread(**found[name]) for name in ("seconds", "ratio", "graph", "host") if found.get(name)}
+    spreads = {name: Spread(**found[name]) for name in SPREADS if found.get(name)}
     return Contestant(**found | spreads)

@@ -21,12 +21,14 @@ from .schema import Spread
 
 # In 12 rounds a sign test may be lost once: with 2 % of noise it then calls a difference of 5 % in nine cases of ten.
 MIN_ROUNDS, MAX_ROUNDS = 12, 51
+HOST_SHARE, HOST_CALLS = 0.25, 5  # of a row's seconds: the time until a call returns needs no more
 ROUND_SECONDS = 0.02  # calls are repeated within a round until it lasts this long: a clock's tick must not count
 # Threads of a library go on spinning for work after its call, on cores that the next contestant needs: ONNX Runtime's
 # doubled what came after them, PyTorch's own slowed ONNX Runtime by a sixth.
 PAUSE_SECONDS = 0.03
 STEADY, STEADY_WITHIN, MAX_WARM_UPS = 3, 0.02, 20
 ENERGY_SECONDS = 1.0  # the energy counter moves in steps of some ten milliseconds
+SETTLE_SECONDS = 0.5  # a GPU's first milliseconds run at clocks that its power does not sustain
 
 Call = Callable[[], object]
 Timer = Callable[[Call, int], float]  # (call, repeats) -> seconds of one call
@@ -57,12 +59,11 @@ def interleave(
     """Seconds per call of each of `calls`, one value a round; and what a call raised, which is then left out.
 
     Every round runs all of them in a fresh random order, so that what drifts (clocks, temperature, neighbours) falls
-    on all alike and round i of all ran side by side in time: rounds can be compared in pairs. As many rounds as fit
+    on all alike and round i of all ran side by side in time: rounds can be compared in pairs. Rounds are begun for
     `seconds`, within MIN_ROUNDS and MAX_ROUNDS, after each has been warmed up.
     """
     repeats: dict[str, int] = {}
     failures: dict[str, Exception] = {}
-    round_seconds = 0.0
     for name, call in calls.items():
         try:
             single = warm_up(call, timer, seconds / (4 * len(calls)))
@@ -70,11 +71,12 @@ def interleave(
             failures[name] = error.with_traceback(None)  # whose frames hold the call's tensors
             continue
         repeats[name] = _repeats(single)
-        round_seconds += single * repeats[name]
-    rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(seconds / max(round_seconds, 1e-9))))
     order, shuffle = list(repeats), random.Random(0).shuffle
     measured: dict[str, list[float]] = {name: [] for name in order}
-    for _ in range(rounds):
+    start = time.perf_counter()
+    for done in range(MAX_ROUNDS):
+        if done >= MIN_ROUNDS and time.perf_counter() - start >= seconds:
+            break
         shuffle(order)
         for name in list(order):
             try:
@@ -84,6 +86,15 @@ def interleave(
                 order.remove(name)
                 del measured[name]
     return measured, failures
+
+
+def interleave_seconds(single: float, calls: int, seconds: float, device: str) -> float:
+    """About how long `interleave` takes for so many calls of `single` seconds each."""
+    pause = 0.0 if device.startswith("cuda") else PAUSE_SECONDS
+    one = _repeats(single) * single + pause
+    warming = 2 * (single + pause) + min((STEADY + 1) * one, one + seconds / (4 * calls))
+    rounds = min(max(seconds, MIN_ROUNDS * calls * one), MAX_ROUNDS * calls * one)
+    return calls * warming + rounds
 
 
 def warm_up(call: Call, timer: Timer, seconds: float) -> float:
@@ -135,30 +146,85 @@ def _events(call: Call, repeats: int) -> float:
     return start.elapsed_time(end) / 1000 / repeats
 
 
-def host_timer(call: Call, repeats: int) -> float:
-    """Seconds until a call returns, the GPU idle before it: what it costs the host to launch."""
-    total = 0.0
-    for _ in range(repeats):
+def host_seconds(call: Call, seconds: float) -> list[float]:
+    """Seconds until a call returns, the GPU idle before it, of as many calls as fit `seconds`, HOST_CALLS at least and
+    MAX_ROUNDS at most: what it costs the host to launch. Not repeated in rounds: the GPU may be long at each."""
+    found: list[float] = []
+    began = time.perf_counter()
+    while len(found) < HOST_CALLS or (len(found) < MAX_ROUNDS and time.perf_counter() - began < seconds):
         torch.cuda.synchronize()
         start = time.perf_counter()
         call()
-        total += time.perf_counter() - start
+        found.append(time.perf_counter() - start)
     torch.cuda.synchronize()
-    return total / repeats
+    return found
 
 
-def replayed(call: Call) -> Call:
-    """`call` captured once in a CUDA graph. Raises what the capture raises: some calls cannot be captured."""
+def steady_seconds(call: Call, device: str | torch.device, seconds: float = SETTLE_SECONDS) -> float:
+    """Seconds of one call at clocks that last: it runs for `seconds`, then the median is taken of windows that
+    last as long together, each so long that a launch does not count. By CUDA events on a GPU, else the system's clock.
+
+    Raises what the call raises.
+    """
+    device = torch.device(device)
+    clock = timer(device.type)
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        clock(call, 1)
+        single = clock(call, 1)
+        start = time.perf_counter()
+        while time.perf_counter() - start < seconds:
+            single = clock(call, _repeats(single))
+        repeats = _repeats(single)
+        windows = max(3, math.ceil(seconds / max(repeats * single, ROUND_SECONDS)))
+        return statistics.median(clock(call, repeats) for _ in range(windows))
+
+
+def replayed(calls: dict[str, Call], times: int) -> tuple[dict[str, Call], dict[str, Exception]]:
+    """Each of `calls`, `times` times in a row, as the replay of a CUDA graph; and what was raised by those that cannot
+    be captured.
+
+    The graphs share one pool of memory, so that all together need about what the largest needs. Replayed in any order
+    they are right enough to be timed: what a graph reads is its inputs, which lie outside, and what it wrote itself in
+    the same replay. What a call returns is dropped in the capture, or the next graph would have to keep off it.
+    """
+    found: dict[str, Call] = {}
+    failures: dict[str, Exception] = {}
+    pool = torch.cuda.graph_pool_handle()
+    for name, call in calls.items():
+        try:
+            found[name] = _captured(call, times, pool)
+        except Exception as error:
+            failures[name] = error.with_traceback(None)  # whose frames hold the call's tensors
+            pool = torch.cuda.graph_pool_handle()  # the other may still be marked as recording
+    return found, failures
+
+
+_broken: list[object] = []  # graphs whose capture failed: PyTorch's allocators may go on pointing to them
+
+
+def _captured(call: Call, times: int, pool: tuple[int, int]) -> Call:
     stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
     stream.wait_stream(current)
-    with torch.cuda.stream(stream):  # what is set up at first must not be captured
-        for _ in range(3):
+    with torch.cuda.stream(stream):  # what is set up at first, for each of the inputs, must not be captured
+        for _ in range(max(3, times)):
             call()
     current.wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph):
-            call()
+        with torch.cuda.graph(graph, pool=pool):
+            for _ in range(times):
+                call()
+    except BaseException:
+        # After an illegal call PyTorch fails to end the capture, and goes on recording into the pool, whose memory
+        # would never be free again.
+        device = torch.cuda.current_device()
+        try:
+            torch._C._cuda_endAllocateToPool(device, pool)
+            torch._C._cuda_releasePool(device, pool)
+            _broken.append(graph)
+        except (AttributeError, RuntimeError):  # the capture had ended
+            graph.reset()
+        raise
     finally:
         torch.cuda.set_stream(current)  # a capture that failed leaves its own in force
     return graph.replay

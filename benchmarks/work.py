@@ -35,6 +35,7 @@ class _Work:
     case: Case
     ours: Callable[..., torch.Tensor]
     items: int  # images a call
+    turns = 1  # calls of a step until it comes back to its first input
     truth: dict[str, torch.Tensor]
     limits: dict[str, float]
 
@@ -183,6 +184,7 @@ class OpWork(_Work):
         self.case, self.ours = case, getattr(fastvit.ops, case.op)
         self._inputs = ops.inputs(case, settings.device)
         self._copies = ops.cold(self._inputs, settings.device)
+        self.turns = len(self._copies)
         precise = ops.precise(self._inputs)
         self._upstream = None
         with self.gradients():

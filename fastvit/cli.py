@@ -1,8 +1,9 @@
 """The command line: info, verify, tune, bench, embed, classify.
 
 Exit status: 0 done, 1 something failed (a check, an image, a download), 2 asked for wrongly (an unknown model, a device
-that is not there). What a time limit left out is named and does not count as failed. Results go to stdout, everything
-about the run to stderr. torch is imported by the commands, not here, so that `fastvit --help` answers at once.
+that is not there), 3 a kernel took the GPU from `tune`, which can be run again. What a time limit left out is named and
+does not count as failed. Results go to stdout, everything about the run to stderr. torch is imported by the commands,
+not here, so that `fastvit --help` answers at once.
 """
 
 from __future__ import annotations
@@ -90,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--time-limit", type=_positive(float), metavar="SECONDS", help="start no case after this long")
     sub.add_argument("--resume", action="store_true", help="do not repeat what FILE of --json says has passed here")
+    sub.add_argument("--jobs", type=_positive(int), metavar="N", help="verify in N processes; one a core if not said")
 
     sub = command(tune, "choose configs and candidates by measuring them on this machine's GPU")
     sub.add_argument("--models", type=_names, default=TUNED_MODELS, help="comma-separated; patterns as in list_models")
@@ -294,11 +296,12 @@ def verify(arguments: argparse.Namespace) -> int:
 
     if on_gpu and interpreting():
         raise UsageError("TRITON_INTERPRET=1 is set, which runs kernels on the CPU: unset it to verify a GPU")
-    if not on_gpu:
-        _use_interpreter()
-
     from . import report
     from . import verify as checks
+
+    jobs = arguments.jobs or len(os.sched_getaffinity(0))
+    if not on_gpu and jobs == 1:
+        checks.use_interpreter()
 
     output = arguments.json
     if output and "{device}" in str(output):
@@ -307,7 +310,7 @@ def verify(arguments: argparse.Namespace) -> int:
     output = output and _writable(output, "--json")
     environment = report.environment(device)
     dtypes = _dtypes(arguments.dtypes) or tuple(checks.FACTOR)
-    cases = checks.cases(checks.DEVICE if on_gpu else checks.INTERPRETER, dtypes, arguments.ops)
+    cases = checks.cases(checks.sizes_for(device), dtypes, arguments.ops)
     kept = _passed_before(arguments, output, environment)
     if kept:
         _note(f"Resuming: {sum(case.name in kept for case in cases)} of {len(cases)} cases have passed before.")
@@ -328,9 +331,14 @@ def verify(arguments: argparse.Namespace) -> int:
             rows = [*kept.values(), *(result.as_dict() for result in results)]
             report.write_json(output, {"environment": environment, "finished": finished, "results": rows})
 
+    # On a GPU always in processes of their own: a kernel that goes astray leaves its process without one.
+    if on_gpu or jobs > 1:
+        running = checks.run_in_processes(cases, device, min(jobs, len(cases)), arguments.time_limit)
+    else:
+        running = checks.run(cases, device, arguments.time_limit)
     start = time.perf_counter()
     try:
-        for result in report.progress(checks.run(cases, device, arguments.time_limit), len(cases), "verifying"):
+        for result in report.progress(running, len(cases), "verifying"):
             results.append(result)
             save(finished=False)
             if result.status == "skipped":
@@ -377,14 +385,6 @@ def _passed_before(arguments: argparse.Namespace, output: Path | None, environme
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UsageError(f"--json {output}: not a results file of fastvit verify; nothing to resume") from None
     return passed if same else {}
-
-
-def _use_interpreter() -> None:
-    """Let the kernels run on the CPU, repaired and guarded. Nothing may have imported Triton before."""
-    os.environ["TRITON_INTERPRET"] = "1"
-    from .interpret import install
-
-    install(os.environ.get("FASTVIT_GUARD", "race"))
 
 
 def _slug(device: str) -> str:
@@ -440,6 +440,7 @@ def tune(arguments: argparse.Namespace) -> int:
     import torch
 
     from . import precompile
+    from .attempts import GPU_LOST, GpuLost
     from .tuned import table
 
     current = torch.device("cuda", torch.cuda.current_device())
@@ -464,6 +465,9 @@ def tune(arguments: argparse.Namespace) -> int:
         with precompile.ahead(precompile.Job.on(current, calls), deadline) as compiled:
             failed = tuner.tune(compiled, current, tuner.CudaClock(), say, deadline)
         finished = not failed  # what failed may not another time
+    except GpuLost as error:
+        _note(f"The GPU is lost: {error}. Another run goes on from here, without that.")
+        return GPU_LOST
     except tuner.OutOfTime:
         _note(f"The time limit of {arguments.time_limit:g} s was reached; another run goes on from here.")
     finally:
@@ -535,7 +539,9 @@ def bench(arguments: argparse.Namespace) -> int:
     if not settings.photos.is_dir():
         raise UsageError(f"--photos {settings.photos}: no such folder")
     if settings.interpreted:
-        _use_interpreter()
+        from .verify import use_interpreter
+
+        use_interpreter()
     from .benchmarks import command, schema
 
     folder = Path(arguments.output.replace("{device}", _slug(device)))

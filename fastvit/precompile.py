@@ -19,7 +19,6 @@ import math
 import multiprocessing
 import os
 import pickle
-import signal
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -32,23 +31,25 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from . import tune, tuned
+from . import tune, tuned, workers
 from .kernels import hardware
 
 
 @dataclass(frozen=True)
 class Job:
     """What all workers are given: the calls in the order of their measurement; what Triton compiles for; how many
-    multiprocessors the device has; the keys of what the table has already; torch's switch for float32 products."""
+    multiprocessors the device has; the keys of what the table has already; torch's switch for float32 products; how
+    many configs of a launch are measured (see `tune.pruned`)."""
 
     calls: list[tune.Call]
     target: GPUTarget
     sms: int
     settled: frozenset[str]
     float32: str
+    keep: int | None = None
 
     @staticmethod
-    def on(device: torch.device, calls: list[tune.Call]) -> Job:
+    def on(device: torch.device, calls: list[tune.Call], keep: int | None = None) -> Job:
         """The job for a GPU."""
         table = tuned.table(device)
         return Job(
@@ -57,6 +58,7 @@ class Job:
             hardware.num_sms(device),
             frozenset(table.own("configs") | table.own("segments")),
             torch.backends.cuda.matmul.fp32_precision,
+            keep,
         )
 
 
@@ -73,16 +75,14 @@ def ahead(job: Job, deadline: float = math.inf) -> Iterator[Iterator[tune.Call]]
     ends, however it does.
     """
     count = len(os.sched_getaffinity(0)) - 1
-    # This process has a CUDA context, which no fork survives.
-    context = multiprocessing.get_context("spawn")
     with contextlib.ExitStack() as stack:
         started: list[Connection] = []
-        with _ignoring_interrupts():
+        with workers.ignoring_interrupts():
             for share in range(count):
-                here, there = context.Pipe()
-                process = context.Process(target=_work, args=(there, share, count), daemon=True)
+                here, there = workers.CONTEXT.Pipe()
+                process = workers.CONTEXT.Process(target=_work, args=(there, share, count), daemon=True)
                 process.start()
-                stack.callback(_kill, process)
+                stack.callback(workers.kill, process)
                 there.close()  # so that a worker's end is seen here
                 started.append(here)
         blob = pickle.dumps(job)
@@ -92,27 +92,9 @@ def ahead(job: Job, deadline: float = math.inf) -> Iterator[Iterator[tune.Call]]
         yield _in_time(job.calls, started, deadline)
 
 
-@contextlib.contextmanager
-def _ignoring_interrupts() -> Iterator[None]:
-    """Processes started here ignore Ctrl-C from their first moment on: it is this process that answers it."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _kill(process) -> None:
-    """End a worker at once, with the assembler that it may be running."""
-    with contextlib.suppress(ProcessLookupError):  # it had no group of its own yet
-        os.killpg(process.pid, signal.SIGKILL)
-    process.kill()
-    process.join()
-
-
-def _in_time(calls: list[tune.Call], workers: list[Connection], deadline: float) -> Iterator[tune.Call]:
+def _in_time(calls: list[tune.Call], started: list[Connection], deadline: float) -> Iterator[tune.Call]:
     """Each call, after every worker has said that it is through with it, or has died."""
-    alive = set(workers)
+    alive = set(started)
     for call in calls:
         # The workers are at later calls while this one is measured. Its times are not theirs to disturb: they are taken
         # by the device, between events around a graph's replay, and this process keeps a core.
@@ -174,7 +156,7 @@ def kernels_of(call: tune.Call, job: Job) -> dict[object, Callable[[], object]]:
         if work.key in job.settled:
             return {}
         for request, (run, *_) in tune.requests_of([work]).items():
-            for config in () if request.key in job.settled else tune.pruned(request, arch, job.sms):
+            for config in () if request.key in job.settled else tune.pruned(request, arch, job.sms, job.keep):
                 with contextlib.suppress(Exception):
                     run(config)
     return found

@@ -109,8 +109,8 @@ def slug(name: str) -> str:
 
 def revision() -> str:
     """The commit that this package's checkout is at; where its tracked files differ from it, with "-dirty-" and a hash
-    of the package's Python files; where there is no git, "source-" and that hash."""
-    root, base = Path(__file__).resolve().parents[1], "source"
+    of the package's Python files; where there is no git, FASTVIT_COMMIT or "source", and that hash."""
+    root, base = Path(__file__).resolve().parents[1], os.environ.get("FASTVIT_COMMIT") or "source"
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
         # A repository that merely encloses an installed package says nothing about it.

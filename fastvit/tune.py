@@ -30,6 +30,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from . import dispatch, tuned
+from .attempts import TRY_SECONDS, Attempts
 from .kernels import configs, cost, hardware
 from .measure import quartiles, verdict
 from .models.config import ViTConfig
@@ -101,11 +102,11 @@ class CudaClock:
         return start.elapsed_time(end) / 1000
 
 
-def interleave(timers: dict[str, Callable[[], float]]) -> dict[str, list[float]]:
+def interleave(timers: dict[str, Callable[[], float]], rounds: int = ROUNDS) -> dict[str, list[float]]:
     """Seconds by name, one a round, each round in a fresh random order: what drifts falls on all alike."""
     order, shuffle = list(timers), random.Random(0).shuffle
     measured: dict[str, list[float]] = {name: [] for name in timers}
-    for round in range(WARMUP_ROUNDS + ROUNDS):
+    for round in range(WARMUP_ROUNDS + rounds):
         shuffle(order)
         for name in order:
             seconds = timers[name]()
@@ -150,17 +151,62 @@ def mismatch(got: Iterable[torch.Tensor], want: Iterable[torch.Tensor], dtype: t
     return ""
 
 
-def decide(
-    candidates: dict[str, list[Run]], dtype: torch.dtype, roundings: int, clock: Clock, in_place: bool = False
-) -> tuple[str, dict]:
-    """The name of the candidate to use, and the evidence (fields of `tuned.Entry`). The first is the incumbent.
+@dataclass(frozen=True)
+class Measured:
+    """Seconds of every candidate that computes the right thing, one a round, and why the others do not; graph: whether
+    replayed from CUDA graphs."""
+
+    times: dict[str, list[float]]
+    dropped: dict[str, str]
+    graph: bool
+
+    def choice(self, among: Iterable[str]) -> tuple[str, dict]:
+        """The candidate to use of those timed, and the evidence (fields of `tuned.Entry`). The first of `among` is the
+        incumbent."""
+        incumbent, *challengers = [name for name in among if name in self.times]
+        times = {name: self.times[name] for name in (incumbent, *challengers)}
+        medians = {name: quartiles(values).median for name, values in times.items()}
+        winners = [name for name in challengers if beats(times[name], times[incumbent])]
+        evidence = {
+            "incumbent": incumbent,
+            "seconds": {name: [float(f"{q:.4g}") for q in quartiles(values)] for name, values in times.items()},
+            "dropped": self.dropped,
+            "rounds": len(times[incumbent]),
+            "graph": self.graph,
+            "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        }
+        return min(winners, key=medians.get, default=incumbent), evidence
+
+
+def measure(
+    candidates: dict[str, list[Run]],
+    dtype: torch.dtype,
+    roundings: int,
+    clock: Clock,
+    *,
+    in_place: bool = False,
+    beside: dict[str, list[Run]] | None = None,
+    attempts: Attempts | None = None,
+    key: str = "",
+    rounds: int = ROUNDS,
+) -> Measured:
+    """Time all candidates that compute what the first does, side by side; beside: what is timed with them unasked.
 
     Each candidate is a list of runs that do the same on different buffers and return what they wrote; in_place: into
     tensors that all candidates write, which are filled with NaN before, so that nothing is found there. One that raises
-    or computes something else is dropped. Raises whatever the incumbent does.
+    or computes something else is dropped, and so is one that `attempts` knows, by "key: name", to end a process. Raises
+    whatever the first does, and GpuLost.
     """
+    attempts = attempts or Attempts()
+    attempt = {name: f"{key}: {name}" for name in (*candidates, *(beside or {}))}
+    dropped = {name: attempts.fatal[attempt[name]] for name in attempt if attempt[name] in attempts.fatal}
     (incumbent, (first, *_)), *challengers = candidates.items()
-    written = first() if in_place else ()
+    timing = f"{key}: timing"
+    for name in (attempt[incumbent], timing):  # without which there is nothing to measure
+        if name in attempts.fatal:
+            raise RuntimeError(f"{name} {attempts.fatal[name]}")
+    with attempts.trying(attempt[incumbent]):
+        written = first() if in_place else ()
 
     def fresh(run: Run) -> tuple[torch.Tensor, ...]:
         for tensor in written:
@@ -168,34 +214,36 @@ def decide(
         return run()
 
     want = [tensor.clone() for tensor in fresh(first)] if in_place else first()
-    dropped = {}
     for name, runs in challengers:
+        if name in dropped:
+            continue
         try:
-            with warnings.catch_warnings():
+            with attempts.trying(attempt[name]), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # SDPA's, of a back end that cannot take the call
                 reason = mismatch(fresh(runs[0]), want, dtype, roundings)
         except Exception as error:  # whatever a candidate that cannot run raises
-            reason = _first_line(error)
+            reason = first_line(error)
         if reason:
             dropped[name] = reason
     if in_place:
         first()  # other launches may read what a wrong candidate wrote
     alive = {name: runs for name, runs in candidates.items() if name not in dropped}
-    measured, graph = _time(alive, clock)
-    medians = {name: quartiles(times).median for name, times in measured.items()}
-    winners = [name for name in alive if name != incumbent and beats(measured[name], measured[incumbent])]
-    evidence = {
-        "incumbent": incumbent,
-        "seconds": {name: [float(f"{q:.4g}") for q in quartiles(times)] for name, times in measured.items()},
-        "dropped": dropped,
-        "rounds": ROUNDS,
-        "graph": graph,
-        "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
-    return min(winners, key=medians.get, default=incumbent), evidence
+    # What is beside is held against nothing, but may raise or be fatal too.
+    for name, runs in (beside or {}).items():
+        if name not in dropped:
+            try:
+                with attempts.trying(attempt[name]):
+                    clock.timer(runs, False)()
+            except Exception as error:
+                dropped[name] = first_line(error)
+            else:
+                alive[name] = runs
+    with attempts.trying(timing, 3 * TRY_SECONDS):
+        times, graph = _time(alive, clock, rounds)
+    return Measured(times, dropped, graph)
 
 
-def _time(candidates: dict[str, list[Run]], clock: Clock) -> tuple[dict[str, list[float]], bool]:
+def _time(candidates: dict[str, list[Run]], clock: Clock, rounds: int) -> tuple[dict[str, list[float]], bool]:
     """Times of all, from graphs, or from none where one cannot be captured: a launch from Python costs its own time."""
     for graph in (True, False):
         try:
@@ -204,10 +252,11 @@ def _time(candidates: dict[str, list[Run]], clock: Clock) -> tuple[dict[str, lis
             if not graph:
                 raise
         else:
-            return interleave(timers), graph
+            return interleave(timers, rounds), graph
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
+    """An exception on one line."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
@@ -348,11 +397,14 @@ def requests_of(works: list[Work]) -> dict[configs.Request, list[Callable]]:
     return found
 
 
-def pruned(request: configs.Request, arch: hardware.Arch, sms: int) -> dict[configs.Config, float]:
-    """The configs to measure, with their estimates in seconds: the heuristic's, then the `KEEP` most promising."""
+def pruned(
+    request: configs.Request, arch: hardware.Arch, sms: int, keep: int | None = None
+) -> dict[configs.Config, float]:
+    """The configs to measure, with their estimates in seconds: the heuristic's, then the `keep` most promising, `KEEP`
+    if not said."""
     first, *rest = configs.search_space(request, arch, sms)
     estimates = {config: cost.request_seconds(request, config, arch, sms) for config in (first, *rest)}
-    return {config: estimates[config] for config in (first, *sorted(rest, key=estimates.get)[:KEEP])}
+    return {config: estimates[config] for config in (first, *sorted(rest, key=estimates.get)[: keep or KEEP])}
 
 
 def as_dict(config: configs.Config) -> dict:
@@ -379,44 +431,68 @@ def tune_call(
     clock: Clock,
     say: Callable[[str], None] = lambda line: None,
     deadline: float = math.inf,
+    attempts: Attempts | None = None,
 ) -> None:
     """Decide what the table lacks for one call: the config of each of its launches, then the candidate of its op.
 
-    say: called with a line a decision. Raises OutOfTime once `time.monotonic()` has passed `deadline`, between two
-    decisions; a launch for which not even the heuristic's config runs is said and left out.
+    say: called with a line a decision; attempts: those of the table, if not said. Raises OutOfTime once
+    `time.monotonic()` has passed `deadline`, between two decisions, and GpuLost where a candidate took the GPU from
+    this process: the next one leaves it out. A launch for which not even the heuristic's config runs is said and left
+    out.
     """
     table, arch, sms = tuned.table(device), hardware.current_arch(), hardware.num_sms(device)
+    attempts = attempts or Attempts(table.attempts)
     with tuned.use_tuning("read-only"), torch.inference_mode(False), torch.no_grad():
-        works = works_of(call, device, arch)
+        works, launches = launches_of(call, device, arch, attempts)
         if works[0].key in table.own("segments"):
             return
 
-        def settle(kind: str, key: str, candidates: dict[str, list[Run]], choice_of: Callable, *how) -> None:
+        def settle(kind: str, key: str, candidates: dict[str, list[Run]], choice_of: Callable, *how, **more) -> None:
             if time.monotonic() > deadline:
                 raise OutOfTime
-            name, evidence = decide(candidates, *how)
+            measured = measure(candidates, *how, attempts=attempts, key=key, **more)
+            name, evidence = measured.choice(candidates)
             entry = tuned.Entry(choice_of(name), **evidence)
             table.record(kind, key, entry)
-            say(f"{key}: {_summary(entry)}")
+            say(f"{key}: {summary(entry)}")
 
-        for request, runs in requests_of(works).items():
+        for request, runs in launches.items():
             if request.key in table.own("configs"):
                 continue
             choices = {label(config): config for config in pruned(request, arch, sms)}
             candidates = {
                 name: [partial(run, config) for run in runs[: len(works)]] for name, config in choices.items()
             }
-            how = (request.dtype, LAUNCH_ROUNDINGS, clock, True)
+            how = (request.dtype, LAUNCH_ROUNDINGS, clock)
             try:
-                settle("configs", request.key, candidates, lambda name, known=choices: as_dict(known[name]), *how)
+                settle(
+                    *("configs", request.key, candidates, lambda name, known=choices: as_dict(known[name]), *how),
+                    in_place=True,
+                )
             except OutOfTime:
                 raise
             except Exception as error:  # whatever a launch raises must not stop the others
-                say(f"{request.key}: not tuned, {_first_line(error)}")
+                say(f"{request.key}: not tuned, {first_line(error)}")
         candidates = {
             name: [partial(work, function) for work in works] for name, function in call.op.candidates.items()
         }
         settle("segments", works[0].key, candidates, str, _narrowest(call), OP_ROUNDINGS, clock)
+
+
+def launches_of(
+    call: Call, device: torch.device, arch: hardware.Arch, attempts: Attempts
+) -> tuple[list[Work], dict[configs.Request, list[Callable]]]:
+    """The call with tensors on the device, and each of its launches with a choice (see `requests_of`), for which it is
+    run once. Raises RuntimeError where that ended a process before, and GpuLost."""
+    name = f"{call.op.name}: {call.op.key(call.args)}"
+    if name in attempts.fatal:
+        raise RuntimeError(f"{name} {attempts.fatal[name]}")
+    with attempts.trying(name):
+        works = works_of(call, device, arch)
+        found = requests_of(works)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    return works, found
 
 
 def _narrowest(call: Call) -> torch.dtype:
@@ -425,7 +501,7 @@ def _narrowest(call: Call) -> torch.dtype:
     return min([*dtypes, call.autocast or dtypes[0]], key=lambda dtype: dtype.itemsize)
 
 
-def _summary(entry: tuned.Entry) -> str:
+def summary(entry: tuned.Entry) -> str:
     medians = {name: median for name, (_, median, _) in entry.seconds.items()}
     gain = medians[entry.incumbent] / medians[entry.chosen]
     how = "stays" if entry.chosen == entry.incumbent else f"is {gain:.2f} times as fast as {entry.incumbent}"
@@ -434,16 +510,17 @@ def _summary(entry: tuned.Entry) -> str:
 
 
 def tune(calls: Iterable[Call], device: torch.device, clock: Clock, say=lambda line: None, deadline=math.inf) -> int:
-    """`tune_call` for each; one that fails is said and left out. Returns how many did. Raises OutOfTime."""
-    failed = 0
+    """`tune_call` for each; one that fails is said and left out. Returns how many did. Raises OutOfTime and GpuLost;
+    ends the process where a kernel does not end."""
+    failed, attempts = 0, Attempts(tuned.table(device).attempts, watched=True)
     for call in calls:
         try:
-            tune_call(call, device, clock, say, deadline)
+            tune_call(call, device, clock, say, deadline, attempts)
         except OutOfTime:
             raise
         except Exception as error:
             failed += 1
-            say(f"{call.op.name}: not tuned, {_first_line(error)}")
+            say(f"{call.op.name}: not tuned, {first_line(error)}")
     return failed
 
 
@@ -461,7 +538,7 @@ def tune_missing(op: _common.Op, args: tuple) -> None:
             tune_call(Call.like(op, args), device, CudaClock())
     except Exception as error:  # no measurement is worth a user's run
         _given_up.add(key)
-        warnings.warn(f"{key} could not be tuned: {_first_line(error)}", stacklevel=4)
+        warnings.warn(f"{key} could not be tuned: {first_line(error)}", stacklevel=4)
 
 
 # --------------------------------------------------------------------------------------------------------------------

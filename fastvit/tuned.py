@@ -247,6 +247,11 @@ class Table:
             self.lost.add(key.partition(" ")[0])
 
     @property
+    def attempts(self) -> Path | None:
+        """Where `attempts.Attempts` keeps what was fatal on this device with these versions; None without a file."""
+        return self.path and self.path.with_suffix(".attempts.json")
+
+    @property
     def fingerprint(self) -> str:
         """A hash of what is in force, whatever it was decided on; empty where nothing is."""
         choices = {kind: {key: entry.choice for key, (entry, _) in getattr(self, kind).items()} for kind in KINDS}

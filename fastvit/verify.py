@@ -7,7 +7,9 @@ over each whole tensor: the output, and the gradient of every input, weight, bia
 
 from __future__ import annotations
 
+import functools
 import math
+import os
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -17,11 +19,15 @@ import torch
 
 import fastvit
 
+from . import workers
+
 # How many times plain PyTorch's own error ours may be, by dtype; and the order in which they are verified.
 FACTOR = {torch.bfloat16: 1.5, torch.float32: 2.0, torch.float16: 1.5}
 SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 # Given as data, never trained: they have no gradient.
 _CONSTANT = ("drop_path_scale",)
+CASE_SECONDS = 60.0  # what no case takes, with a process's start and all its compiling, on a busy machine
+OUT_OF_MEMORY = "OutOfMemoryError"
 
 
 def floor(dtype: torch.dtype) -> float:
@@ -143,9 +149,76 @@ def run(cases: Iterable[Case], device: str, time_limit: float | None = None) -> 
     start = time.perf_counter()
     for case in cases:
         if time_limit is not None and time.perf_counter() - start > time_limit:
-            yield Result(case, "skipped", [], f"not started: the time limit of {time_limit:g} s was reached")
+            yield _skipped(case, time_limit)
         else:
             yield run_case(case, device)
+
+
+def run_in_processes(
+    cases: Iterable[Case], device: str, count: int, time_limit: float | None = None
+) -> Iterator[Result]:
+    """As `run`, in `count` processes: most of a case's time on a GPU is compiling, which one process does on one core.
+
+    Cases of one op and dtype, which share kernels, run in one process while the others have work. A case that takes the
+    GPU from its process (an illegal access), ends it or takes longer than `CASE_SECONDS` has failed, and the rest go
+    on. One that found no memory left beside the others runs again, alone, at the end.
+    """
+    waiting = {case.name: case for case in cases}
+    deadline = None if time_limit is None else time.monotonic() + time_limit
+    for processes in (count, 1):
+        groups: dict[tuple, list[str]] = {}
+        for case in waiting.values():
+            groups.setdefault((case.op, case.dtype), []).append(case.name)
+        for outcome in workers.run(groups.values(), Server(device), processes, CASE_SECONDS, deadline):
+            case = waiting[outcome.task]
+            result = Result(case, "failed", [], outcome.died) if outcome.died else Result(case, *outcome.result)
+            if processes > 1 and result.reason.startswith(OUT_OF_MEMORY):
+                continue
+            del waiting[outcome.task]
+            yield result
+    for case in waiting.values():
+        yield _skipped(case, time_limit)
+
+
+def _skipped(case: Case, time_limit: float) -> Result:
+    return Result(case, "skipped", [], f"not started: the time limit of {time_limit:g} s was reached")
+
+
+@dataclass(frozen=True)
+class Server:
+    """What a process of `run_in_processes` does: verifies a case of the device's list, by name."""
+
+    device: str
+
+    def __call__(self, name: str) -> tuple[tuple, bool]:
+        """The fields of a Result after its case, and whether the process can verify another one."""
+        on_gpu = self.device.startswith("cuda")
+        if not on_gpu:
+            use_interpreter()
+        result = run_case(_by_name(self.device)[name], self.device)
+        fields, fit = (result.status, result.tensors, result.reason, result.seconds), True
+        if on_gpu:
+            try:
+                torch.cuda.synchronize()
+                torch.cuda.empty_cache()  # others need the memory
+            except RuntimeError as error:
+                fit = False
+                if result.status == "passed":  # it broke after its results were read
+                    fields = ("failed", [], f"{type(error).__name__}: {str(error).splitlines()[0]}", result.seconds)
+        return fields, fit
+
+
+@functools.cache
+def _by_name(device: str) -> dict[str, Case]:
+    return {case.name: case for case in cases(sizes_for(device))}
+
+
+def use_interpreter() -> None:
+    """Let the kernels run on the CPU, repaired and guarded. Nothing may have imported Triton before."""
+    os.environ["TRITON_INTERPRET"] = "1"
+    from .interpret import install
+
+    install(os.environ.get("FASTVIT_GUARD", "race"))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -415,6 +488,11 @@ INTERPRETER = Sizes(
     model_batch=1,
     brief=(torch.float16,),
 )
+
+
+def sizes_for(device: str) -> Sizes:
+    """The list that is run on a device: "cuda...", or "cpu" for the interpreter."""
+    return DEVICE if device.startswith("cuda") else INTERPRETER
 
 
 def cases(sizes: Sizes, dtypes: tuple[torch.dtype, ...] = tuple(FACTOR), ops: Iterable[str] = ()) -> list[Case]:

@@ -10,6 +10,7 @@ import torch
 import fastvit
 
 B, N, D, H, M = 2, 21, 24, 3, 40  # no size is a multiple of a block
+BATCHED = ("x", "qkv", "image", "residual", "key_padding_mask", "drop_path_scale")  # the tensors of one row a sample
 
 
 @dataclass(frozen=True)

@@ -269,7 +269,7 @@ def test_the_step_of_an_op_takes_its_inputs_in_turn(quick, monkeypatch):
     monkeypatch.setattr(ops, "cache_bytes", lambda device: 200_000)
     ready, seen = work.OpWork(case, quick(case)), []
     step = ready.step(lambda x, **others: seen.append(x.data_ptr()))
-    count = len(ready._copies)
+    count = ready.turns
     assert count >= 2
     for _ in range(2 * count):
         step()
@@ -546,7 +546,7 @@ def test_what_is_asked_for_is_combined():
     (case,) = suites.settings("cpu", models=(MODEL,), img_sizes=(64,), batches=(1,), dtypes=(FP32,)).cases
     assert (case.img_size, case.tokens) == (64, 17)
     assert len(suites.settings("cpu", models=(MODEL,), dtypes=(FP32,), batches=(1, 1)).cases) == 1
-    assert {case.batch for case in suites.settings("cuda", ops=("attention",)).cases} == {64}
+    assert {case.batch for case in suites.settings("cuda", ops=("attention",)).cases} == {256}
 
 
 def test_the_same_seed_gives_the_same_inputs_in_every_mode():
@@ -631,7 +631,31 @@ def test_the_file_is_whole_after_every_row(quick, no_pictures, photos, tmp_path,
     seen, write = [], bench.report.write_json
     monkeypatch.setattr(bench.report, "write_json", lambda path, value: (write(path, value), seen.append(value))[0])
     assert cli.main(arguments(photos, tmp_path / "r", "--batches", "1,2", "--dtypes", "fp32")) == 0
-    assert [(len(value["rows"]), value["finished"]) for value in seen] == [(1, False), (2, False), (2, True)]
+    assert [(len(value["rows"]), value["finished"]) for value in seen] == [
+        (1, False),
+        (1, False),
+        (2, False),
+        (2, False),
+        (2, True),
+    ]
+
+
+def test_a_row_that_ends_the_process_is_known_to_the_next(quick, no_pictures, photos, tmp_path, monkeypatch):
+    """While it runs the file says that it failed: the next run takes it last."""
+    right, while_it_runs = bench.Bench._measure, []
+
+    def measure(self, row, case):
+        written = json.loads((tmp_path / "r" / "bench.json").read_text())["rows"]
+        while_it_runs.append({row["batch"]: row["reason"] for row in written})
+        if case.batch == 1:
+            raise KeyboardInterrupt
+        return right(self, row, case)
+
+    monkeypatch.setattr(bench.Bench, "_measure", measure)
+    assert cli.main(arguments(photos, tmp_path / "r", "--batches", "2,1", "--dtypes", "fp32")) == 130
+    assert while_it_runs == [{2: "it ended the process"}, {2: "", 1: "it ended the process"}]
+    rows = json.loads((tmp_path / "r" / "bench.json").read_text())["rows"]
+    assert [(row["batch"], row["status"]) for row in rows] == [(2, "timed")], "an interrupted row has not failed"
 
 
 def test_command_keeps_what_it_has_when_interrupted_and_resumes(quick, photos, monkeypatch, tmp_path, capsys):
@@ -777,7 +801,7 @@ def test_wrong_kernels_in_the_interpreter_fail_the_command(quick, no_pictures, m
     settings = quick(Case(MODEL, FP32, 1), interpreted=MODEL)
     monkeypatch.setattr(suites, "settings", lambda device, **_: settings)
     monkeypatch.setattr(bench, "classify_interpreted", lambda settings: found)
-    monkeypatch.setattr(cli, "_use_interpreter", lambda: None)
+    monkeypatch.setattr("fastvit.verify.use_interpreter", lambda: None)
     assert cli.main(["bench", "--device", "cpu", "-o", str(tmp_path)]) == (0 if ok else 1)
     assert schema.load(tmp_path / "bench.json").extra["interpreted"]["ok"] is ok
     assert ("WRONG" in capsys.readouterr().out) is not ok
@@ -820,27 +844,95 @@ def test_the_reference_of_a_subject_is_the_model(quick):
     assert not torch.equal(truth["out"], subject.truth(FP32, "inference")[0]["out"])
 
 
-def test_host_and_graph_times_stand_beside_the_others(quick, monkeypatch):
-    """What only a GPU can do, with stand-ins for its two clocks."""
+@pytest.mark.parametrize("case", [Case(MODEL, FP32, 256, "training"), Case(MODEL, FP32, 2, op="layer_norm")])
+def test_every_row_on_a_gpu_is_timed_three_ways(quick, monkeypatch, case):
+    """What only a GPU can do, with stand-ins for its clocks. A graph holds as many calls as there are inputs."""
+    turns, eager = 4, {"ours": 1.0, "peer": 3.0, "broken": 1.0, "opaque": 1.0}
+    replays = {"ours": 4.0, "peer": 2.0}
 
-    def replayed(call):
-        if call is broken:
-            raise RuntimeError("operation not permitted when stream is capturing\nmore")
-        return call
+    def replayed(calls, times):
+        assert (list(calls), times) == (["ours", "peer", "broken"], turns)
+        error = RuntimeError("operation not permitted when stream is capturing\nmore")
+        return {name: f"graph of {name}" for name in replays}, {"broken": error}
 
-    def broken():
-        pass
+    def interleave(calls, timer, seconds):
+        budgets.append(seconds)
+        graphs = list(calls.values())[0] == "graph of ours"
+        return {name: [(replays if graphs else eager)[name]] * 20 for name in calls}, {}
 
+    budgets = []
     monkeypatch.setattr(timing, "replayed", replayed)
-    monkeypatch.setattr(timing, "host_timer", lambda call, repeats: 2.0)
-    monkeypatch.setattr(timing, "timer", lambda device: lambda call, repeats: 1.0)
-    row = bench._row(Case(MODEL, FP32, 1), None)
-    row.contestants = {name: schema.Contestant(note="tanh GELU") for name in ("ours", "peer", "graphs")}
-    bench.Bench(quick())._time_host_and_graph(
-        row, {"ours": lambda: None, "peer": broken, "graphs": lambda: None}, {"graphs"}
+    monkeypatch.setattr(timing, "interleave", interleave)
+    monkeypatch.setattr(timing, "host_seconds", lambda call, seconds: budgets.append(seconds) or [0.5] * 5)
+    row = bench._row(case, None)
+    row.contestants = {name: schema.Contestant(note="tanh GELU") for name in eager}
+    settings = dataclasses.replace(quick(case, seconds=8.0), device="cuda")
+    monkeypatch.setattr(timing, "energy_counter", lambda device: None)
+    bench.Bench(settings)._time(row, dict.fromkeys(eager, lambda: None), {}, {"opaque"}, turns)
+    ours, peer, broken, opaque = row.contestants.values()
+    assert budgets == [8.0, 0.5, 0.5, 0.5, 0.5, 8.0]
+    assert [side.seconds.median for side in row.contestants.values()] == [1.0, 3.0, 1.0, 1.0]
+    assert [side.host.median for side in row.contestants.values()] == [0.5] * 4
+    assert (ours.graph.median, ours.graph_ratio, ours.graph_verdict) == (1.0, None, "")
+    assert (peer.ratio.median, peer.verdict) == (3.0, "faster")
+    assert (peer.graph.median, peer.graph_ratio.median, peer.graph_verdict) == (0.5, 0.5, "slower")
+    assert (broken.graph, broken.graph_ratio, opaque.graph) == (None, None, None)
+    assert broken.note == "tanh GELU; no CUDA graph: RuntimeError: operation not permitted when stream is capturing"
+    assert opaque.note == peer.note == "tanh GELU"
+
+
+def test_without_a_graph_of_ours_peers_have_times_and_no_ratio(quick, monkeypatch):
+    monkeypatch.setattr(
+        timing, "replayed", lambda calls, times: ({"peer": calls["peer"]}, {"ours": RuntimeError("no")})
     )
-    ours, peer, graphs = row.contestants.values()
-    assert (graphs.graph, graphs.host.median, graphs.note) == (None, 2.0, "tanh GELU")
-    assert (ours.graph.median, ours.host.median, ours.note) == (1.0, 2.0, "tanh GELU")
-    assert (peer.graph, peer.host.median) == (None, 2.0)
-    assert peer.note == "tanh GELU; no CUDA graph: RuntimeError: operation not permitted when stream is capturing"
+    monkeypatch.setattr(timing, "interleave", lambda calls, *_: ({name: [1.0] * 20 for name in calls}, {}))
+    monkeypatch.setattr(timing, "host_seconds", lambda *_: 1 / 0)
+    row = bench._row(Case(MODEL, FP32, 1), None)
+    row.contestants = {name: schema.Contestant() for name in ("ours", "peer")}
+    bench.Bench(quick())._time_host_and_graph(row, dict.fromkeys(row.contestants, lambda: None), set(), 1)
+    ours, peer = row.contestants.values()
+    assert (peer.graph.median, peer.graph_ratio, ours.graph, ours.host) == (1.0, None, None, None)
+    assert ours.note == "no CUDA graph: RuntimeError: no"
+
+
+def test_results_from_before_graph_ratios_are_read(tmp_path):
+    """The committed ones."""
+    for path in (ROOT / "benchmarks" / "results").rglob("bench.json"):
+        assert schema.load(path).rows
+    row = bench._row(Case(MODEL, FP32, 1), None)
+    spread = schema.Spread(1.0, 0.9, 1.1, 12)
+    row.contestants["timm"] = schema.Contestant(graph=spread, graph_ratio=spread, graph_verdict="tie")
+    run = schema.Run({}, {}, "2000", rows=[row])
+    (tmp_path / "bench.json").write_text(json.dumps(run.as_dict()))
+    assert schema.load(tmp_path / "bench.json").rows == [row]
+    old = run.as_dict()
+    for name in ("graph_ratio", "graph_verdict"):
+        del old["rows"][0]["contestants"]["timm"][name]
+    (tmp_path / "bench.json").write_text(json.dumps(old))
+    assert schema.load(tmp_path / "bench.json").rows[0].contestants["timm"].graph == spread
+
+
+def test_the_suite_of_a_gpu_begins_with_what_is_worth_most():
+    cases = suites.settings("cuda").cases
+    small, base, large, tiny = (f"vit_{size}_patch16_224" for size in ("small", "base", "large", "tiny"))
+    first = [(model, mode) for model in (base, small, large) for mode in MODES]
+    assert [(case.model, case.mode, case.op) for case in cases[:6]] == [(*pair, "") for pair in first]
+    assert [(case.mode, case.op) for case in cases[6:18]] == [(mode, op) for mode in MODES for op in OPS]
+    assert {case.model for case in cases[6:18]} == {base}
+    assert {case.batch for case in cases if case.op} == {case.batch for case in cases[:18]} == {256}
+    models = [(model, batch) for model in (base, small, large, tiny) for batch in (1, 32)]
+    assert [(case.model, case.batch) for case in cases[18:26]] == models
+    assert {(case.mode, case.op) for case in cases[18:26]} == {("inference", "")}
+
+
+def test_a_photograph_run_that_is_done_is_not_done_again(quick, monkeypatch, tmp_path):
+    done = []
+    found = {"ok": True, "model": MODEL}
+    monkeypatch.setattr(bench, "classify_interpreted", lambda settings: done.append(1) or dict(found))
+    settings = quick(Case(MODEL, FP32, 1), interpreted=MODEL)
+    run, _ = bench.record(settings, tmp_path)
+    again, _ = bench.record(settings, tmp_path, run)
+    assert again.extra["interpreted"] == found and len(done) == 1
+    run.extra["interpreted"]["ok"] = False
+    bench.record(settings, tmp_path, run)
+    assert len(done) == 2

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import cycle
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -302,7 +303,7 @@ def test_rates():
 def test_ceilings_count_what_they_time(monkeypatch):
     counted = []
 
-    def seconds(call, device):
+    def seconds(call):
         with FlopCounterMode(display=False) as counter:
             call()
         counted.append(counter.get_total_flops())
@@ -312,6 +313,22 @@ def test_ceilings_count_what_they_time(monkeypatch):
     ceilings = roofline.measure_ceilings("cpu", [FP32])
     assert ceilings.flops_per_s == {"fp32": counted[-1] / 0.5}
     assert counted[-1] > 0 and ceilings.bytes_per_s == 2 * 2**27 / 0.5
+
+
+def test_on_a_gpu_ceilings_are_steady(monkeypatch):
+    asked = []
+    monkeypatch.setattr(roofline.timing, "steady_seconds", lambda call, device: asked.append(device) or 0.5)
+    assert roofline._median_seconds(lambda: None, torch.device("cuda", 1)) == 0.5
+    assert asked == [torch.device("cuda", 1)]
+
+
+def test_a_busy_machine_makes_no_small_ceiling(monkeypatch):
+    """It takes a core away for longer than a product of 256 lasts: what that one takes says nothing of larger ones."""
+    took = cycle([0.1, 0.016, 0.1])
+    monkeypatch.setattr(roofline, "_seconds", lambda call: next(took))
+    assert roofline._cpu_size(FP32) == 2048
+    monkeypatch.setattr(roofline, "_seconds", lambda call: 0.03)
+    assert roofline._cpu_size(FP32) == 256
 
 
 def test_ceilings_of_this_machine():

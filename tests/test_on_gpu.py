@@ -1,20 +1,19 @@
-"""The measurements of `make gpu`, as far as they can be told without one: the launches of an op, with a clock that is
-told what everything takes, and the files that the static report reads."""
+"""The measurements of `make gpu`, as far as they can be told without one; test_micro.py has those of launches."""
 
 import json
+import os
 import sys
 import time
 import types
 
 import pytest
 import torch
-from fastvit.benchmarks import on_gpu, roofline
+from fastvit.benchmarks import on_gpu, peaks, roofline, runbook
 from fastvit.benchmarks.schema import Ceilings
-from fastvit.benchmarks.static import estimate
-from fastvit.kernels import configs, cost
 from fastvit.kernels.hardware import ARCHS
 
 from fastvit import tune
+from fastvit.attempts import GPU_LOST, GpuLost
 from fastvit.dispatch import interpreting
 from fastvit.models.registry import model_entry
 
@@ -22,89 +21,6 @@ pytestmark = pytest.mark.skipif(not interpreting(), reason="with a GPU, `make gp
 
 MODEL = "vit_tiny_patch16_224"
 LIMITS = Ceilings(1e12, {"bf16": 1e14})
-
-
-class FakeClock:
-    """Every run takes 2 ms."""
-
-    def timer(self, runs, graph):
-        assert graph and runs
-        for run in runs:
-            run()
-        return lambda: 2e-3
-
-
-def small_call(mode="inference", op="layer_norm_mlp"):
-    calls = tune.calls_of(model_entry(MODEL).config, 1, torch.bfloat16, mode)
-    return next(call for call in calls if call.op.name == op)
-
-
-@pytest.mark.parametrize("mode", tune.MODES)
-def test_every_launch_of_an_op_is_measured_with_the_config_in_force(mode):
-    rows = list(on_gpu.measure_launches(small_call(mode), torch.device("cpu"), ARCHS["sm_90"], FakeClock(), LIMITS))
-    launches = {row["request"]: row for row in rows}
-    assert len(launches) == len(rows) == (3 if mode == "inference" else 10)
-    fc1 = next(row for key, row in launches.items() if key.startswith("gemm 197x768x192 "))
-    request = configs.Request("gemm", (197, 768, 192), torch.bfloat16)
-    needs = cost.request_cost(request)
-    assert fc1["seconds"] == fc1["q25"] == fc1["q75"] == 2e-3
-    assert fc1["flops_per_s"] == needs.flops / 2e-3
-    assert fc1["bytes_per_s"] == needs.bytes / 2e-3
-    assert fc1["fraction_of_floor"] == max(needs.flops / 1e14, needs.bytes / 1e12) / 2e-3
-    assert fc1["config"]["BLOCK_M"] in (64, 128)
-
-
-def test_past_the_deadline_nothing_is_started():
-    call, cpu = small_call(), torch.device("cpu")
-    assert not list(on_gpu.measure_launches(call, cpu, ARCHS["sm_90"], FakeClock(), LIMITS, time.monotonic() - 1))
-
-
-def test_the_profile_is_what_the_static_report_reads(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(on_gpu, "_calls", lambda: [(MODEL, "inference", small_call())])
-    monkeypatch.setattr(on_gpu.tune, "CudaClock", FakeClock)
-    monkeypatch.setattr(on_gpu.hardware, "current_arch", lambda: ARCHS["sm_90"])
-    monkeypatch.setattr(on_gpu, "_device", lambda: torch.device("cpu"))
-    monkeypatch.setattr(roofline, "measure_ceilings", lambda *_: LIMITS)
-    folder = tmp_path / "some-gpu" / "abc"
-    folder.mkdir(parents=True)
-    assert on_gpu.profile(folder, time.monotonic() - 1)
-    assert json.loads((folder / "kernels.json").read_text())["finished"] is False
-    assert on_gpu.profile(folder, time.monotonic() + 600)
-    written = json.loads((folder / "kernels.json").read_text())
-    assert written["finished"] is True
-    assert "2000.0" in capsys.readouterr().out
-    (times,) = estimate.measurements(tmp_path, "sm_90").values()
-    assert len(times) == 3 and set(times.values()) == {2e-3}
-    assert estimate.measurements(tmp_path, "sm_80") == {}
-    monkeypatch.setattr(on_gpu.tune, "CudaClock", lambda: None)
-    assert on_gpu.profile(folder, time.monotonic() + 600), "what was measured was measured again"
-    assert json.loads((folder / "kernels.json").read_text()) == written
-
-
-def test_an_op_that_cannot_be_profiled_stops_no_other(monkeypatch, tmp_path, capsys):
-    def measure(call, *rest):
-        if call.op.name == "attention":
-            raise torch.OutOfMemoryError("no memory left")
-        return []
-
-    calls = [(MODEL, "inference", small_call(op=name)) for name in ("attention", "layer_norm_mlp")]
-    monkeypatch.setattr(on_gpu, "_calls", lambda: calls)
-    monkeypatch.setattr(on_gpu, "measure_launches", measure)
-    monkeypatch.setattr(on_gpu.tune, "CudaClock", FakeClock)
-    monkeypatch.setattr(on_gpu.hardware, "current_arch", lambda: ARCHS["sm_90"])
-    monkeypatch.setattr(on_gpu, "_device", lambda: torch.device("cpu"))
-    monkeypatch.setattr(roofline, "measure_ceilings", lambda *_: LIMITS)
-    assert not on_gpu.profile(tmp_path, time.monotonic() + 600)
-    assert "attention: not profiled, OutOfMemoryError: no memory left" in capsys.readouterr().out
-    assert json.loads((tmp_path / "kernels.json").read_text())["finished"] is True
-
-
-def test_ceilings_are_kept(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(roofline, "measure_ceilings", lambda device, dtypes: LIMITS)
-    assert on_gpu.ceilings(tmp_path, time.monotonic() + 1)
-    written = json.loads((tmp_path / "ceilings.json").read_text())
-    assert written == {"bytes_per_s": 1e12, "flops_per_s": {"bf16": 1e14}, "finished": True}
-    assert "1.00 TB/s; bf16 100 TFLOP/s" in capsys.readouterr().out
 
 
 def test_what_the_driver_loads_is_held_against_the_report(monkeypatch, tmp_path, capsys):
@@ -136,20 +52,111 @@ def test_what_the_driver_loads_is_held_against_the_report(monkeypatch, tmp_path,
     active = types.SimpleNamespace(utils=types.SimpleNamespace(load_binary=load_binary))
     driver = types.SimpleNamespace(active=active, _active=None, set_active=lambda _: None)
     monkeypatch.setattr(on_gpu.triton.runtime, "driver", driver)
-    assert on_gpu.loaded(tmp_path, time.monotonic() - 1)
+    assert on_gpu.loaded(tmp_path, time.monotonic() - 1, [], 1)
     assert json.loads((tmp_path / "loaded.json").read_text())["finished"] is False
     capsys.readouterr()
-    assert not on_gpu.loaded(tmp_path, time.monotonic() + 60)
+    assert not on_gpu.loaded(tmp_path, time.monotonic() + 60, [], 1)
     written = json.loads((tmp_path / "loaded.json").read_text())
     assert written["finished"] is True
     assert [row["same"] for row in written["kernels"]] == [True, True, False]
     assert "3 of 3 kernels loaded; 1 differ" in capsys.readouterr().out
 
 
+SECTION = '"ID","Process ID","Kernel Name","Section Name","Metric Name","Metric Unit","Metric Value"'
+# In place of Nsight Compute: runs what it is given, and counts two kernels.
+NCU = f"""#!/bin/sh
+echo "$@" > "$ASKED"
+echo "==PROF== Connected"
+echo '{SECTION}'
+echo '"0","7","gemm_kernel","GPU Speed Of Light Throughput","Duration","us","310.2"'
+echo '"0","7","gemm_kernel","GPU Speed Of Light Throughput","DRAM Throughput","%","41.5"'
+echo '"1","7","attention_kernel","Launch Statistics","Registers Per Thread","register/thread","168"'
+exit $STATUS
+"""
+
+
+@pytest.fixture
+def ncu(tmp_path, monkeypatch):
+    """A profiler on the PATH, and where it writes down what it was asked; its exit status is set by the test."""
+    program = tmp_path / "bin" / "ncu"
+    program.parent.mkdir()
+    program.write_text(NCU)
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("ASKED", str(tmp_path / "asked"))
+    return tmp_path / "asked"
+
+
+@pytest.mark.parametrize("status", [0, 9])
+def test_counters_are_those_that_the_profiler_prints(status, ncu, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("STATUS", str(status))
+    assert on_gpu.counters(tmp_path, time.monotonic() + 60, ["m"], 8) == (status == 0)
+    assert ncu.read_text().endswith(f"-m fastvit.benchmarks.on_gpu launches {tmp_path} 60 --models m --batch 8\n")
+    counted = on_gpu.read_counters(tmp_path / "counters.csv")
+    assert [kernel for kernel, _ in counted] == ["gemm_kernel", "attention_kernel"]
+    assert counted[0][1] == {"Duration": "310.2", "DRAM Throughput": "41.5"}
+    printed = capsys.readouterr().out
+    assert "310.2" in printed and "41.5" in printed and "168" in printed
+    written = json.loads((tmp_path / "counters.json").read_text())
+    assert written == {"kernels": 2, "why": "" if status == 0 else "ncu ended with 9", "finished": True}
+
+
+def test_without_a_profiler_there_are_no_counters_and_nothing_is_left(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert on_gpu.counters(tmp_path, time.monotonic() + 60, ["m"], 8)
+    assert "ncu) is not on the PATH" in capsys.readouterr().out
+    assert json.loads((tmp_path / "counters.json").read_text())["finished"] is True
+
+
+def test_peaks_are_kept_and_not_measured_twice(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(roofline, "measure_ceilings", lambda device, dtypes: LIMITS)
+    asked = []
+    monkeypatch.setattr(peaks, "steady_seconds", lambda call, *_: asked.append(call()) or 1e-4)
+    assert peaks.run(tmp_path, time.monotonic() - 1, [MODEL], 2, "cpu")
+    assert json.loads((tmp_path / "peaks.json").read_text())["finished"] is False
+    assert peaks.run(tmp_path, time.monotonic() + 60, [MODEL], 2, "cpu")
+    written = json.loads((tmp_path / "peaks.json").read_text())
+    assert written["finished"] is True and written["bytes_per_s"] == 1e12
+    shapes = {(row["layer"], row["direction"]): row["shape"] for row in written["products"]}
+    assert len(shapes) == 14 == len(asked)
+    assert shapes["qkv", "forward"] == [394, 576, 192]
+    assert shapes["fc2", "input gradient"] == [394, 768, 192]
+    assert shapes["fc1", "weight gradient"] == [768, 192, 394]
+    assert shapes["patch embedding", "forward"] == [392, 192, 768]
+    for row, out in zip(written["products"], asked, strict=True):
+        m, n, k = row["shape"]
+        assert out.shape == (m, n) and row["flops_per_s"] == 2 * m * n * k / 1e-4
+    assert "1.00 TB/s; bf16 100 TFLOP/s" in capsys.readouterr().out
+    assert peaks.run(tmp_path, time.monotonic() + 60, [MODEL], 2, "cpu") and len(asked) == 14
+    monkeypatch.setattr(roofline, "measure_ceilings", None)
+    assert peaks.ceilings(tmp_path) == LIMITS
+
+
+def test_the_shapes_are_those_of_the_launches():
+    """What the library is timed at is what our kernels are asked for; the patch embedding's makes the prefix too."""
+    calls = tune.calls_of(model_entry(MODEL).config, 1, torch.bfloat16, "inference")
+    launches = [request for call in calls for request in tune.planned(call, ARCHS["sm_90"])]
+    asked = {request.shape for request in launches if request.kernel == "gemm" and "load_patches" not in request.traits}
+    layers = peaks.shapes(model_entry(MODEL).config, 1)
+    assert layers.pop("patch embedding") == (196, 192, 768)
+    assert asked == set(layers.values())
+
+
+def test_a_lost_gpu_is_an_exit_status_of_its_own(monkeypatch, tmp_path, capsys):
+    def lost(*_):
+        raise GpuLost("a kernel took it")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setitem(on_gpu.MEASUREMENTS, "micro", lost)
+    assert on_gpu.main(["micro", str(tmp_path), "10"]) == GPU_LOST == runbook.GPU_LOST
+    assert "the GPU is lost: a kernel took it" in capsys.readouterr().out
+
+
 def test_arguments(capsys):
-    assert on_gpu.main(["nothing"]) == 2
-    assert "usage: on_gpu {ceilings,loaded,profile} FOLDER SECONDS" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as left:
+        on_gpu.main(["nothing"])
+    assert left.value.code == 2 and "invalid choice: 'nothing'" in capsys.readouterr().err
     if not torch.cuda.is_available():
-        assert on_gpu.main(["profile", ".", "10"]) == 2
+        assert on_gpu.main(["micro", ".", "10"]) == 2
         assert "finds no GPU" in capsys.readouterr().err
     assert "fastvit.benchmarks.on_gpu" in sys.modules

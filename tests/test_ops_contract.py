@@ -7,7 +7,7 @@ import inspect
 import numpy as np
 import pytest
 import torch
-from samples import SAMPLES, gradients, relative_rms, results
+from samples import BATCHED, SAMPLES, gradients, relative_rms, results
 
 import fastvit
 from fastvit import ops, reference
@@ -119,7 +119,7 @@ def test_backward_is_deterministic(sample, device):
 @pytest.mark.parametrize("batch", [0, 1])
 def test_batch_of_none_and_of_one(sample, batch, device):
     tensors = sample.tensors(device=device)
-    for name in ("x", "qkv", "image", "residual", "key_padding_mask", "drop_path_scale"):
+    for name in BATCHED:
         if name in tensors:
             tensors[name] = tensors[name].detach()[:batch].requires_grad_(tensors[name].requires_grad)
     got = results(sample, tensors)

@@ -212,6 +212,38 @@ def test_csv_has_a_line_a_contestant_and_every_number(run):
     assert {line["case_status"] for line in lines} == {"timed", "wrong", "failed", "skipped"}
 
 
+def test_times_of_graphs_stand_beside_the_others_with_their_own_verdict():
+    run = fake_run(**SMALL)
+    row = run.rows[0]
+    timm, torch = row.contestants["timm"], row.contestants["torch"]
+    before = page.render(run, {})
+    assert "ours/this, graphs" not in before and page.GRAPHS.strip() not in before
+    timm.graph_ratio, timm.graph_verdict = Spread(4.5, 4.4, 4.6, 12), "faster"
+    torch.graph_ratio, torch.graph_verdict = Spread(1.01, 0.9, 1.1, 12), "tie"
+    text = "\n".join(lines_of(run))
+    graph = words.duration(timm.graph.median)
+    assert f"CUDA graph {graph}, ours/this 4.50 [4.40 4.60]; until the call returned" in text
+    assert ", ours/this tie [0.90 1.10]; until" in text
+    found = Page(page.render(run, {})).text
+    assert "graph 4.50\n" in found and "graph tie\n" in found, "the scoreboard"
+    assert "ours/this, graphs\n" in found and "4.50 [4.40 4.60]\n" in found, "every contestant"
+    assert page.GRAPHS.strip() in found
+    line = next(line for line in csv.DictReader(io.StringIO(flat.as_csv(run))) if line["by"] == "timm")
+    assert (line["graph_ratio_median"], line["graph_ratio_q75"], line["graph_verdict"]) == ("4.5", "4.6", "faster")
+
+
+def test_what_the_time_limit_left_out_is_said(run):
+    left = Run(run.environment, run.settings, run.started, extra={"left_out": {"a": 40.0, "b": 20.0}})
+    assert words.caveats(left)[-1] == "The run did not finish: cases are missing, 2 cases to fit the time limit."
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.2, "1 s"), (44.4, "44 s"), (59.9, "1 min"), (138, "2 min 20 s"), (3900, "1 h 5 min")]
+)
+def test_minutes(seconds, text):
+    assert words.minutes(seconds) == text
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Pictures
 

@@ -535,24 +535,30 @@ def test_a_page_says_what_failed_what_was_let_through_and_what_is_an_estimate(tm
 def test_measured_kernels_stand_beside_their_estimates(tmp_path, records):
     folder = tmp_path / "results" / "nvidia-h100" / "abc"
     folder.mkdir(parents=True)
+    config = {
+        "BLOCK_M": 128,
+        "BLOCK_N": 128,
+        "BLOCK_K": 64,
+        "num_warps": 8,
+        "num_stages": 3,
+        "GROUP_M": 8,
+        "SPLIT_K": 1,
+    }
     rows = [
-        {"request": record.uses[0].request, "arch": "sm_90", "seconds": factor * seconds(record),
-         "config": {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3, "GROUP_M": 8,
-                    "SPLIT_K": 1}}
+        {"request": record.uses[0].request, "configs": [{"config": config, "seconds": factor * seconds(record)}]}
         for record, factor in zip(records[:4], (1.5, 1.2, 1.1, 2.0), strict=True)
-    ]  # fmt: skip
-    rows.append(rows[0] | {"arch": "sm_80"})
-    (folder / "kernels.json").write_text(json.dumps({"finished": True, "kernels": rows}))
+    ]
+    (folder / "micro.json").write_text(json.dumps({"finished": True, "arch": "sm_90", "launches": rows}))
     measured = estimate.measurements(tmp_path / "results", "sm_90")
     text, _ = write(tmp_path / "pages", records, measured=measured)
-    line = "Against nvidia-h100/abc/kernels.json: 4 kernels, Spearman's rank correlation 1.00 of estimate"
+    line = "Against nvidia-h100/abc/micro.json: 4 kernels, Spearman's rank correlation 1.00 of estimate"
     assert line in text and "No kernel has been measured" not in text
     assert estimate.measurements(tmp_path / "results", "sm_120") == {}
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"kernels": [{"request": "x"}]}', '{"kernels": 3}'])
+@pytest.mark.parametrize("content", ["", "[]", '{"arch": "sm_90", "launches": [{"request": "x"}]}', '{"launches": 3}'])
 def test_a_damaged_file_of_measurements_is_named(tmp_path, content):
-    path = tmp_path / "a" / "b" / "kernels.json"
+    path = tmp_path / "a" / "b" / "micro.json"
     path.parent.mkdir(parents=True)
     path.write_text(content)
     with pytest.raises(ValueError, match=f"{re.escape(str(path))}: no measured kernels"):

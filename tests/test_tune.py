@@ -57,7 +57,7 @@ def candidate(seconds, result=TRUTH):
 
 def decided(sigma=1e-3, captures=True, **candidates):
     clock = FakeClock(lambda run: run.seconds, sigma, captures)
-    return *tune.decide(candidates, torch.float32, 1, clock), clock
+    return *tune.measure(candidates, torch.float32, 1, clock).choice(candidates), clock
 
 
 @pytest.mark.parametrize(
@@ -148,8 +148,8 @@ def test_candidates_that_write_into_one_buffer():
     candidates = {"ours": writes(1.0, 7), "same": writes(1.0, 7)}  # neither writes the last
     candidates |= {"nothing": writes(0.0, 0), "less": writes(1.0, 6), "wrong": writes(2.0, 7)}
     clock = FakeClock(lambda run: run.seconds)
-    _, evidence = tune.decide(candidates, torch.float32, 1, clock, in_place=True)
-    assert set(evidence["dropped"]) == {"nothing", "less", "wrong"}
+    measured = tune.measure(candidates, torch.float32, 1, clock, in_place=True)
+    assert set(measured.dropped) == {"nothing", "less", "wrong"}
     assert (buffer[:7] == 1).all()  # and what others may read is as it was
 
 

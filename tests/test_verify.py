@@ -1,13 +1,15 @@
 """`fastvit verify` itself: sound kernels pass, and every planted fault fails its row, and only its row."""
 
+import dataclasses
 import json
 import math
+import re
 
 import pytest
 import torch
 
 import fastvit
-from fastvit import cli, verify
+from fastvit import cli, verify, workers
 from fastvit.dispatch import requested_backend
 
 needs_interpreter = pytest.mark.skipif(torch.cuda.is_available(), reason="the small list is for the interpreter")
@@ -139,7 +141,7 @@ def test_randomise_makes_every_parameter_matter():
 @needs_interpreter
 def test_command_writes_json_and_says_it_is_the_interpreter(tmp_path, capsys):
     output = tmp_path / "v.json"
-    chosen = ["--device", "cpu", "--ops", "layer_norm", "--dtypes", "bf16"]
+    chosen = ["--device", "cpu", "--ops", "layer_norm", "--dtypes", "bf16", "--jobs", "1"]
     assert cli.main(["verify", *chosen, "--json", str(output)]) == 0
     printed = capsys.readouterr()
     assert "interpreter on the CPU, not on a GPU" in printed.err
@@ -155,7 +157,7 @@ def test_command_writes_json_and_says_it_is_the_interpreter(tmp_path, capsys):
 def test_command_fails_on_a_planted_fault(monkeypatch, tmp_path, capsys):
     plant(monkeypatch, "layer_norm", lambda out: out * 1.01)
     output = tmp_path / "v.json"
-    assert cli.main(["verify", "--device", "cpu", "--ops", "layer_norm", "--json", str(output)]) == 1
+    assert cli.main(["verify", "--device", "cpu", "--ops", "layer_norm", "--jobs", "1", "--json", str(output)]) == 1
     printed = capsys.readouterr()
     assert "FAIL" in printed.out
     assert "0 passed, 3 failed" in printed.out
@@ -163,8 +165,10 @@ def test_command_fails_on_a_planted_fault(monkeypatch, tmp_path, capsys):
 
 
 @needs_interpreter
-def test_command_never_calls_a_skipped_list_a_success(capsys):
-    assert cli.main(["verify", "--device", "cpu", "--ops", "layer_norm", "--time-limit", "1e-9"]) == 1
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_command_never_calls_a_skipped_list_a_success(jobs, capsys):
+    limited = ["--jobs", jobs, "--time-limit", "1e-9"]
+    assert cli.main(["verify", "--device", "cpu", "--ops", "layer_norm", *limited]) == 1
     printed = capsys.readouterr()
     assert "0 passed, 0 failed, 3 not run" in printed.out
     assert "what was not run has not passed" in printed.err
@@ -180,10 +184,62 @@ def test_command_keeps_what_it_has_when_interrupted(monkeypatch, tmp_path, capsy
         return right(case, device)
 
     monkeypatch.setattr(verify, "run_case", interrupted_at_the_second)
-    assert cli.main(["verify", "--device", "cpu", "--ops", "layer_norm", "--json", str(output)]) == 130
+    assert cli.main(["verify", "--device", "cpu", "--ops", "layer_norm", "--jobs", "1", "--json", str(output)]) == 130
     assert "Interrupted after 1 of 3 cases" in capsys.readouterr().err
     written = json.loads(output.read_text())
     assert (written["finished"], len(written["results"])) == (False, 1)
+
+
+@needs_interpreter
+def test_processes_verify_what_one_does(capsys):
+    """The same cases, the same errors to the last digit, in whatever order they come."""
+
+    def rows(jobs):
+        chosen = ["--device", "cpu", "--ops", "layer_norm,attention", "--dtypes", "bf16,fp32", "--jobs", jobs]
+        assert cli.main(["verify", *chosen]) == 0
+        lines = capsys.readouterr().out.splitlines()[2:-1]
+        return sorted(re.sub(r" +\d+\.\d+  ok$", "", line) for line in lines)
+
+    assert rows("2") == rows("1") != []
+
+
+def test_what_found_no_memory_beside_others_runs_again_alone(monkeypatch):
+    asked = []
+
+    def run(groups, serve, count, seconds, deadline):
+        for name in [name for group in groups for name in group]:
+            asked.append((name, count))
+            if name == "layer_norm small fp32" and count > 1:
+                yield workers.Outcome(name, ("failed", [], "OutOfMemoryError: CUDA out of memory", 1.0))
+            else:
+                yield workers.Outcome(name, ("passed", [], "", 1.0))
+
+    monkeypatch.setattr(workers, "run", run)
+    other = dataclasses.replace(SMALL, label="other")
+    found = list(verify.run_in_processes([SMALL, other], "cuda", 16))
+    assert [(result.case.label, result.status) for result in found] == [("other", "passed"), ("small", "passed")]
+    assert asked == [(SMALL.name, 16), (other.name, 16), (SMALL.name, 1)]
+
+
+def test_a_case_whose_process_died_has_failed(monkeypatch):
+    died = workers.Outcome(SMALL.name, died="did not end within 60 s")
+    monkeypatch.setattr(workers, "run", lambda groups, *rest: iter([died] if [*groups] else []))
+    (result,) = verify.run_in_processes([SMALL], "cuda", 2)
+    assert (result.status, result.reason) == ("failed", "did not end within 60 s")
+
+
+def test_a_process_without_its_gpu_is_not_fit_for_another_case(monkeypatch):
+    def lost():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
+
+    monkeypatch.setattr(verify, "_by_name", lambda device: {"case": SMALL})
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    for synchronize, status, fit in ((lambda: None, "passed", True), (lost, "failed", False)):
+        monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+        monkeypatch.setattr(verify, "run_case", lambda case, device: verify.Result(case, "passed", []))
+        (found, _, reason, _), is_fit = verify.Server("cuda")("case")
+        assert (found, is_fit) == (status, fit)
+        assert ("illegal memory access" in reason) == (not fit)
 
 
 def test_command_refuses_a_path_it_could_not_write(tmp_path, capsys):
@@ -205,7 +261,7 @@ def test_command_without_triton(monkeypatch, capsys):
 @needs_interpreter
 def test_one_failure_among_passes_fails_the_command(monkeypatch):
     plant(monkeypatch, "layer_norm", lambda out: out * 1.1 if out.dtype == torch.bfloat16 else out)
-    assert cli.main(["verify", "--device", "cpu", "--ops", "layer_norm"]) == 1
+    assert cli.main(["verify", "--device", "cpu", "--ops", "layer_norm", "--jobs", "1"]) == 1
 
 
 @needs_interpreter
@@ -219,7 +275,7 @@ def test_resume_runs_only_what_has_not_passed_here(monkeypatch, tmp_path, capsys
         return right(case, device)
 
     monkeypatch.setattr(verify, "run_case", run_case)
-    command = ["verify", "--device", "cpu", "--ops", "layer_norm", "--json", str(output), "--resume"]
+    command = ["verify", "--device", "cpu", "--ops", "layer_norm", "--jobs", "1", "--json", str(output), "--resume"]
     interrupt = True
     assert cli.main(command) == 130
     interrupt = False

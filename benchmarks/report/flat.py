@@ -6,18 +6,17 @@ import csv
 import io
 from dataclasses import fields
 
-from ..schema import Contestant, Row, Run, Spread
+from ..schema import SPREADS, Contestant, Row, Run, Spread
 
-_SPREADS = ("seconds", "ratio", "graph", "host")
 _OF_ROW = [field.name for field in fields(Row) if field.name not in ("contestants", "status", "reason")]
-_OF_SIDE = [field.name for field in fields(Contestant) if field.name not in _SPREADS]
+_OF_SIDE = [field.name for field in fields(Contestant) if field.name not in SPREADS]
 _OF_SPREAD = [field.name for field in fields(Spread)]
 
 
 def as_csv(run: Run) -> str:
     """The case's fields, "case_status" and "case_reason", "by", the contestant's fields, and those of its spreads as
     "seconds_median" and so on; empty for what was not measured. A case without contestants has one line."""
-    spreads = [f"{name}_{part}" for name in _SPREADS for part in _OF_SPREAD]
+    spreads = [f"{name}_{part}" for name in SPREADS for part in _OF_SPREAD]
     text = io.StringIO()
     writer = csv.DictWriter(
         text,
@@ -33,7 +32,7 @@ def as_csv(run: Run) -> str:
         for name, side in row.contestants.items():
             line = case | {"by": name, "fraction_of_floor": row.fraction_of_floor(name)}
             line |= {field: getattr(side, field) for field in _OF_SIDE}
-            for spread in _SPREADS:
+            for spread in SPREADS:
                 if getattr(side, spread) is not None:
                     line |= {f"{spread}_{part}": getattr(getattr(side, spread), part) for part in _OF_SPREAD}
             writer.writerow(line)

@@ -16,7 +16,6 @@ from .words import (
     METHOD_CPU,
     METHOD_GPU,
     answers,
-    aside,
     caveats,
     cells,
     command,
@@ -29,6 +28,8 @@ from .words import (
     outcome,
     peers_of,
     rate,
+    ratio,
+    score,
     subject,
     versions,
 )
@@ -221,7 +222,8 @@ def _scoreboard(rows: list[Row]) -> Markup:
     unit = "ours, a call" if rows[0].op else "ours, images/s"
     note = _element(
         "p",
-        "Under each peer: our speed over its speed, and the quartiles of that. Above 1 ours is faster.",
+        "Under each peer: our speed over its speed, and the quartiles of that. Above 1 ours is faster."
+        + (GRAPHS if any(side.graph_ratio for row in rows for side in row.contestants.values()) else ""),
         class_="kicker",
     )
     return _joined([note, _table(["case", unit, "of floor", *peers], lines)])
@@ -237,9 +239,11 @@ def _score(row: Row, name: str) -> Markup:
     side = row.contestants[name]
     if side.ratio is None:
         return _element("td", side.status, class_="bad")
-    shown = "tie" if side.verdict == "tie" else f"{side.ratio.median:.2f}"
-    quartiles = _element("small", f"{side.ratio.q25:.2f}–{side.ratio.q75:.2f}")
-    return _element("td", shown, quartiles, class_=side.verdict)
+    below = [_element("small", f"{side.ratio.q25:.2f}–{side.ratio.q75:.2f}")]
+    if side.graph_ratio:
+        shown = f"graph {score(side.graph_ratio, side.graph_verdict)}"
+        below.append(_element("small", shown, class_=side.graph_verdict))
+    return _element("td", score(side.ratio, side.verdict), *below, class_=side.verdict)
 
 
 def _contestants(rows: list[Row]) -> list[Markup]:
@@ -275,7 +279,7 @@ def _case(row: Row) -> Markup:
         side = row.contestants[name]
         line = [_element("th", name)]
         if side.status == "timed":
-            classes = {REMARKS: "wide", "ours/this": side.verdict}
+            classes = {REMARKS: "wide", "ours/this": side.verdict, "ours/this, graphs": side.graph_verdict}
             line += [_element("td", values[column], class_=classes.get(column, "")) for column in used[1:]]
         else:
             kind = "wide" if side.status == "absent" else "wide bad"
@@ -284,8 +288,9 @@ def _case(row: Row) -> Markup:
     return _joined([heading, told, _table([headings.get(column, column) for column in used], lines)])
 
 
+GRAPHS = " Graph: the same of CUDA graphs, which no host holds up."
 REMARKS = "remarks"
-MORE = ("quartiles", "rounds", REMARKS)
+MORE = ("quartiles", "rounds", "CUDA graph", "ours/this, graphs", "until it returned", REMARKS)
 
 
 def _more(row: Row, name: str) -> dict[str, str]:
@@ -295,7 +300,9 @@ def _more(row: Row, name: str) -> dict[str, str]:
     if found is None:
         return dict.fromkeys(MORE, "")
     low, high = (duration(side.seconds.q25), duration(side.seconds.q75)) if row.op else map(number, found[1:])
-    return {"quartiles": f"{low} – {high}", "rounds": str(side.seconds.rounds), REMARKS: aside(side)}
+    graph, host = ("" if spread is None else duration(spread.median) for spread in (side.graph, side.host))
+    values = (f"{low} – {high}", str(side.seconds.rounds), graph, ratio(side.graph_ratio, side.graph_verdict), host)
+    return dict(zip(MORE, (*values, side.note), strict=True))
 
 
 def _records(run: Run) -> list[Markup]:

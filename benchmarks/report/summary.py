@@ -27,6 +27,7 @@ from .words import (
     headline,
     on_gpu,
     peers_of,
+    score,
     timed,
     versions,
 )
@@ -139,7 +140,7 @@ def _score(row: Row, peer: str) -> str:
         return ""
     if side.ratio is None:
         return side.status
-    return "tie" if side.verdict == "tie" else f"{side.ratio.median:.2f}"
+    return score(side.ratio, side.verdict)
 
 
 def _escape(text: str) -> str:

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..schema import OURS, Contestant, Row, Run
+from ..schema import OURS, Contestant, Row, Run, Spread
 
 NOT_THE_KERNELS = (
     "Only fastvit's PyTorch back end was timed here: its Triton kernels need a GPU, were not timed, "
@@ -53,6 +53,18 @@ def duration(seconds: float, digits: Callable[[float], str] = number) -> str:
     return f"{digits(seconds / size)} {unit}"
 
 
+def minutes(seconds: float) -> str:
+    """For people who wait: 45 s, 2 min 20 s, 1 h 5 min."""
+    whole = max(1, round(seconds))
+    if whole >= 60:
+        whole = 5 * round(whole / 5)
+    if whole < 3600:
+        parts = (whole // 60, "min"), (whole % 60, "s")
+    else:
+        parts = (whole // 3600, "h"), (whole % 3600 // 60, "min")
+    return " ".join(f"{n} {unit}" for n, unit in parts if n)
+
+
 def quantity(value: float, unit: str, digits: Callable[[float], str] = number) -> str:
     """With the prefix that suits: 1.23e12 FLOP/s is 1.23 TFLOP/s."""
     prefix, size = _unit(value, {"T": 1e12, "G": 1e9, "M": 1e6, "": 1})
@@ -79,12 +91,14 @@ def rate(row: Row, side: Contestant) -> tuple[float, float, float] | None:
     return row.items / side.seconds.median, row.items / side.seconds.q75, row.items / side.seconds.q25
 
 
-def ratio(side: Contestant) -> str:
+def score(found: Spread, verdict: str) -> str:
+    """A ratio in a word: "1.31", or "tie" where it is one."""
+    return "tie" if verdict == "tie" else f"{found.median:.2f}"
+
+
+def ratio(found: Spread | None, verdict: str) -> str:
     """ "1.31 [1.29 1.33]"; "tie [0.98 1.02]" where it is one."""
-    if side.ratio is None:
-        return ""
-    shown = "tie" if side.verdict == "tie" else f"{side.ratio.median:.2f}"
-    return f"{shown} [{side.ratio.q25:.2f} {side.ratio.q75:.2f}]"
+    return "" if found is None else f"{score(found, verdict)} [{found.q25:.2f} {found.q75:.2f}]"
 
 
 def cells(row: Row, name: str) -> dict[str, str]:
@@ -96,7 +110,7 @@ def cells(row: Row, name: str) -> dict[str, str]:
     return {
         "by": name,
         "images/s": speed,
-        "ours/this": ratio(side),
+        "ours/this": ratio(side.ratio, side.verdict),
         "of floor": "" if fraction is None else percent(fraction),
         "error": "" if side.error is None else f"{side.error:.1e}",
         "peak MB": "" if side.peak_bytes is None else number(side.peak_bytes / 1e6),
@@ -107,12 +121,13 @@ def cells(row: Row, name: str) -> dict[str, str]:
 
 def aside(side: Contestant) -> str:
     """What the columns leave out: how the contestant differs, and its other two times."""
-    times = [
-        f"{what} {duration(spread.median)}"
-        for what, spread in (("CUDA graph", side.graph), ("until the call returned", side.host))
-        if spread
-    ]
-    return "; ".join([*times, side.note] if side.note else times)
+    parts = []
+    if side.graph:
+        beside = f", ours/this {ratio(side.graph_ratio, side.graph_verdict)}" if side.graph_ratio else ""
+        parts.append(f"CUDA graph {duration(side.graph.median)}{beside}")
+    if side.host:
+        parts.append(f"until the call returned {duration(side.host.median)}")
+    return "; ".join([*parts, side.note] if side.note else parts)
 
 
 def outcome(side: Contestant, limit: float | None) -> str:
@@ -272,7 +287,9 @@ def caveats(run: Run) -> list[str]:
     if _undone(run):
         found.append(f"Without a speed: {_undone(run)}; the reasons stand in the tables.")
     if not run.finished:
-        found.append("The run did not finish: cases are missing.")
+        left_out = run.extra.get("left_out")
+        why = f", {count(len(left_out), 'case')} to fit the time limit" if left_out else ""
+        found.append(f"The run did not finish: cases are missing{why}.")
     if beyond := _beyond(timed(run.rows)):
         sides = ", ".join(f"{side} (to {percent(fraction)} of it)" for side, fraction in beyond.items())
         found.append(
@@ -379,8 +396,8 @@ METHOD = (
 )
 METHOD_CPU = "The clock is the system's monotonic one; the threads are pinned to the number that is said."
 METHOD_GPU = (
-    "The clock is CUDA events, with the clocks of the GPU left alone. At small batches the time of a replayed CUDA "
-    "graph, and the time until the call returns on the host, are shown apart."
+    "The clock is CUDA events, with the clocks of the GPU left alone. A call from Python is timed, and shown apart the "
+    "time until it returns on the host and the time of its CUDA graph replayed, which no host holds up."
 )
 
 GLOSSARY = {
@@ -388,6 +405,8 @@ GLOSSARY = {
     "ours/this": "Our speed over this side's: above 1, we are faster. In brackets the quartiles over paired rounds.",
     "tie": "The quartiles of the ratio overlap 1, or chance would explain the rounds in more than 1 case of 100 (sign "
     "test): the run cannot tell the two apart.",
+    "CUDA graph": "Time of a call recorded once and replayed by the GPU alone: where it is much shorter, the call "
+    "itself waited for Python.",
     "of floor": "The least time that the device could take, over the time taken: 100 % is the roofline.",
     "roofline": "The least time for the case's floating-point operations and bytes of memory, kernel by kernel, at the "
     "matrix and copy speeds that this device reached in the same run.",

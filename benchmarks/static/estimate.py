@@ -11,9 +11,10 @@ An estimate is the greatest of
 
 Caches, clocks, bank conflicts and dependencies are not in it.
 
-A measured kernel comes from `benchmarks/results/*/*/kernels.json`:
+A measured kernel comes from `benchmarks/results/*/*/micro.json`:
 
-    {"kernels": [{"request": Request.key, "config": {field: value, ...}, "arch": "sm_90", "seconds": 1.2e-4}, ...]}
+    {"arch": "sm_90",
+     "launches": [{"request": Request.key, "configs": [{"config": {field: value, ...}, "seconds": 1.2e-4}, ...]}, ...]}
 
 with the config's dataclass as a dictionary and the seconds of one launch, its median. Other keys are not read.
 """
@@ -85,18 +86,19 @@ def _ceil(a: int, b: int) -> int:
 
 
 def measurements(results: Path, arch: str) -> dict[str, dict[tuple[str, str], float]]:
-    """{file: {(request, config): seconds}} of the kernels measured on `arch`, of every kernels.json under `results`.
+    """{file: {(request, config): seconds}} of the kernels measured on `arch`, of every micro.json under `results`.
 
     Raises ValueError, naming the file, for one that is not in the form that this module's head gives.
     """
     found = {}
-    for path in sorted(results.glob("*/*/kernels.json")):
+    for path in sorted(results.glob("*/*/micro.json")):
         try:
-            rows = json.loads(path.read_text(encoding="utf-8"))["kernels"]
+            written = json.loads(path.read_text(encoding="utf-8"))
             times = {
-                (row["request"], config_text(row["config"])): float(row["seconds"])
-                for row in rows
-                if row["arch"] == arch
+                (row["request"], config_text(measured["config"])): float(measured["seconds"])
+                for row in written["launches"]
+                if written["arch"] == arch
+                for measured in row["configs"]
             }
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: no measured kernels ({type(error).__name__}: {error})") from None

@@ -1,0 +1,448 @@
+"""Every launch of a model's training step by itself: each config worth trying, beside the library's equivalent.
+
+For each launch with a choice that a forward and backward pass makes (`fastvit.tune` finds them): all configs of its
+search space, checked against the heuristic's before they are timed, and what PyTorch offers for the same work, by
+replays of CUDA graphs, interleaved. Then what explains the best config's time: a product without what its loads compute
+and without its epilogue, attention at other numbers of tokens. It is the tuner with the whole search space, and keeps
+what it decides in the same table.
+
+A launch and its equivalent are not always the same work: the library's product has neither our prologue nor our
+epilogue, and its backward pass of attention stands for both of ours. What fusion saves is in the whole models' times.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import TextIO
+
+import torch
+from fastvit.kernels import configs, cost, gemm, hardware, layer_norm_mlp
+from fastvit.kernels.layer_norm_linear import normalised_source
+from fastvit.kernels.linear_residual import scaled_operand
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from triton.runtime.jit import JITFunction
+
+from fastvit import precompile, report, tune, tuned
+from fastvit.attempts import Attempts
+from fastvit.measure import quartiles
+from fastvit.models.registry import model_entry
+from fastvit.verify import SHORT
+
+from .static.estimate import config_text
+
+FILE = "micro.json"
+DTYPE = torch.bfloat16
+ROUNDS = 15
+OTHER_TOKENS = (192, 256)  # a whole number of tiles, below and above a ViT's 197
+
+
+def run(
+    folder: Path, deadline: float, model: str, batch: int, rates: cost.Rates, device: torch.device, clock: tune.Clock
+) -> bool:
+    """Measure what micro.json in `folder` has not; past `deadline` (`time.monotonic()`) nothing new is started.
+
+    rates: the device's, in bfloat16, for the bound that each launch's time is held against. False where an op could not
+    be measured, which stops no other. Raises GpuLost.
+    """
+    path, arch = folder / FILE, hardware.current_arch()
+    found = _before(path, arch.name, model, batch)
+    calls = tune.calls_of(model_entry(model).config, batch, DTYPE, "training")
+    attempts, failures = Attempts(tuned.table(device).attempts, watched=True), []
+
+    def save(finished: bool) -> None:
+        written = {"model": model, "batch": batch, "dtype": SHORT[DTYPE], "arch": arch.name}
+        rows = {"launches": list(found.values()), "failed": failures, "fatal": attempts.fatal, "finished": finished}
+        report.write_json(path, written | rows)
+
+    finished = False
+    try:
+        # All are compiled, whatever an earlier call measured: those kernels lie in Triton's cache.
+        with precompile.ahead(precompile.Job.on(device, calls, keep=1000), deadline) as compiled:
+            for call in compiled:
+                try:
+                    for row in measure_launches(call, device, arch, rates, attempts, deadline, found, clock):
+                        found[row["launch"]] = row
+                        print(line(row), flush=True)
+                        save(finished=False)
+                except tune.OutOfTime:
+                    raise
+                except Exception as error:  # whatever a launch raises, or running out of memory
+                    failures.append(f"{call.op.name}: {tune.first_line(error)}")
+                    print(failures[-1], flush=True)
+        finished = True
+    except tune.OutOfTime:
+        print("no time for the rest", flush=True)
+    finally:
+        save(finished and not failures)
+    if found:
+        table(list(found.values()))
+    return not failures
+
+
+def _before(path: Path, arch: str, model: str, batch: int) -> dict[str, dict]:
+    """The rows that an earlier call measured of the same, by launch."""
+    with contextlib.suppress(FileNotFoundError, ValueError, KeyError):
+        written = json.loads(path.read_text(encoding="utf-8"))
+        if (written["arch"], written["model"], written["batch"]) == (arch, model, batch):
+            return {row["launch"]: row for row in written["launches"]}
+    return {}
+
+
+def measure_launches(
+    call: tune.Call,
+    device: torch.device,
+    arch: hardware.Arch,
+    rates: cost.Rates,
+    attempts: Attempts,
+    deadline: float,
+    known: dict[str, dict],
+    clock: tune.Clock,
+) -> Iterator[dict]:
+    """A row for each launch of one call that `known` has none for. Raises OutOfTime past the deadline."""
+    table = tuned.table(device)
+    with tuned.use_tuning("read-only"), torch.inference_mode(False), torch.no_grad():
+        works, launches = tune.launches_of(call, device, arch, attempts)
+        for request, runs in launches.items():
+            name = f"{call.op.name}: {request.key}"
+            if name in known:
+                continue
+            if same := next((row for row in known.values() if row["request"] == request.key), None):
+                yield same | {"launch": name, "op": call.op.name}  # another op launches the very same
+                continue
+            if time.monotonic() > deadline:
+                raise tune.OutOfTime
+            choices = tune.pruned(request, arch, hardware.num_sms(device), keep=1000)
+            labels = {tune.label(config): config for config in choices}
+            compiled: dict[str, object] = {}
+            candidates = {
+                text: [partial(_recorded, run, config, compiled, text) for run in runs[: len(works)]]
+                for text, config in labels.items()
+            }
+            measured = tune.measure(
+                *(candidates, request.dtype, tune.LAUNCH_ROUNDINGS, clock),
+                in_place=True,
+                beside=equivalents(request, device),
+                attempts=attempts,
+                key=request.key,
+                rounds=ROUNDS,
+            )
+            chosen, evidence = measured.choice(candidates)
+            table.record("configs", request.key, tuned.Entry(tune.as_dict(labels[chosen]), **evidence))
+            needs = cost.request_cost(request)
+            best = min((text for text in labels if text in measured.times), key=lambda text: _median(measured, text))
+            yield {
+                "launch": name,
+                "request": request.key,
+                "op": call.op.name,
+                "direction": direction(request),
+                "flops": needs.flops,
+                "bytes": needs.bytes,
+                "bound_seconds": cost.floor_seconds(needs, rates),
+                "heuristic": config_text(asdict(next(iter(choices)))),
+                "best": config_text(asdict(labels[best])),
+                "seconds": _median(measured, best),
+                "heuristic_seconds": _median(measured, next(iter(labels))),
+                "library": {text: _median(measured, text) for text in measured.times if text not in labels},
+                "without": _explained(request, labels[best], call, device, arch, clock, attempts, deadline),
+                "configs": [
+                    _config_row(config, measured, text, estimate, compiled.get(text))
+                    for (text, config), estimate in zip(labels.items(), choices.values(), strict=True)
+                    if text in measured.times
+                ],
+                "dropped": measured.dropped,
+                "graph": measured.graph,
+            }
+
+
+def _recorded(run: Callable, config: configs.Config, compiled: dict, text: str):
+    """Run, and keep the first kernel that Triton launches for it."""
+    if text in compiled:
+        return run(config)
+    launch = JITFunction.run
+
+    def recording(kernel, *args, **kwargs):
+        found = launch(kernel, *args, **kwargs)
+        compiled.setdefault(text, found)
+        return found
+
+    JITFunction.run = recording
+    try:
+        return run(config)
+    finally:
+        JITFunction.run = launch
+
+
+def _config_row(config: configs.Config, measured: tune.Measured, text: str, estimate: float, kernel) -> dict:
+    """estimate: seconds, of `cost.request_seconds`; registers, spills (bytes) a thread and shared memory (bytes) a
+    block, as the driver loaded the kernel."""
+    low, median, high = quartiles(measured.times[text])
+    loaded = {} if kernel is None else {"registers": kernel.n_regs, "spills": kernel.n_spills}
+    shared = {} if kernel is None else {"shared": kernel.metadata.shared}
+    times = {"seconds": median, "q25": low, "q75": high, "estimate": estimate}
+    return {"config": asdict(config)} | times | loaded | shared
+
+
+def _median(measured: tune.Measured, name: str) -> float:
+    return quartiles(measured.times[name]).median
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a launch does, and the library's way
+
+
+def direction(request: configs.Request) -> str:
+    """ "forward", "input gradient" or "weight gradient" of a product, else the kernel's name."""
+    if request.kernel != "gemm":
+        return request.kernel
+    if "partial" in request.traits:
+        return "weight gradient"
+    return "input gradient" if request.traits[2] in _BACKWARD else "forward"
+
+
+# Epilogues of products whose right operand is the weight as it is: gradients of inputs.
+_BACKWARD = ("store", "store_activation_gradient", "store_pixels")
+
+
+def equivalents(request: configs.Request, device: torch.device) -> dict[str, list[tune.Run]]:
+    """What PyTorch offers for the same product or sum, on random tensors of its own."""
+
+    def draw(*shape: int, dtype=request.dtype) -> torch.Tensor:
+        return torch.randn(shape, dtype=dtype, device=device)
+
+    def calls(**functions: Callable) -> dict[str, list[tune.Run]]:
+        return {f"library {name.replace('_', ' ')}": [partial(_tuple, call)] for name, call in functions.items()}
+
+    if request.kernel == "gemm":
+        m, n, k = request.shape
+        if "partial" in request.traits:
+            dy, x = draw(k, m), draw(k, n)
+            return calls(mm=lambda: torch.mm(dy.t(), x))
+        x, weight, bias = draw(m, k), draw(n, k), draw(n)
+        if direction(request) == "forward":
+            return calls(mm=lambda: torch.mm(x, weight.t()), addmm=lambda: torch.addmm(bias, x, weight.t()))
+        weight = draw(k, n)
+        return calls(mm=lambda: torch.mm(x, weight))
+    if request.kernel.startswith("attention"):
+        return calls(**_attention_equivalents(request, draw))
+    x = draw(*request.shape)
+    if request.kernel == "column_sum":
+        return calls(sum=lambda: x.sum(dim=0, dtype=torch.float32))
+    shape, weight, bias, dy = [request.shape[1]], draw(request.shape[1]), draw(request.shape[1]), draw(*request.shape)
+    out, mean, rstd = torch.native_layer_norm(x, shape, weight, bias, 1e-6)
+    if request.kernel == "layer_norm_backward":
+        backward = torch.ops.aten.native_layer_norm_backward
+        return calls(layer_norm_backward=lambda: backward(dy, x, shape, mean, rstd, weight, bias, [True] * 3))
+    return calls(layer_norm=lambda: torch.native_layer_norm(x, shape, weight, bias, 1e-6))
+
+
+def _attention_equivalents(request: configs.Request, draw: Callable) -> dict[str, Callable]:
+    """SDPA's fast back ends on views of a packed qkv. The whole backward pass stands beside each of our two kernels."""
+    batch, tokens, heads, dim = request.shape
+    qkv = draw(batch, tokens, 3, heads, dim)
+    found = {}
+    for name, backend in (("flash", SDPBackend.FLASH_ATTENTION), ("cudnn", SDPBackend.CUDNN_ATTENTION)):
+        q, k, v = (part.transpose(1, 2).detach().requires_grad_() for part in qkv.unbind(2))
+
+        def forward(backend=backend, q=q, k=k, v=v):
+            with sdpa_kernel(backend):
+                return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+        if request.kernel == "attention_forward":
+            found[f"sdpa_{name}"] = forward
+            continue
+        with warnings.catch_warnings(), contextlib.suppress(RuntimeError):  # of a back end that cannot take it
+            warnings.simplefilter("ignore")
+            with torch.enable_grad():
+                out = forward()
+            dout = draw(*out.shape)
+            found[f"sdpa_{name}_backward"] = partial(torch.autograd.grad, out, (q, k, v), dout, retain_graph=True)
+    return found
+
+
+def _tuple(call: Callable) -> tuple[torch.Tensor, ...]:
+    out = call()
+    return out if isinstance(out, tuple) else (out,)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What explains a launch's time
+
+
+def _explained(request, config, call, device, arch, clock, attempts, deadline) -> dict[str, float]:
+    """Seconds of the launch with this config without one of its parts, or at another number of tokens."""
+    if request.kernel == "gemm":
+        found = lesser_products(request, device)
+    elif request.kernel.startswith("attention"):
+        found = other_tokens(request, call, device, arch)
+    else:
+        return {}
+    times = {}
+    for name, launch in found.items():
+        key = f"{request.key} {name}: {config}"
+        if time.monotonic() > deadline or key in attempts.fatal:
+            continue
+        with contextlib.suppress(RuntimeError), attempts.trying(key):  # one that cannot run explains nothing
+            timer = clock.timer([partial(launch, config)], True)
+            times[name] = quartiles([timer() for _ in range(ROUNDS)]).median
+    return times
+
+
+def lesser_products(request: configs.Request, device: torch.device) -> dict[str, Callable]:
+    """The same product with plain loads in place of those that compute, with a plain store in place of its epilogue,
+    and with both, as far as it has them: what launches each with a config. None of a patch embedding's."""
+    m, n, k = request.shape
+    left, right, epilogue, *rest = request.traits
+
+    def draw(*shape: int, dtype=request.dtype) -> torch.Tensor:
+        return torch.randn(shape, dtype=dtype, device=device)
+
+    if "partial" in rest:
+        if right != "load_normalised":
+            return {}
+        dy, x = draw(k, m), draw(k, n)
+        plain = partial(gemm.weight_gradient, dy, gemm.load_matrix, (x, k, n, n, 1), n, request.dtype)
+        return {"no prologue": _captured(plain)}
+
+    x, out, other, bias, channels = draw(m, k), draw(m, n), draw(m, n), draw(n), draw(k)
+    statistics = (draw(m, dtype=torch.float32), draw(m, dtype=torch.float32))
+    loads = {
+        "load_matrix": (gemm.load_matrix, (x, m, k, k, 1)),
+        "load_normalised": (gemm.load_normalised, normalised_source(x, *statistics, channels, channels)),
+        "load_scaled": scaled_operand(x, None, channels),
+    }
+    saved, residual = (other if name in rest else None for name in ("preactivation", "residual"))
+    stores = {
+        "store": (gemm.store, (out, m, n)),
+        "store_linear": (gemm.store_linear, (out, bias, None, None, residual, 1, n, m, n)),
+        "store_activated": (layer_norm_mlp.store_activated, (out, saved, bias, m, n)),
+        "store_activation_gradient": (
+            layer_norm_mlp.store_activation_gradient,
+            (out, torch.empty_like(out), other, m, n),
+        ),
+    }
+    if left not in loads or epilogue not in stores:
+        return {}
+    forward = direction(request) == "forward"
+    weight = gemm.transposed_weight(draw(n, k)) if forward else gemm.plain_weight(draw(k, n))
+    activation = rest[0] if epilogue.startswith("store_activat") else None
+    found = {}
+    for name, load, store in (
+        ("no prologue", "load_matrix", epilogue),
+        ("no epilogue", left, "store"),
+        ("plain", "load_matrix", "store"),
+    ):
+        if (load != left or store != epilogue) and (name != "plain" or left != "load_matrix" and epilogue != "store"):
+            product = (*loads[load], gemm.load_matrix, weight, *stores[store], m, n, k, request.dtype, device)
+            active = activation if store == epilogue else None
+            found[name] = _captured(partial(gemm.launch, *product, activation=active))
+    return found
+
+
+def other_tokens(request: configs.Request, call: tune.Call, device, arch: hardware.Arch) -> dict[str, Callable]:
+    """The same kernel on as many heads of other lengths."""
+    qkv, *others = call.args
+    found = {}
+    for tokens in OTHER_TOKENS:
+        shape = (qkv.shape[0], tokens, *qkv.shape[2:])
+        other = torch.empty(shape, dtype=qkv.dtype, device="meta", requires_grad=qkv.requires_grad)
+        (work, *_) = tune.works_of(tune.Call(call.op, (other, *others), call.autocast), device, arch)
+        for same, runs in tune.requests_of([work]).items():
+            if same.kernel == request.kernel:
+                found[f"{tokens} tokens"] = runs[0]
+    return found
+
+
+def _captured(launch: Callable) -> Callable:
+    """What repeats, with a config, the one launch that `launch` makes."""
+    found = []
+    with configs.watching(lambda request, run: found.append(run)):
+        launch()
+    (run,) = found
+    return run
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In words
+
+
+def line(row: dict) -> str:
+    """A row as one line: our time, beside the library's and the bound."""
+    beside = ", ".join(f"{name.removeprefix('library ')} {us(value)}" for name, value in row["library"].items())
+    less = ", ".join(f"{name} {us(value)}" for name, value in row["without"].items())
+    best = next(entry for entry in row["configs"] if config_text(entry["config"]) == row["best"])
+    code = f"{best['registers']} registers, {best['spills']} B spilled" if "registers" in best else ""
+    parts = [
+        f"{us(row['seconds'])} us ({row['best']}; heuristic {us(row['heuristic_seconds'])})",
+        f"bound {us(row['bound_seconds'])}, reached {row['bound_seconds'] / row['seconds']:.0%}",
+        *([f"library: {beside}"] if beside else []),
+        *([code] if code else []),
+        *([less] if less else []),
+    ]
+    return f"{row['launch']}: {'; '.join(parts)}"
+
+
+def table(launches: list[dict], out: TextIO | None = None) -> None:
+    """All launches, in the order of a step, and their sums: microseconds, and what explains them."""
+    times = {"ours": 6, "heur.": 6, "library": 7, "x": 5, "bound": 6, "of it": 5}
+    code = {"regs": 4, "spill": 5, "est.": 5, "best config, and without": -20}
+    rows = report.Table({"launch": -50} | times | code, out)
+    sums = [0.0] * 4
+    for row in merged(launches):
+        best = next((entry for entry in row["configs"] if config_text(entry["config"]) == row["best"]), {})
+        library = library_seconds(row)
+        times = (row["seconds"], row["heuristic_seconds"], library, row["bound_seconds"])
+        sums = [total + value for total, value in zip(sums, times, strict=True)]
+        less = [f"{name} {us(value)}" for name, value in row["without"].items()]
+        code = (best.get("registers", ""), best.get("spills", ""))
+        estimate = f"{best['estimate'] / row['seconds']:.2f}" if best else ""
+        rows.row(short(row), *_times(*times), *code, estimate, "; ".join([row["best"], *less]))
+    rows.row("all", *_times(*sums), "", "", "", "")
+
+
+def _times(ours: float, heuristic: float, library: float, bound: float) -> tuple[str, ...]:
+    known = math.isfinite(library)
+    beside = (us(library), f"{ours / library:.2f}") if known else ("", "")
+    return (us(ours), us(heuristic), *beside, us(bound), f"{bound / ours:.0%}" if ours else "")
+
+
+def short(row: dict) -> str:
+    """A launch in a few words: the op, what of it, its shape."""
+    what = row["direction"].removeprefix(f"{row['op']}_")
+    if " dq + dkdv" in row["launch"]:
+        what = "backward"
+    extra = [word for word in ("preactivation", "residual", "store_activation_gradient") if word in row["request"]]
+    return " ".join([row["op"], what, row["request"].split(" ")[1], *extra]).replace("store_activation_", "activation ")
+
+
+def us(seconds: float) -> str:
+    return f"{1e6 * seconds:.0f}" if seconds >= 1e-5 else f"{1e6 * seconds:.1f}"
+
+
+def library_seconds(row: dict) -> float:
+    """The fastest of the library's ways; infinity where it has none."""
+    return min(row["library"].values(), default=math.inf)
+
+
+def merged(launches: list[dict]) -> list[dict]:
+    """Attention's two backward kernels as one row, as the library has one pass for both."""
+    rows = {row["launch"]: row for row in launches}
+    for first in launches:
+        if not first["request"].startswith("attention_backward_dq "):
+            continue
+        name = first["launch"].replace("attention_backward_dq ", "attention_backward_dkdv ")
+        name = name.replace(" bias_gradient", "")
+        if name in rows:
+            second = rows.pop(name)
+            sums = ("seconds", "heuristic_seconds", "bound_seconds", "flops", "bytes")
+            both = {key: first[key] + second[key] for key in sums}
+            label = {"launch": first["launch"].replace("backward_dq", "backward dq + dkdv"), "without": {}}
+            rows[first["launch"]] = first | both | label | {"best": f"{first['best']} + {second['best']}"}
+    return list(rows.values())

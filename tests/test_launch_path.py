@@ -1,0 +1,184 @@
+"""Every op through Triton's own launch path, which the interpreter has not: kernels are specialised, compiled for
+sm_90, loaded and launched on a driver that does nothing (tests/stub_gpu). Which ones, and how many, stands here."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytestmark = [
+    pytest.mark.skipif(shutil.which("cc") is None, reason="Triton's launcher and the driver are in C: needs cc"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, its own driver would be in the way"),
+]
+
+TESTS = Path(__file__).parent
+
+
+def gemm(left: str, right: str, epilogue: str) -> str:
+    return f"gemm_kernel({left}, {right}, {epilogue}, DTYPE)"
+
+
+ROW_STATISTICS = "layer_norm_kernel"
+COLUMN_SUM = "column_sum_kernel"
+NORM_BACKWARD = "layer_norm_backward_kernel"
+LINEAR = gemm("load_matrix", "load_matrix", "store_linear")
+LINEAR_OF_NORM = gemm("load_normalised", "load_matrix", "store_linear")
+FC1 = gemm("load_normalised", "load_matrix", "store_activated")
+INPUT = gemm("load_matrix", "load_matrix", "store")  # the gradient of a product's input
+WEIGHT = gemm("load_matrix", "load_matrix", "store")  # and of its weight: the same with other strides
+WEIGHT_OF_NORM = gemm("load_matrix", "load_normalised", "store")
+SCALED_INPUT = gemm("load_scaled", "load_matrix", "store")
+SCALED_WEIGHT = gemm("load_matrix", "load_scaled", "store")
+HIDDEN = gemm("load_matrix", "load_matrix", "store_activation_gradient")
+SCALED_HIDDEN = gemm("load_scaled", "load_matrix", "store_activation_gradient")
+ATTENTION_BACKWARD = ["attention_backward_dq_kernel", "attention_backward_dkdv_kernel"]
+EMBED = gemm("load_patches", "load_matrix", "store_tokens")
+PIXELS = gemm("load_matrix", "load_matrix", "store_pixels")
+PATCH_WEIGHT = gemm("load_matrix", "load_patches", "store")
+
+# What each sample launches in its order: forward; backward with everything to train; backward with each of the named
+# inputs alone to train, the others frozen.
+LAUNCHES = {
+    "layer_norm": {
+        "forward": ["layer_norm_kernel"],
+        "backward": [NORM_BACKWARD],
+        "x weight bias": [NORM_BACKWARD],
+    },
+    "layer_norm_linear": {
+        "forward": [ROW_STATISTICS, LINEAR_OF_NORM],
+        "backward": [WEIGHT_OF_NORM, COLUMN_SUM, INPUT, NORM_BACKWARD],
+        "x norm_weight norm_bias": [INPUT, NORM_BACKWARD],
+        "weight": [WEIGHT_OF_NORM],
+        "bias": [COLUMN_SUM],
+    },
+    "linear_residual": {
+        "forward": [LINEAR],
+        "backward": [SCALED_INPUT, COLUMN_SUM, SCALED_WEIGHT],
+        "x": [SCALED_INPUT],
+        "weight": [SCALED_WEIGHT],
+        "bias": [COLUMN_SUM],
+        "layer_scale": [COLUMN_SUM, SCALED_WEIGHT],
+        "residual": [],
+    },
+    "layer_norm_mlp": {
+        "forward": [ROW_STATISTICS, FC1, LINEAR],
+        "backward": [HIDDEN, COLUMN_SUM, WEIGHT, WEIGHT_OF_NORM, COLUMN_SUM, INPUT, NORM_BACKWARD],
+        "x norm_weight norm_bias": [HIDDEN, INPUT, NORM_BACKWARD],
+        "fc1_weight": [HIDDEN, WEIGHT_OF_NORM],
+        "fc1_bias": [HIDDEN, COLUMN_SUM],
+        "fc2_weight": [HIDDEN, WEIGHT],  # which needs the activated tensor, made again with the gradient
+        "fc2_bias": [COLUMN_SUM],
+    },
+    "layer_norm_mlp-residual": {
+        "forward": [ROW_STATISTICS, FC1, LINEAR],
+        "backward": [SCALED_HIDDEN, COLUMN_SUM, SCALED_WEIGHT, WEIGHT_OF_NORM, COLUMN_SUM, INPUT, NORM_BACKWARD],
+        "x norm_weight norm_bias": [SCALED_HIDDEN, INPUT, NORM_BACKWARD],
+        "fc1_weight": [SCALED_HIDDEN, WEIGHT_OF_NORM],
+        "fc1_bias": [SCALED_HIDDEN, COLUMN_SUM],
+        "fc2_weight": [SCALED_HIDDEN, SCALED_WEIGHT],
+        "fc2_bias": [COLUMN_SUM],
+        "layer_scale": [SCALED_HIDDEN, COLUMN_SUM, SCALED_WEIGHT],
+        "residual": [],
+    },
+    "attention": {
+        "forward": ["attention_kernel"],
+        "backward": ATTENTION_BACKWARD,
+        "qkv": ATTENTION_BACKWARD,
+    },
+    "attention-biased": {
+        "forward": ["attention_kernel"],
+        "backward": ATTENTION_BACKWARD,
+        "qkv": ATTENTION_BACKWARD,
+        "attn_bias": ATTENTION_BACKWARD,  # the second for nothing: its results are the gradients of k and v
+    },
+    "patch_embed": {
+        "forward": [EMBED],
+        "backward": [PATCH_WEIGHT, PIXELS, COLUMN_SUM],
+        "image": [PIXELS],
+        "weight": [PATCH_WEIGHT],
+        "bias pos_embed prefix": [COLUMN_SUM],
+    },
+    "patch_embed-uint8": {
+        "forward": [EMBED],
+        "backward": [PATCH_WEIGHT, COLUMN_SUM],
+        "weight": [PATCH_WEIGHT],
+        "bias pos_embed prefix": [COLUMN_SUM],
+    },
+}
+
+# How many kernels each sample has compiled once it has run, forward and backward, at these batch sizes, one after the
+# other. Today as many again as soon as the number of rows is a multiple of 16, and some for a batch of one: Triton
+# compiles anew for an integer that is 1 or a multiple of 16.
+BATCHES = (2, 3, 16, 1)  # 42, 63, 336 and 21 rows
+VARIANTS = {
+    "layer_norm": [2, 2, 4, 4],
+    "layer_norm_linear": [6, 6, 12, 12],
+    "linear_residual": [4, 4, 8, 8],
+    "layer_norm_mlp": [9, 9, 18, 18],
+    "layer_norm_mlp-residual": [10, 10, 20, 20],
+    "attention": [3, 3, 3, 3],
+    "attention-biased": [3, 3, 3, 6],
+    "patch_embed": [4, 4, 8, 9],
+    "patch_embed-uint8": [3, 3, 6, 7],
+}
+
+
+@pytest.fixture(scope="session")
+def triton_cache(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("triton")
+
+
+@pytest.fixture
+def launch_ops(triton_cache):
+    """What tests/stub_gpu/launch_ops.py says to these arguments."""
+
+    def start(*arguments, **variables) -> dict:
+        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        paths = [str(TESTS), str(TESTS.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment |= {"PYTHONPATH": os.pathsep.join(paths), "FASTVIT_TUNING": "off"}
+        environment |= {"TRITON_CACHE_DIR": str(triton_cache), **variables}
+        command = [sys.executable, TESTS / "stub_gpu" / "launch_ops.py", *map(str, arguments)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    return start
+
+
+@pytest.mark.parametrize(
+    "dtypes, product",
+    [
+        ("float32", "fp32"),
+        ("float16", "fp16"),
+        ("bfloat16", "bf16"),
+        ("bfloat16 float32", "bf16"),  # weights beside a wider stream
+    ],
+)
+def test_every_launch(dtypes, product, launch_ops, triton_cache):
+    # Without LLVM's optimiser, which is a fifth of the time: `make static` compiles as a GPU would have it.
+    launched = launch_ops("launches", *dtypes.split(), DISABLE_LLVM_OPT="1")
+    assert launched.keys() == LAUNCHES.keys()
+    for sample, table in LAUNCHES.items():
+        expected = {
+            name: [kernel.replace("DTYPE", product) for kernel in kernels]
+            for names, kernels in table.items()
+            for name in names.split()
+        }
+        assert launched[sample] == expected, sample
+    compiled = list(triton_cache.rglob("*.cubin"))
+    assert compiled
+    for cubin in compiled:
+        assert cubin.read_bytes().startswith(b"\x7fELF")
+        assert "\n.target sm_90a\n" in cubin.with_suffix(".ptx").read_text()
+
+
+def test_variants_by_batch_size(launch_ops):
+    """Without a compiler behind: how often Triton would have called it."""
+    assert launch_ops("variants", *BATCHES, STUB_GPU_COMPILE="no") == VARIANTS

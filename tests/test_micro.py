@@ -1,0 +1,197 @@
+"""Single launches beside the library's equivalents, as far as they can be told without a GPU: in the interpreter, with
+a clock that is told what everything takes."""
+
+import contextlib
+import json
+import math
+import time
+
+import pytest
+import torch
+from fastvit.benchmarks import micro
+from fastvit.benchmarks.static import estimate
+from fastvit.kernels import configs, cost
+from fastvit.kernels.hardware import ARCHS
+
+from fastvit import ops, tune, tuned
+from fastvit.attempts import Attempts
+from fastvit.dispatch import interpreting
+from fastvit.models.registry import model_entry
+
+pytestmark = pytest.mark.skipif(not interpreting(), reason="with a GPU, `make gpu` runs it")
+
+MODEL = "vit_tiny_patch16_224"
+CPU, ARCH, RATES = torch.device("cpu"), ARCHS["sm_90"], cost.Rates(1e14, 1e12)
+
+
+class Clock:
+    """A config of ours takes as many microseconds as its tile has rows, the library's ways 100."""
+
+    def timer(self, runs, graph):
+        for run in runs:
+            run()
+        config = next((arg for arg in getattr(runs[0], "args", ()) if isinstance(arg, configs.GemmConfig)), None)
+        seconds = 1e-4 if config is None else 1e-6 * config.BLOCK_M
+        return lambda: seconds
+
+
+@pytest.fixture
+def table(tmp_path, monkeypatch):
+    found = tuned.Table({}, tmp_path / "table.json")
+    monkeypatch.setitem(tuned._tables, CPU, found)
+    return found
+
+
+def small_call(op=ops._layer_norm_linear.OP, shapes=((2, 35, 64), (64,), (64,), (72, 64), (72,)), more=(1e-6,)):
+    tensors = [torch.randn(shape, dtype=torch.bfloat16, requires_grad=True) for shape in shapes]
+    return tune.Call.like(op, (*tensors, *more))
+
+
+def rows_of(call, known=None, deadline=math.inf):
+    known = {} if known is None else known
+    found = micro.measure_launches(call, CPU, ARCH, RATES, Attempts(), deadline, known, Clock())
+    return {row["launch"].partition(": ")[2]: row for row in found}
+
+
+def test_every_launch_is_measured_with_every_config_beside_the_library(table):
+    rows = rows_of(small_call())
+    assert [row["direction"] for row in rows.values()] == [
+        "layer_norm_statistics",
+        "forward",
+        "weight gradient",
+        "column_sum",
+        "input gradient",
+        "layer_norm_backward",
+    ]
+    key = "gemm 70x72x64 bfloat16 load_normalised load_matrix store_linear"
+    row = rows[key]
+    request = configs.Request("gemm", (70, 72, 64), torch.bfloat16, tuple(key.split(" ")[3:]))
+    space = configs.search_space(request, ARCH, 132)
+    assert len(row["configs"]) == len(space) > 5 and not row["dropped"]
+    assert row["seconds"] == min(entry["seconds"] for entry in row["configs"]) == 64e-6
+    assert row["best"].startswith("64x") and row["heuristic_seconds"] == 1e-6 * space[0].BLOCK_M
+    needs = cost.request_cost(request)
+    assert row["bound_seconds"] == cost.floor_seconds(needs, RATES) > 0
+    assert row["library"] == {"library mm": 1e-4, "library addmm": 1e-4}
+    assert set(row["without"]) == {"no prologue", "no epilogue", "plain"}
+    assert set(rows["gemm 70x64x72 bfloat16 load_matrix load_matrix store"]["library"]) == {"library mm"}
+    partial = next(row for key, row in rows.items() if "partial" in key)
+    assert set(partial["without"]) == {"no prologue"} and set(partial["library"]) == {"library mm"}
+    # What it decided is the tuner's.
+    assert set(table.configs) == set(rows)
+    assert table.configs[key][0].choice["GemmConfig"]["BLOCK_M"] == 64
+    json.dumps(rows, allow_nan=False)
+
+
+def test_a_launch_that_is_known_is_not_measured_again(table):
+    rows = rows_of(small_call())
+    known = {row["launch"]: row for row in rows.values()}
+    assert rows_of(small_call(), known, deadline=time.monotonic() - 1) == {}
+    renamed = {f"other op: {key}": row | {"launch": f"other op: {key}"} for key, row in rows.items()}
+    again = rows_of(small_call(), renamed, deadline=time.monotonic() - 1)
+    assert {key: row["seconds"] for key, row in again.items()} == {key: row["seconds"] for key, row in rows.items()}
+    with pytest.raises(tune.OutOfTime):
+        rows_of(small_call(), deadline=time.monotonic() - 1)
+
+
+def test_attention_is_tried_at_other_lengths(table):
+    rows = rows_of(small_call(ops._attention.OP, ((1, 21, 3, 1, 16),), (0.25, None, None, 0.0)))
+    assert list(rows) == [
+        f"attention_{name} 1x21x1x16 bfloat16" for name in ("forward", "backward_dq", "backward_dkdv")
+    ]
+    assert all(set(row["without"]) == {"192 tokens", "256 tokens"} for row in rows.values())
+
+
+@pytest.mark.parametrize("op", ["layer_norm_mlp", "linear_residual", "patch_embed", "layer_norm"])
+def test_products_without_their_parts_are_the_same_products(op, table):
+    """Every launch of a real model's step: its lesser forms have its shape and dtype, and less to do."""
+    calls = tune.calls_of(model_entry(MODEL).config, 1, torch.bfloat16, "training")
+    call = next(call for call in calls if call.op.name == op)
+    for request in tune.planned(call, ARCH):
+        if request.kernel != "gemm":
+            continue
+        shown = []
+        watch = configs.watching(lambda lesser, run, shown=shown: shown.append(lesser))
+        with tune.without_gpu(tune.GPUTarget("cuda", 90, 32), lambda *args, **kwargs: None), watch:
+            names = set(micro.lesser_products(request, CPU))
+        left, right, epilogue, *rest = request.traits
+        simple = {"load_patches"} & {left, right} or epilogue not in ("store_linear", "store_activated", "store",
+                                                                       "store_activation_gradient")  # fmt: skip
+        expected = set()
+        if not simple and "partial" in rest:
+            expected = {"no prologue"} if right == "load_normalised" else set()
+        elif not simple:
+            expected |= {"no prologue"} if left != "load_matrix" else set()
+            expected |= {"no epilogue"} if epilogue != "store" else set()
+            expected |= {"plain"} if len(expected) == 2 else set()
+        assert names == expected, request.key
+        # `watching` of the capture hides them from this one: what is shown must not be tuned.
+        assert shown == []
+
+
+def test_both_backward_kernels_of_attention_stand_beside_one_pass(table):
+    launches = list(rows_of(small_call(ops._attention.OP, ((1, 21, 3, 1, 16),), (0.25, None, None, 0.0))).values())
+    forward, dq, dkdv = launches
+    merged = micro.merged(launches)
+    assert len(merged) == 2 and merged[0] == forward
+    assert merged[1]["seconds"] == dq["seconds"] + dkdv["seconds"] and merged[1]["library"] == dq["library"]
+    assert micro.short(merged[1]) == "attention backward 1x21x1x16"
+
+
+def test_the_table_and_the_line_say_what_was_measured(table, capsys):
+    rows = list(rows_of(small_call()).values())
+    micro.table(rows)
+    printed = capsys.readouterr().out
+    line = next(line for line in printed.splitlines() if line.startswith("layer_norm_linear forward 70x72x64"))
+    assert line.split()[3:7] == ["64", "64", "100", "0.64"] and "plain 64" in line
+    assert printed.splitlines()[-1].startswith("all ")
+    assert "64 us (64x" in micro.line(rows[1]) and "library: mm 100, addmm 100" in micro.line(rows[1])
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Two ops in place of a model's, compiled ahead by nobody; and what runs them."""
+    found = [small_call(), small_call(ops._attention.OP, ((1, 21, 3, 1, 16),), (0.25, None, None, 0.0))]
+    monkeypatch.setattr(micro.tune, "calls_of", lambda *_: found)
+    monkeypatch.setattr(micro.hardware, "current_arch", lambda: ARCH)
+    monkeypatch.setattr(micro.precompile.Job, "on", staticmethod(lambda *_, **__: None))
+    monkeypatch.setattr(micro.precompile, "ahead", lambda job, deadline: contextlib.nullcontext(iter(found)))
+    return found
+
+
+def run(folder, deadline=math.inf, batch=2, clock=None):
+    return micro.run(folder, deadline, MODEL, batch, RATES, CPU, clock or Clock())
+
+
+def test_the_file_is_what_the_static_report_reads_and_a_second_call_goes_on(calls, tmp_path, table, capsys):
+    folder = tmp_path / "some-gpu" / "abc"
+    folder.mkdir(parents=True)
+    assert run(folder, time.monotonic() - 1)
+    written = json.loads((folder / "micro.json").read_text())
+    assert (written["finished"], written["launches"]) == (False, [])
+    assert "no time for the rest" in capsys.readouterr().out
+    assert run(folder)
+    written = json.loads((folder / "micro.json").read_text())
+    assert written["finished"] is True and len(written["launches"]) == 9
+    assert "layer_norm_linear forward 70x72x64" in capsys.readouterr().out
+    (times,) = estimate.measurements(tmp_path, "sm_90").values()
+    assert len(times) == sum(len(row["configs"]) for row in written["launches"])
+    assert estimate.measurements(tmp_path, "sm_80") == {}
+    assert run(folder, clock="none that is asked"), "what was measured was measured again"
+    assert micro._before(folder / "micro.json", "sm_90", MODEL, 3) == {}, "another batch's rows are not this one's"
+
+
+def test_an_op_that_cannot_be_measured_stops_no_other(calls, monkeypatch, tmp_path, table, capsys):
+    found = micro.tune.launches_of
+
+    def launches_of(call, *rest):
+        if call is calls[0]:
+            raise torch.OutOfMemoryError("no memory left")
+        return found(call, *rest)
+
+    monkeypatch.setattr(micro.tune, "launches_of", launches_of)
+    assert not run(tmp_path)
+    written = json.loads((tmp_path / "micro.json").read_text())
+    assert written["failed"] == ["layer_norm_linear: OutOfMemoryError: no memory left"]
+    assert written["finished"] is False
+    assert {row["op"] for row in written["launches"]} == {"attention"}
