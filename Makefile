@@ -20,7 +20,7 @@ help:
 bench: verify
 	@if $(VENV)/bin/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then \
 		$(VENV)/bin/fastvit tune --models vit_base_patch16_224 --batches 256 --time-limit 45 || true; fi
-	@$(VENV)/bin/fastvit bench --peers reference,timm,torchvision --output results --time-limit 150
+	@$(VENV)/bin/fastvit bench --peers reference,timm,torchvision --output results --time-limit 240
 
 verify: $(VENV)/.bench
 	@mkdir -p results

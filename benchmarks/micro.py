@@ -129,7 +129,7 @@ def measure_launches(
             measured = tune.measure(
                 *(candidates, request.dtype, tune.LAUNCH_ROUNDINGS, clock),
                 in_place=True,
-                beside=equivalents(request, device),
+                beside=equivalents(request, device, clock),
                 attempts=attempts,
                 key=request.key,
                 rounds=ROUNDS,
@@ -211,7 +211,7 @@ def direction(request: configs.Request) -> str:
 _BACKWARD = ("store", "store_activation_gradient", "store_pixels")
 
 
-def equivalents(request: configs.Request, device: torch.device) -> dict[str, list[tune.Run]]:
+def equivalents(request: configs.Request, device: torch.device, clock: tune.Clock) -> dict[str, list[tune.Run]]:
     """What PyTorch offers for the same product or sum, on random tensors of its own."""
 
     def draw(*shape: int, dtype=request.dtype) -> torch.Tensor:
@@ -231,7 +231,7 @@ def equivalents(request: configs.Request, device: torch.device) -> dict[str, lis
         weight = draw(k, n)
         return calls(mm=lambda: torch.mm(x, weight))
     if request.kernel.startswith("attention"):
-        return calls(**_attention_equivalents(request, draw))
+        return calls(**_attention_equivalents(request, draw, clock))
     x = draw(*request.shape)
     if request.kernel == "column_sum":
         return calls(sum=lambda: x.sum(dim=0, dtype=torch.float32))
@@ -243,7 +243,7 @@ def equivalents(request: configs.Request, device: torch.device) -> dict[str, lis
     return calls(layer_norm=lambda: torch.native_layer_norm(x, shape, weight, bias, 1e-6))
 
 
-def _attention_equivalents(request: configs.Request, draw: Callable) -> dict[str, Callable]:
+def _attention_equivalents(request: configs.Request, draw: Callable, clock: tune.Clock) -> dict[str, Callable]:
     """SDPA's fast back ends on views of a packed qkv. The whole backward pass stands beside each of our two kernels."""
     batch, tokens, heads, dim = request.shape
     qkv = draw(batch, tokens, 3, heads, dim)
@@ -260,11 +260,19 @@ def _attention_equivalents(request: configs.Request, draw: Callable) -> dict[str
             continue
         with warnings.catch_warnings(), contextlib.suppress(RuntimeError):  # of a back end that cannot take it
             warnings.simplefilter("ignore")
-            with torch.enable_grad():
+            # A backward pass runs on the stream of its forward pass: it can be captured on no other.
+            with torch.enable_grad(), _captured_stream(qkv.device, clock):
                 out = forward()
             dout = draw(*out.shape)
             found[f"sdpa_{name}_backward"] = partial(torch.autograd.grad, out, (q, k, v), dout, retain_graph=True)
     return found
+
+
+def _captured_stream(device: torch.device, clock: tune.Clock) -> contextlib.AbstractContextManager:
+    if device.type != "cuda":
+        return contextlib.nullcontext()
+    torch.cuda.synchronize()  # what it reads was made on another
+    return torch.cuda.stream(clock.stream)
 
 
 def _tuple(call: Callable) -> tuple[torch.Tensor, ...]:

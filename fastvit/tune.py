@@ -62,11 +62,11 @@ class Clock(Protocol):
 
 
 class CudaClock:
-    """Times on the current CUDA device by events around replays of a CUDA graph."""
+    """Times on the current CUDA device by events around replays of a CUDA graph. stream: the one it captures on."""
 
     def __init__(self):
         # PyTorch's own stream for captures is of the device that captured first.
-        self._stream = torch.cuda.Stream()
+        self.stream = torch.cuda.Stream()
 
     def timer(self, runs: list[Run], graph: bool) -> Callable[[], float]:
         def work(repeats: int = 1) -> None:
@@ -81,7 +81,7 @@ class CudaClock:
             captured = torch.cuda.CUDAGraph()
             # Each in a pool of its own: one that cuBLAS left its workspace in cannot be used again once its graphs are
             # gone. The outer context: a capture that fails leaves its stream in force.
-            with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(captured, stream=self._stream):
+            with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(captured, stream=self.stream):
                 work()
             work = captured.replay
         # A graph does in less time what takes its launches longer.
