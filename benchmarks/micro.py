@@ -59,7 +59,7 @@ def run(
 
     def save(finished: bool) -> None:
         written = {"model": model, "batch": batch, "dtype": SHORT[DTYPE], "arch": arch.name}
-        rows = {"launches": list(found.values()), "failed": failures, "fatal": attempts.fatal, "finished": finished}
+        rows = {"launches": list(found.values()), "failed": failures, "finished": finished}
         report.write_json(path, written | rows)
 
     finished = False

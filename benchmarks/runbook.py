@@ -202,7 +202,7 @@ def run(
             out.say(f"== {step.name}: {'hung' if overdue else f'ended with status {status}'}; goes on")
         if status == 0 and done:
             state["state"] = "done"
-        elif status != 0 and not overdue:
+        elif status not in (0, GPU_LOST) and not overdue:
             state["state"] = "failed"
         state["seconds"] = round(time.monotonic() - began, 1)
         write_json(results / "runbook.json", states)

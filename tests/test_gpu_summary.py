@@ -32,7 +32,10 @@ def results(tmp_path):
     launches = [launch(f"op{i}", 1e-3 * (i + 1), {"library mm": 1e-3}, 5e-4) for i in range(9)]
     launches.append(launch("alone", 5e-2, {}, 1e-3, without={"plain": 3e-4}))
     micro = {"model": "m", "batch": 256, "dtype": "bf16", "launches": launches, "failed": ["patch_embed: no memory"]}
-    write(tmp_path, "micro.json", micro | {"fatal": {"gemm: a config": "took the GPU"}})
+    write(tmp_path, "micro.json", micro)
+    (tmp_path / "tuned").mkdir()
+    write(tmp_path / "tuned", "h900.attempts.json", {"gemm: a config": "took the GPU"})
+    (tmp_path / "tuned" / "h900.attempts.trying").write_text("attention: a config")
     return tmp_path
 
 
@@ -52,7 +55,8 @@ def test_it_names_what_failed_and_what_is_furthest_off(results):
     assert behind == ["op8", "op7", "op6", "op5", "op4"], "in the order of what there is to gain"
     assert "9000 / 1000 = 9.00" in lines[start + 1]
     assert lines[start + 7].split()[0] == "alone" and "= 50.00" in lines[start + 7]
-    assert any("FATAL, left out: gemm: a config" in line for line in lines)
+    assert "FATAL, left out: took the GPU: gemm: a config" in lines
+    assert "FATAL: ended the process that tried it: attention: a config" in lines
     assert any("NOT MEASURED: patch_embed: no memory" in line for line in lines)
 
 

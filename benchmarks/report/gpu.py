@@ -17,8 +17,8 @@ LINES, WIDTH, WORST = 30, 158, 5
 
 def summary(results: Path) -> str:
     """The text, at most LINES lines of WIDTH characters, from what lies in the results folder of a run."""
-    lines = [*_head(results), *_steps(results), *_verified(results), *_peaks(results), *_launches(results)]
-    lines += _models(results)
+    lines = [*_head(results), *_steps(results), *_verified(results), *_fatal(results), *_peaks(results)]
+    lines += [*_launches(results), *_models(results)]
     last = [line[:WIDTH] for line in _next(results)]
     return "\n".join([*(line[:WIDTH] for line in lines[: LINES - len(last)]), *last])
 
@@ -108,11 +108,17 @@ def _launches(results: Path) -> Iterator[str]:
     for row in sorted(rows, key=lambda row: row["bound_seconds"] - row["seconds"])[:WORST]:
         ratio = f"{micro.us(row['seconds'])} / {micro.us(row['bound_seconds'])} = "
         yield f"  {micro.short(row)}: {ratio}{row['seconds'] / row['bound_seconds']:.2f}; {row['best']}"
-    fatal = found.get("fatal", {})
-    for name, why in list(fatal.items())[:2]:
-        yield f"  FATAL, left out: {name}: {why}"
     for failure in found.get("failed", [])[:2]:
-        yield f"  NOT MEASURED: {failure}"
+        yield f"NOT MEASURED: {failure}"
+
+
+def _fatal(results: Path) -> Iterator[str]:
+    """What took the GPU from its process, or never ended; what was being tried when the run ended may be one more."""
+    for path in sorted((results / "tuned").glob("*.attempts.json")):
+        for name, why in list(_json(path).items())[:3]:
+            yield f"FATAL, left out: {why}: {name}"
+    for path in sorted((results / "tuned").glob("*.trying")):
+        yield f"FATAL: ended the process that tried it: {path.read_text(encoding='utf-8')}"
 
 
 def _models(results: Path) -> Iterator[str]:
