@@ -40,7 +40,7 @@ def first_line(error: BaseException) -> str:
     """An exception as one line; running out of memory as just that."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return "out of memory"
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['(no message)'])[0]}"
+    return report.first_line(error)
 
 
 class Bench:
@@ -52,7 +52,8 @@ class Bench:
         self.top5: dict[str, dict] = {}
         self._start = time.perf_counter()
         self._subject: Subject | None = None
-        self._energy = timing.energy_counter(settings.device)
+        # It takes a second a side, which a time limit needs for something else.
+        self._energy = timing.energy_counter(settings.device) if settings.time_limit is None else None
         self._lost = ""
 
     def spent(self) -> float:
@@ -171,8 +172,13 @@ class Bench:
             if self._energy is not None and not row.op:
                 with contextlib.suppress(Exception):  # what was timed is not lost for it
                     side.joules = timing.joules(steps[name], timer, self._energy, side.seconds.median)
-        if device.startswith("cuda"):
+        if device.startswith("cuda") and not self._without_graphs(row):
             self._time_host_and_graph(row, {name: steps[name] for name in measured}, opaque, turns)
+
+    def _without_graphs(self, row: Row) -> bool:
+        """Whether there is no time left for the other two ways: said in the row, which is then unfinished."""
+        row.contestants[OURS].reason = self.out_of_time()
+        return bool(row.contestants[OURS].reason)
 
     def _time_host_and_graph(self, row: Row, steps: dict[str, timing.Call], opaque: set[str], turns: int) -> None:
         """Where the host is what an eager call waits for, Python is measured: a graph's replay is the GPU alone."""

@@ -64,7 +64,10 @@ def _tell(schedule: Plan, settings: Settings) -> None:
         sides = words.count(schedule.sides, "side")
         cases = f"{words.count(len(schedule.rows), 'case')}, {'up to ' if schedule.compiling else ''}{sides} each"
         beside = ", and what compiling takes" if schedule.compiling else ""
-        _note(f"This will take about {words.minutes(schedule.seconds)}{beside}: {cases}.")
+        limit = settings.time_limit
+        cut = limit is not None and schedule.seconds > limit
+        stop = f" The time limit of {words.minutes(limit)} cuts the end off; --resume goes on." if cut else ""
+        _note(f"This will take about {words.minutes(schedule.seconds)}{beside}: {cases}.{stop}")
     if schedule.left_out:
         _note(f"Left out, because the time limit is {settings.time_limit:g} s:")
         for case, seconds in schedule.left_out.items():

@@ -17,7 +17,7 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -62,21 +62,32 @@ def run(
         rows = {"launches": list(found.values()), "failed": failures, "finished": finished}
         report.write_json(path, written | rows)
 
+    def measure(calls: Iterable[tune.Call]) -> None:
+        for call in calls:
+            try:
+                for row in measure_launches(call, device, arch, rates, attempts, deadline, found, clock):
+                    found[row["launch"]] = row
+                    print(line(row), flush=True)
+                    save(finished=False)
+            except tune.OutOfTime:
+                raise
+            except Exception as error:  # whatever a launch raises, or running out of memory
+                tune.go_on_without(error)
+                failures.append(f"{call.op.name}: {report.first_line(error)}")
+                print(failures[-1], flush=True)
+
+    def explain() -> None:
+        for call in calls:
+            for row, without in explanations(call, device, arch, attempts, deadline, found, clock):
+                row["without"] = without
+                save(finished=False)
+
     finished = False
     try:
-        # All are compiled, whatever an earlier call measured: those kernels lie in Triton's cache.
-        with precompile.ahead(precompile.Job.on(device, calls, keep=1000), deadline) as compiled:
-            for call in compiled:
-                try:
-                    for row in measure_launches(call, device, arch, rates, attempts, deadline, found, clock):
-                        found[row["launch"]] = row
-                        print(line(row), flush=True)
-                        save(finished=False)
-                except tune.OutOfTime:
-                    raise
-                except Exception as error:  # whatever a launch raises, or running out of memory
-                    failures.append(f"{call.op.name}: {tune.first_line(error)}")
-                    print(failures[-1], flush=True)
+        job = precompile.Job.on(device, calls, keep=tune.ALL, kinds=("configs",))
+        with precompile.ahead(job, deadline) as compiled:
+            measure(compiled)
+        explain()  # last: what it launches is compiled here, one by one
         finished = True
     except tune.OutOfTime:
         print("no time for the rest", flush=True)
@@ -119,17 +130,22 @@ def measure_launches(
                 continue
             if time.monotonic() > deadline:
                 raise tune.OutOfTime
-            choices = tune.pruned(request, arch, hardware.num_sms(device), keep=1000)
+            choices = tune.pruned(request, arch, hardware.num_sms(device), keep=tune.ALL)
             labels = {tune.label(config): config for config in choices}
             compiled: dict[str, object] = {}
             candidates = {
                 text: [partial(_recorded, run, config, compiled, text) for run in runs[: len(works)]]
                 for text, config in labels.items()
             }
+            key = f"{request.key}: library"
+            beside = {}
+            if key not in attempts.fatal:
+                with attempts.trying(key):
+                    beside = equivalents(request, device, clock)
             measured = tune.measure(
                 *(candidates, request.dtype, tune.LAUNCH_ROUNDINGS, clock),
                 in_place=True,
-                beside=equivalents(request, device, clock),
+                beside=beside,
                 attempts=attempts,
                 key=request.key,
                 rounds=ROUNDS,
@@ -151,7 +167,6 @@ def measure_launches(
                 "seconds": _median(measured, best),
                 "heuristic_seconds": _median(measured, next(iter(labels))),
                 "library": {text: _median(measured, text) for text in measured.times if text not in labels},
-                "without": _explained(request, labels[best], call, device, arch, clock, attempts, deadline),
                 "configs": [
                     _config_row(config, measured, text, estimate, compiled.get(text))
                     for (text, config), estimate in zip(labels.items(), choices.values(), strict=True)
@@ -181,10 +196,10 @@ def _recorded(run: Callable, config: configs.Config, compiled: dict, text: str):
 
 
 def _config_row(config: configs.Config, measured: tune.Measured, text: str, estimate: float, kernel) -> dict:
-    """estimate: seconds, of `cost.request_seconds`; registers, spills (bytes) a thread and shared memory (bytes) a
-    block, as the driver loaded the kernel."""
+    """estimate: seconds, of `cost.request_seconds`; registers and bytes of local memory (spills, a stack) a thread and
+    bytes of shared memory a block, as the driver loaded the kernel."""
     low, median, high = quartiles(measured.times[text])
-    loaded = {} if kernel is None else {"registers": kernel.n_regs, "spills": kernel.n_spills}
+    loaded = {} if kernel is None else {"registers": kernel.n_regs, "local": 4 * kernel.n_spills}  # Triton counts words
     shared = {} if kernel is None else {"shared": kernel.metadata.shared}
     times = {"seconds": median, "q25": low, "q75": high, "estimate": estimate}
     return {"config": asdict(config)} | times | loaded | shared
@@ -214,8 +229,7 @@ _BACKWARD = ("store", "store_activation_gradient", "store_pixels")
 def equivalents(request: configs.Request, device: torch.device, clock: tune.Clock) -> dict[str, list[tune.Run]]:
     """What PyTorch offers for the same product or sum, on random tensors of its own."""
 
-    def draw(*shape: int, dtype=request.dtype) -> torch.Tensor:
-        return torch.randn(shape, dtype=dtype, device=device)
+    draw = _drawing(request.dtype, device)
 
     def calls(**functions: Callable) -> dict[str, list[tune.Run]]:
         return {f"library {name.replace('_', ' ')}": [partial(_tuple, call)] for name, call in functions.items()}
@@ -268,6 +282,16 @@ def _attention_equivalents(request: configs.Request, draw: Callable, clock: tune
     return found
 
 
+def _drawing(dtype: torch.dtype, device: torch.device) -> Callable[..., torch.Tensor]:
+    """Random normal tensors by shape. By a generator of their own: a capture that failed spoils the device's."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def draw(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=dtype, device=device)
+
+    return draw
+
+
 def _captured_stream(device: torch.device, clock: tune.Clock) -> contextlib.AbstractContextManager:
     if device.type != "cuda":
         return contextlib.nullcontext()
@@ -284,23 +308,45 @@ def _tuple(call: Callable) -> tuple[torch.Tensor, ...]:
 # What explains a launch's time
 
 
-def _explained(request, config, call, device, arch, clock, attempts, deadline) -> dict[str, float]:
-    """Seconds of the launch with this config without one of its parts, or at another number of tokens."""
-    if request.kernel == "gemm":
-        found = lesser_products(request, device)
-    elif request.kernel.startswith("attention"):
-        found = other_tokens(request, call, device, arch)
-    else:
-        return {}
-    times = {}
-    for name, launch in found.items():
-        key = f"{request.key} {name}: {config}"
-        if time.monotonic() > deadline or key in attempts.fatal:
+def explanations(
+    call: tune.Call,
+    device: torch.device,
+    arch: hardware.Arch,
+    attempts: Attempts,
+    deadline: float,
+    known: dict[str, dict],
+    clock: tune.Clock,
+) -> Iterator[tuple[dict, dict[str, float]]]:
+    """For each row in `known` of the call's launches that is not explained yet, seconds of the launch with its best
+    config without one of its parts, or at another number of tokens. Raises OutOfTime past the deadline."""
+    for request in tune.planned(call, arch):
+        row = known.get(f"{call.op.name}: {request.key}")
+        if row is None or "without" in row:
             continue
-        with contextlib.suppress(RuntimeError), attempts.trying(key):  # one that cannot run explains nothing
-            timer = clock.timer([partial(launch, config)], True)
-            times[name] = quartiles([timer() for _ in range(ROUNDS)]).median
-    return times
+        best = next(entry["config"] for entry in row["configs"] if config_text(entry["config"]) == row["best"])
+        config = configs.CONFIGS[request.kernel](**best)
+        times = {}
+        with tuned.use_tuning("read-only"), torch.inference_mode(False), torch.no_grad():
+            for name, launch in _lesser_launches(request, call, device, arch, attempts).items():
+                if time.monotonic() > deadline:
+                    raise tune.OutOfTime
+                key = f"{request.key} {name}: {config}"
+                with contextlib.suppress(RuntimeError):  # one that cannot run explains nothing
+                    if key not in attempts.fatal:
+                        with attempts.trying(key):
+                            timer = clock.timer([partial(launch, config)], True)
+                            times[name] = quartiles([timer() for _ in range(ROUNDS)]).median
+        yield row, times
+
+
+def _lesser_launches(request, call, device, arch, attempts: Attempts) -> dict[str, Callable]:
+    if request.kernel == "gemm":
+        return lesser_products(request, device)
+    key = f"{request.key}: other lengths"
+    if not request.kernel.startswith("attention") or key in attempts.fatal:
+        return {}
+    with attempts.trying(key):
+        return other_tokens(request, call, device, arch)
 
 
 def lesser_products(request: configs.Request, device: torch.device) -> dict[str, Callable]:
@@ -309,9 +355,7 @@ def lesser_products(request: configs.Request, device: torch.device) -> dict[str,
     m, n, k = request.shape
     left, right, epilogue, *rest = request.traits
 
-    def draw(*shape: int, dtype=request.dtype) -> torch.Tensor:
-        return torch.randn(shape, dtype=dtype, device=device)
-
+    draw = _drawing(request.dtype, device)
     if "partial" in rest:
         if right != "load_normalised":
             return {}
@@ -369,12 +413,21 @@ def other_tokens(request: configs.Request, call: tune.Call, device, arch: hardwa
 
 
 def _captured(launch: Callable) -> Callable:
-    """What repeats, with a config, the one launch that `launch` makes."""
-    found = []
-    with configs.watching(lambda request, run: found.append(run)):
-        launch()
-    (run,) = found
-    return run
+    """What repeats, with a config, the one launch that `launch` would make: with the heuristic's it is not made."""
+
+    def show(request: configs.Request, run: Callable) -> None:
+        raise _Shown(run)
+
+    try:
+        with configs.watching(show):
+            launch()
+    except _Shown as shown:
+        return shown.args[0]
+    raise ValueError("launch made no launch with a choice")
+
+
+class _Shown(Exception):
+    """Carries what repeats a launch."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -384,9 +437,9 @@ def _captured(launch: Callable) -> Callable:
 def line(row: dict) -> str:
     """A row as one line: our time, beside the library's and the bound."""
     beside = ", ".join(f"{name.removeprefix('library ')} {us(value)}" for name, value in row["library"].items())
-    less = ", ".join(f"{name} {us(value)}" for name, value in row["without"].items())
+    less = ", ".join(f"{name} {us(value)}" for name, value in row.get("without", {}).items())
     best = next(entry for entry in row["configs"] if config_text(entry["config"]) == row["best"])
-    code = f"{best['registers']} registers, {best['spills']} B spilled" if "registers" in best else ""
+    code = f"{best['registers']} registers, {best['local']} B local" if "registers" in best else ""
     parts = [
         f"{us(row['seconds'])} us ({row['best']}; heuristic {us(row['heuristic_seconds'])})",
         f"bound {us(row['bound_seconds'])}, reached {row['bound_seconds'] / row['seconds']:.0%}",
@@ -400,7 +453,7 @@ def line(row: dict) -> str:
 def table(launches: list[dict], out: TextIO | None = None) -> None:
     """All launches, in the order of a step, and their sums: microseconds, and what explains them."""
     times = {"ours": 6, "heur.": 6, "library": 7, "x": 5, "bound": 6, "of it": 5}
-    code = {"regs": 4, "spill": 5, "est.": 5, "best config, and without": -20}
+    code = {"regs": 4, "local": 5, "est.": 5, "best config, and without": -20}
     rows = report.Table({"launch": -50} | times | code, out)
     sums = [0.0] * 4
     for row in merged(launches):
@@ -408,8 +461,8 @@ def table(launches: list[dict], out: TextIO | None = None) -> None:
         library = library_seconds(row)
         times = (row["seconds"], row["heuristic_seconds"], library, row["bound_seconds"])
         sums = [total + value for total, value in zip(sums, times, strict=True)]
-        less = [f"{name} {us(value)}" for name, value in row["without"].items()]
-        code = (best.get("registers", ""), best.get("spills", ""))
+        less = [f"{name} {us(value)}" for name, value in row.get("without", {}).items()]
+        code = (best.get("registers", ""), best.get("local", ""))
         estimate = f"{best['estimate'] / row['seconds']:.2f}" if best else ""
         rows.row(short(row), *_times(*times), *code, estimate, "; ".join([row["best"], *less]))
     rows.row("all", *_times(*sums), "", "", "", "")

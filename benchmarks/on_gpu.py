@@ -1,6 +1,6 @@
 """What only a GPU can tell, for `make gpu`: its limits, how fast each launch is, what its counters and driver say.
 
-    python3 -m fastvit.benchmarks.on_gpu {peaks,micro,counters,loaded} FOLDER SECONDS [--models NAME,...] [--batch N]
+    python3 -m fastvit.benchmarks.on_gpu {peaks,micro,counters,launches,loaded} FOLDER SECONDS --models A,B --batch N
 
 Each writes a file into FOLDER as it goes, with "finished" when nothing is left; past SECONDS nothing new is started.
 """
@@ -11,7 +11,9 @@ import argparse
 import contextlib
 import csv
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -21,16 +23,14 @@ import torch
 import triton
 from fastvit.kernels import configs, hardware
 
-from fastvit import report, tune, tuned
-from fastvit.attempts import GPU_LOST, Attempts, GpuLost
+from fastvit import report, tune, tuned, workers
+from fastvit.attempts import Attempts, GpuLost
 from fastvit.models.registry import model_entry
 from fastvit.verify import SHORT
 
 from . import micro, peaks, roofline
 from .static.estimate import config_text
 
-MODELS = tuple(f"vit_{size}_patch16_224" for size in ("base", "small", "large"))  # in order of worth
-BATCH = 256
 SAVE_EVERY = 25  # kernels of `loaded`
 COUNTED = 16  # launches that a profiler counts: the longest
 # Sections of Nsight Compute, and what of them goes into the table: heading -> metric.
@@ -121,13 +121,19 @@ def counters(folder: Path, deadline: float, models: list[str], batch: int) -> bo
         return True
     command = ["ncu", "--csv", "--page", "details", "--clock-control", "none", "--profile-from-start", "off"]
     command += [part for section in SECTIONS for part in ("--section", section)]
-    command += [sys.executable, "-m", "fastvit.benchmarks.on_gpu", "launches", str(folder), f"{seconds:.0f}"]
+    # The profiler prints when the program ends: that must be in time.
+    command += [sys.executable, "-m", "fastvit.benchmarks.on_gpu", "launches", str(folder), f"{0.6 * seconds:.0f}"]
     command += ["--models", ",".join(models), "--batch", str(batch)]
     with open(folder / "counters.csv", "w", encoding="utf-8") as out:
+        profiler = subprocess.Popen(command, stdout=out, preexec_fn=workers.leave_group)
         try:
-            status = subprocess.run(command, stdout=out, timeout=seconds).returncode
+            status = profiler.wait(seconds)
         except subprocess.TimeoutExpired:
             status = None
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(profiler.pid, signal.SIGKILL)  # with the program that it profiles
+            profiler.wait()
     counted = read_counters(folder / "counters.csv")
     rows = report.Table({"kernel": -44} | {heading: max(7, len(heading)) for heading in COUNTERS})
     for kernel, metrics in counted:
@@ -154,26 +160,30 @@ def launches(folder: Path, deadline: float, models: list[str], batch: int) -> bo
     """Launch what `counters` counts, once each, between the profiler's start and stop."""
     written = json.loads((folder / micro.FILE).read_text(encoding="utf-8"))
     longest = sorted(written["launches"], key=lambda row: -row["seconds"])[:COUNTED]
-    wanted = {row["request"]: row["best"] for row in longest}
     device, arch = torch.device("cuda", torch.cuda.current_device()), hardware.current_arch()
-    attempts = Attempts(tuned.table(device).attempts)
-    with torch.no_grad():
-        for call in tune.calls_of(model_entry(models[0]).config, batch, micro.DTYPE, "training"):
-            with contextlib.suppress(RuntimeError):  # of a call that is known to be fatal
-                _, found = tune.launches_of(call, device, arch, attempts)
-                for request, (run, *_) in found.items():
-                    if request.key not in wanted:
-                        continue
-                    space = configs.search_space(request, arch, hardware.num_sms(device))
-                    config = next(c for c in space if config_text(vars(c)) == wanted[request.key])
-                    run(config)  # compiles
-                    torch.cuda.synchronize()
-                    torch.cuda.profiler.start()
-                    run(config)
-                    torch.cuda.synchronize()
-                    torch.cuda.profiler.stop()
-                    del wanted[request.key]
-    return not wanted
+    known, attempts = Attempts(tuned.table(device).attempts).fatal, Attempts()
+    attempts.fatal |= known  # what is fatal under a profiler is no one else's concern
+    calls = {
+        call.op.name: call for call in tune.calls_of(model_entry(models[0]).config, batch, micro.DTYPE, "training")
+    }
+    for op in dict.fromkeys(row["op"] for row in longest):
+        best = {row["request"]: row["best"] for row in longest if row["op"] == op}
+        with torch.no_grad(), contextlib.suppress(RuntimeError):  # of a call that is known to be fatal
+            _, found = tune.launches_of(calls[op], device, arch, attempts)
+            for request, (run, *_) in found.items():
+                if request.key not in best:
+                    continue
+                if time.monotonic() > deadline:
+                    return False
+                space = configs.search_space(request, arch, hardware.num_sms(device))
+                config = next(c for c in space if config_text(vars(c)) == best[request.key])
+                run(config)  # compiles
+                torch.cuda.synchronize()
+                torch.cuda.profiler.start()
+                run(config)
+                torch.cuda.synchronize()
+                torch.cuda.profiler.stop()
+    return True
 
 
 MEASUREMENTS = {"peaks": measure_peaks, "micro": measure_micro, "counters": counters, "loaded": loaded,
@@ -187,8 +197,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("what", choices=MEASUREMENTS)
     parser.add_argument("folder", type=Path)
     parser.add_argument("seconds", type=float)
-    parser.add_argument("--models", type=lambda text: text.split(","), default=list(MODELS))
-    parser.add_argument("--batch", type=int, default=BATCH)
+    parser.add_argument("--models", type=lambda text: text.split(","), required=True, help="the first matters most")
+    parser.add_argument("--batch", type=int, required=True)
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print(f"on_gpu {options.what}: error: PyTorch {torch.__version__} finds no GPU", file=sys.stderr)
@@ -198,7 +208,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0 if MEASUREMENTS[options.what](options.folder, deadline, options.models, options.batch) else 1
     except GpuLost as error:
         print(f"the GPU is lost: {error}", flush=True)
-        return GPU_LOST
+        return workers.GPU_LOST
 
 
 if __name__ == "__main__":

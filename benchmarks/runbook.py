@@ -29,8 +29,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fastvit.report import write_atomically, write_json
-
-from .cases import OPS
+from fastvit.workers import GPU_LOST
 
 ROOT = Path(__file__).resolve().parent.parent
 BUDGET = 510.0  # seconds; with what ends a process that hangs, under nine minutes
@@ -42,7 +41,7 @@ GRACE = 10.0  # seconds from an interrupt to a kill
 STALL = 150.0  # seconds without a line of output, after which a process is taken to hang: the longest compilation
 PACK_SECONDS = 15.0  # how much a machine that goes away may take with it
 AGAIN, MOST_AGAIN = 15.0, 5  # seconds that must be left for a step to be started again, and how often it is
-NO_GPU, GPU_LOST = 2, 3  # exit statuses: the device is not there; a kernel took it from the process
+NO_GPU = 2
 
 
 @dataclass(frozen=True)
@@ -74,6 +73,7 @@ class Step:
 
 def steps(models: str = MODELS, batch: int = BATCH) -> tuple[Step, ...]:
     """The run for these models, of which the first matters most, at a batch."""
+    from .cases import OPS  # which imports torch
 
     def fastvit(*arguments: str) -> Callable[[Path, float], list[str]]:
         """A command of fastvit's; {folder} in its arguments is where results go."""
@@ -93,7 +93,8 @@ def steps(models: str = MODELS, batch: int = BATCH) -> tuple[Step, ...]:
     # What is verified and timed first is what a user has without tuning, and stays finished once the tables change.
     untuned = {"FASTVIT_TUNING": "off"}
     first = models.partition(",")[0]
-    bench = ("bench", "--resume", "--dtypes", "bf16", "--peers", PEERS)
+    bench = ("bench", "--resume", "--dtypes", "bf16", "--seconds", "2")
+    few = ("--peers", "torch,timm")
     both = ("--modes", "inference,training", "--batches", str(batch))
     return (
         Step("verify", "every kernel against the reference", 60,
@@ -102,16 +103,17 @@ def steps(models: str = MODELS, batch: int = BATCH) -> tuple[Step, ...]:
         Step("micro", "every launch of a training step, every config, beside the library", 100,
              measurement("micro"), "micro.json"),
         Step("models", "whole models, then single ops, against their peers", 150,
-             fastvit(*bench, *both, "--models", models, "--ops", f"model,{','.join(OPS)}", "--output", "{folder}"),
+             fastvit(*bench, *both, "--peers", PEERS, "--models", models, "--ops", f"model,{','.join(OPS)}",
+                     "--output", "{folder}"),
              "bench.json", untuned),
         Step("tune", "configs and candidates at the same shapes", 60,
              fastvit("tune", "--models", models, "--batches", f"{batch},1,32", "--json", "{folder}/tune.json"),
              "tune.json"),
         Step("tuned", "the first model with what was tuned", 30,
-             fastvit(*bench, *both, "--models", first, "--output", "{folder}/after-tuning"),
+             fastvit(*bench, *both, *few, "--models", first, "--output", "{folder}/after-tuning"),
              "after-tuning/bench.json"),
         Step("small", "models at small batches", 30,
-             fastvit(*bench, "--batches", "1,32", "--models", models, "--output", "{folder}/small-batches"),
+             fastvit(*bench, *few, "--batches", "1,32", "--models", models, "--output", "{folder}/small-batches"),
              "small-batches/bench.json", untuned),
         Step("counters", "what a profiler counts of the longest launches", 25, measurement("counters"),
              "counters.json"),
@@ -148,14 +150,20 @@ class Out:
                 self.say(f"== {archive} is of another device or commit: nothing of it is taken up")
 
     def pack(self, results: Path, every: float = 0.0) -> None:
-        """Write the archive anew, if the last one is older than `every` seconds."""
+        """Write the archive anew, if the last one is older than `every` seconds. every: a step may be running, and what
+        it tries just now is no finding."""
         if time.monotonic() - self._packed < every:
             return
         buffer = io.BytesIO()
         with tarfile.open(fileobj=buffer, mode="w:gz", compresslevel=3) as tar:
             for path in sorted(results.rglob("*")):
-                with contextlib.suppress(FileNotFoundError):  # a step is writing
-                    tar.add(path, f"{self._name}/{path.relative_to(results)}", recursive=False)
+                if path.is_dir() or path.name.startswith(".") or (every and path.suffix == ".trying"):
+                    continue
+                with contextlib.suppress(OSError):  # gone, or replaced, as steps do
+                    data = path.read_bytes()
+                    member = tarfile.TarInfo(f"{self._name}/{path.relative_to(results).as_posix()}")
+                    member.size, member.mtime = len(data), int(time.time())
+                    tar.addfile(member, io.BytesIO(data))
         write_atomically(self.archive, buffer.getvalue())
         self._packed = time.monotonic()
 
@@ -208,8 +216,6 @@ def run(
         write_json(results / "runbook.json", states)
         out.say(f"== {step.name}: {state['state']} after {state['seconds']:.0f} s")
         out.pack(results)
-        if status == NO_GPU:
-            break
     write_json(results / "runbook.json", states)
     return states
 
@@ -271,7 +277,12 @@ class _Lines:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """0 when every step is done or kept, 1 when one failed or is unfinished, 2 without a GPU."""
+    """0 when every step is done or kept, 1 when one failed or is unfinished, 2 without a GPU or for wrong arguments."""
+    try:
+        import torch
+    except ImportError:
+        return _no_gpu("PyTorch is not installed: pip install torch")
+    names = [step.name for step in steps()]
     parser = argparse.ArgumentParser(prog="runbook", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "gpu", metavar="FOLDER")
     parser.add_argument("--from", type=Path, dest="before", metavar="ARCHIVE", help="go on from what a call left here")
@@ -279,13 +290,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--budget", type=float, default=BUDGET, metavar="SECONDS", help=f"in all, {BUDGET:.0f}")
     parser.add_argument("--models", default=MODELS, help="the first matters most")
     parser.add_argument("--batch", type=int, default=BATCH)
-    names = [step.name for step in steps()]
     parser.add_argument("--only", nargs="+", choices=names, metavar="STEP", help=", ".join(names))
     options = parser.parse_args(arguments)
-    try:
-        import torch
-    except ImportError:
-        return _no_gpu("PyTorch is not installed: pip install torch")
+    if options.before is not None and not options.before.exists():
+        parser.error(f"--from {options.before}: no such file")
     if not torch.cuda.is_available():
         return _no_gpu(f"PyTorch {torch.__version__} finds no GPU")
     if options.commit:
@@ -302,7 +310,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     places = {"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONUNBUFFERED": "1"}
-    status, states = 130, {}
+    status = 130
     with tempfile.TemporaryDirectory(prefix="fastvit-gpu-") as folder:
         results = Path(folder)
         out.say(f"== {facts['device']}, fastvit at {facts['commit']}; all that is found goes to {out.folder}")
@@ -313,10 +321,11 @@ def main(arguments: list[str] | None = None) -> int:
             places["FASTVIT_CACHE"] = str(results / "tuned")
             states = run(todo, results, options.budget, out, os.environ | places)
             well = all(state["state"] in ("done", "kept") for state in states.values())
-            status = NO_GPU if any(state["status"] == NO_GPU for state in states.values()) else 0 if well else 1
+            status = 0 if well else 1
         except KeyboardInterrupt:
             out.say("== interrupted; what was measured is kept, and a further call goes on from there")
         finally:
+            out.pack(results)
             summary = gpu.summary(results)
             (results / "summary.txt").write_text(summary, encoding="utf-8")
             out.pack(results)

@@ -11,10 +11,12 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from fastvit.graphs import capture
 from fastvit.measure import quartiles
 
 from .schema import Spread
@@ -189,45 +191,40 @@ def replayed(calls: dict[str, Call], times: int) -> tuple[dict[str, Call], dict[
     """
     found: dict[str, Call] = {}
     failures: dict[str, Exception] = {}
-    pool = torch.cuda.graph_pool_handle()
-    for name, call in calls.items():
+
+    def attempt(name: str, work: Callable[[], object]) -> object:
         try:
-            found[name] = _captured(call, times, pool)
+            return work()
         except Exception as error:
             failures[name] = error.with_traceback(None)  # whose frames hold the call's tensors
+
+    for name, call in calls.items():  # all before the first capture, whose memory is not given back
+        attempt(name, partial(_set_up, call, times))
+    torch.cuda.empty_cache()
+    pool = torch.cuda.graph_pool_handle()
+    for name, call in calls.items():
+        if name in failures:
+            continue
+        replay = attempt(name, partial(capture, partial(_repeat, call, times), pool))
+        if name in failures:
             pool = torch.cuda.graph_pool_handle()  # the other may still be marked as recording
+        else:
+            found[name] = replay
     return found, failures
 
 
-_broken: list[object] = []  # graphs whose capture failed: PyTorch's allocators may go on pointing to them
-
-
-def _captured(call: Call, times: int, pool: tuple[int, int]) -> Call:
+def _set_up(call: Call, times: int) -> None:
+    """What happens once, for each of the inputs, must not be captured."""
     stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
     stream.wait_stream(current)
-    with torch.cuda.stream(stream):  # what is set up at first, for each of the inputs, must not be captured
-        for _ in range(max(3, times)):
-            call()
+    with torch.cuda.stream(stream):
+        _repeat(call, max(3, times))
     current.wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph, pool=pool):
-            for _ in range(times):
-                call()
-    except BaseException:
-        # After an illegal call PyTorch fails to end the capture, and goes on recording into the pool, whose memory
-        # would never be free again.
-        device = torch.cuda.current_device()
-        try:
-            torch._C._cuda_endAllocateToPool(device, pool)
-            torch._C._cuda_releasePool(device, pool)
-            _broken.append(graph)
-        except (AttributeError, RuntimeError):  # the capture had ended
-            graph.reset()
-        raise
-    finally:
-        torch.cuda.set_stream(current)  # a capture that failed leaves its own in force
-    return graph.replay
+
+
+def _repeat(call: Call, times: int) -> None:
+    for _ in range(times):
+        call()
 
 
 # --------------------------------------------------------------------------------------------------------------------

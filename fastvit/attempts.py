@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 
-from .report import write_json
+from .report import first_line, write_json
+from .workers import GPU_LOST
 
-GPU_LOST = 3  # the exit status of a process that a kernel left without its GPU: another one goes on
 TRY_SECONDS = 20.0  # what no attempt takes, compiling included
 
 
@@ -46,7 +46,7 @@ class Attempts:
 
     @contextlib.contextmanager
     def trying(self, name: str, seconds: float = TRY_SECONDS) -> Iterator[None]:
-        """Try `name` in the `with` body, which waits for the GPU before it ends, for `seconds` at most.
+        """Try `name` in the `with` body and wait for the GPU, for `seconds` at most.
 
         An exception there is the caller's to handle, unless the GPU went with it: then `GpuLost` is raised.
         """
@@ -57,10 +57,11 @@ class Attempts:
             if self._watched:
                 watchdog.start()
             yield
+            _wait()
         except Exception as error:
             if not gpu_is_lost():
                 raise
-            self.fatal[name] = f"took the GPU from its process: {(str(error).strip().splitlines() or ['?'])[0]}"
+            self.fatal[name] = f"took the GPU from its process: {first_line(error)}"
             raise GpuLost(f"{name} {self.fatal[name]}") from error
         finally:
             watchdog.cancel()
@@ -89,8 +90,12 @@ def _give_up(name: str, seconds: float) -> None:
 def gpu_is_lost() -> bool:
     """Whether CUDA does nothing more for this process."""
     try:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        _wait()
     except RuntimeError:
         return True
     return False
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

@@ -353,7 +353,8 @@ def verify(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         _note(f"Interrupted after {len(results)} of {len(cases)} cases.")
     counts = {status: sum(r.status == status for r in results) for status in ("passed", "failed", "skipped")}
-    save(finished=len(results) == len(cases) and not counts["skipped"])
+    # What failed may not another time: a case that its process was killed for, say.
+    save(finished=len(results) == len(cases) and not counts["skipped"] and not counts["failed"])
     print(
         f"{counts['passed']} passed, {counts['failed']} failed, "
         f"{counts['skipped'] + len(cases) - len(results)} not run, in {time.perf_counter() - start:.0f} s"
@@ -440,8 +441,9 @@ def tune(arguments: argparse.Namespace) -> int:
     import torch
 
     from . import precompile
-    from .attempts import GPU_LOST, GpuLost
+    from .attempts import GpuLost
     from .tuned import table
+    from .workers import GPU_LOST
 
     current = torch.device("cuda", torch.cuda.current_device())
     path = table(current).path

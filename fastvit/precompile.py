@@ -21,7 +21,7 @@ import os
 import pickle
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
@@ -49,14 +49,16 @@ class Job:
     keep: int | None = None
 
     @staticmethod
-    def on(device: torch.device, calls: list[tune.Call], keep: int | None = None) -> Job:
-        """The job for a GPU."""
+    def on(
+        device: torch.device, calls: list[tune.Call], keep: int | None = None, kinds: Iterable[str] = tuned.KINDS
+    ) -> Job:
+        """The job for a GPU. kinds: of the decisions that settle what they are of."""
         table = tuned.table(device)
         return Job(
             calls,
             triton.runtime.driver.active.get_current_target(),
             hardware.num_sms(device),
-            frozenset(table.own("configs") | table.own("segments")),
+            frozenset().union(*(table.own(kind) for kind in kinds)),
             torch.backends.cuda.matmul.fp32_precision,
             keep,
         )
@@ -113,16 +115,16 @@ def _in_time(calls: list[tune.Call], started: list[Connection], deadline: float)
 # A worker
 
 
-def _work(connection: Connection, share: int, workers: int) -> None:
-    """Compile every `workers`th kernel of the job that comes through the connection, and tell the end of each call."""
-    os.setpgrp()
+def _work(connection: Connection, share: int, count: int) -> None:
+    """Compile every `count`th kernel of the job that comes through the connection, and tell the end of each call."""
+    workers.leave_group()
     # Autograd asks for the number of GPUs: none is to be touched here.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # the measuring process gives the same ones
     job = pickle.loads(connection.recv_bytes())
     torch.backends.cuda.matmul.fp32_precision = job.float32
-    parent, known, dealt = multiprocessing.parent_process(), set(), itertools.cycle(range(workers))
+    parent, known, dealt = multiprocessing.parent_process(), set(), itertools.cycle(range(count))
     with tune.without_gpu(job.target), torch.no_grad():
         for call in job.calls:
             found = {}
@@ -136,7 +138,8 @@ def _work(connection: Connection, share: int, workers: int) -> None:
                     with contextlib.suppress(Exception):  # the measuring process will meet it too, and drop the config
                         compile()
             known |= found.keys()
-            connection.send_bytes(b"")
+            with contextlib.suppress(OSError):  # the parent is gone
+                connection.send_bytes(b"")
 
 
 def kernels_of(call: tune.Call, job: Job) -> dict[object, Callable[[], object]]:

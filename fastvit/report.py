@@ -102,6 +102,11 @@ def device_name(device: str) -> str:
     return platform.processor() or platform.machine()
 
 
+def first_line(error: BaseException) -> str:
+    """An exception on one line."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['(no message)'])[0]}"
+
+
 def slug(name: str) -> str:
     """`name` as part of a path: lower-case letters and digits, hyphens between."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

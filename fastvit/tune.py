@@ -16,6 +16,7 @@ import importlib
 import inspect
 import math
 import random
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -29,8 +30,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from . import dispatch, tuned
-from .attempts import TRY_SECONDS, Attempts
+from . import dispatch, report, tuned
+from .attempts import TRY_SECONDS, Attempts, GpuLost, gpu_is_lost
+from .graphs import capture
 from .kernels import configs, cost, hardware
 from .measure import quartiles, verdict
 from .models.config import ViTConfig
@@ -38,7 +40,7 @@ from .models.vision_transformer import VisionTransformer
 from .ops import _common
 
 MODES = ("inference", "training")
-KEEP = 8  # configs that are measured beside the heuristic's
+KEEP, ALL = 8, sys.maxsize  # configs that are measured beside the heuristic's
 GAIN = 1.02  # by which a challenger must be faster
 ROUNDS, WARMUP_ROUNDS = 50, 3
 ROUND_SECONDS = 1e-3  # a replay lasts at least about this long: an event's tick must not count
@@ -78,12 +80,9 @@ class CudaClock:
         repeats = self._repeats(work)
         work = partial(work, repeats)
         if graph:
-            captured = torch.cuda.CUDAGraph()
             # Each in a pool of its own: one that cuBLAS left its workspace in cannot be used again once its graphs are
-            # gone. The outer context: a capture that fails leaves its stream in force.
-            with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(captured, stream=self.stream):
-                work()
-            work = captured.replay
+            # gone.
+            work = capture(work, torch.cuda.graph_pool_handle(), stream=self.stream)
         # A graph does in less time what takes its launches longer.
         replays = self._repeats(work)
         calls = replays * repeats * len(runs)
@@ -197,23 +196,27 @@ def measure(
     or computes something else is dropped, and so is one that `attempts` knows, by "key: name", to end a process. Raises
     whatever the first does, and GpuLost.
     """
-    attempts = attempts or Attempts()
-    attempt = {name: f"{key}: {name}" for name in (*candidates, *(beside or {}))}
+    attempts, beside = attempts or Attempts(), beside or {}
+    attempt = {name: f"{key}: {name}" for name in (*candidates, *beside)}
     dropped = {name: attempts.fatal[attempt[name]] for name in attempt if attempt[name] in attempts.fatal}
     (incumbent, (first, *_)), *challengers = candidates.items()
     timing = f"{key}: timing"
     for name in (attempt[incumbent], timing):  # without which there is nothing to measure
         if name in attempts.fatal:
             raise RuntimeError(f"{name} {attempts.fatal[name]}")
-    with attempts.trying(attempt[incumbent]):
-        written = first() if in_place else ()
+    written: tuple[torch.Tensor, ...] = ()
 
     def fresh(run: Run) -> tuple[torch.Tensor, ...]:
         for tensor in written:
             tensor.fill_(math.nan)
         return run()
 
-    want = [tensor.clone() for tensor in fresh(first)] if in_place else first()
+    with attempts.trying(attempt[incumbent]):
+        if in_place:
+            written = first()
+            want = [tensor.clone() for tensor in fresh(first)]
+        else:
+            want = first()
     for name, runs in challengers:
         if name in dropped:
             continue
@@ -222,43 +225,34 @@ def measure(
                 warnings.simplefilter("ignore")  # SDPA's, of a back end that cannot take the call
                 reason = mismatch(fresh(runs[0]), want, dtype, roundings)
         except Exception as error:  # whatever a candidate that cannot run raises
-            reason = first_line(error)
+            reason = report.first_line(error)
         if reason:
             dropped[name] = reason
     if in_place:
-        first()  # other launches may read what a wrong candidate wrote
+        with attempts.trying(attempt[incumbent]):
+            first()  # other launches may read what a wrong candidate wrote
     alive = {name: runs for name, runs in candidates.items() if name not in dropped}
-    # What is beside is held against nothing, but may raise or be fatal too.
-    for name, runs in (beside or {}).items():
-        if name not in dropped:
-            try:
-                with attempts.trying(attempt[name]):
-                    clock.timer(runs, False)()
-            except Exception as error:
-                dropped[name] = first_line(error)
-            else:
-                alive[name] = runs
     with attempts.trying(timing, 3 * TRY_SECONDS):
-        times, graph = _time(alive, clock, rounds)
+        timers, graph = _timers(alive, clock)
+        for name, runs in beside.items():  # held against nothing, but it may raise or be fatal too
+            if name not in dropped:
+                try:
+                    with attempts.trying(attempt[name]):
+                        timers[name] = clock.timer(runs, graph)
+                except Exception as error:
+                    dropped[name] = report.first_line(error)
+        times = interleave(timers, rounds)
     return Measured(times, dropped, graph)
 
 
-def _time(candidates: dict[str, list[Run]], clock: Clock, rounds: int) -> tuple[dict[str, list[float]], bool]:
-    """Times of all, from graphs, or from none where one cannot be captured: a launch from Python costs its own time."""
+def _timers(candidates: dict[str, list[Run]], clock: Clock) -> tuple[dict[str, Callable[[], float]], bool]:
+    """Timers of all, from graphs, or from none where one cannot be captured: a launch from Python costs time too."""
     for graph in (True, False):
         try:
-            timers = {name: clock.timer(runs, graph) for name, runs in candidates.items()}
+            return {name: clock.timer(runs, graph) for name, runs in candidates.items()}, graph
         except RuntimeError:
             if not graph:
                 raise
-        else:
-            return interleave(timers, rounds), graph
-
-
-def first_line(error: BaseException) -> str:
-    """An exception on one line."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -472,11 +466,18 @@ def tune_call(
             except OutOfTime:
                 raise
             except Exception as error:  # whatever a launch raises must not stop the others
-                say(f"{request.key}: not tuned, {first_line(error)}")
+                go_on_without(error)
+                say(f"{request.key}: not tuned, {report.first_line(error)}")
         candidates = {
             name: [partial(work, function) for work in works] for name, function in call.op.candidates.items()
         }
         settle("segments", works[0].key, candidates, str, _narrowest(call), OP_ROUNDINGS, clock)
+
+
+def go_on_without(error: Exception) -> None:
+    """Return where the failure of one thing leaves the others; raise GpuLost where the GPU went with it."""
+    if gpu_is_lost():
+        raise GpuLost(f"outside any attempt: {report.first_line(error)}") from error
 
 
 def launches_of(
@@ -490,8 +491,6 @@ def launches_of(
     with attempts.trying(name):
         works = works_of(call, device, arch)
         found = requests_of(works)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
     return works, found
 
 
@@ -519,8 +518,9 @@ def tune(calls: Iterable[Call], device: torch.device, clock: Clock, say=lambda l
         except OutOfTime:
             raise
         except Exception as error:
+            go_on_without(error)
             failed += 1
-            say(f"{call.op.name}: not tuned, {first_line(error)}")
+            say(f"{call.op.name}: not tuned, {report.first_line(error)}")
     return failed
 
 
@@ -535,10 +535,11 @@ def tune_missing(op: _common.Op, args: tuple) -> None:
         return
     try:
         with torch.cuda.device(device):
-            tune_call(Call.like(op, args), device, CudaClock())
+            # What is fatal is remembered here alone: other processes of the same run tune at the same time.
+            tune_call(Call.like(op, args), device, CudaClock(), attempts=Attempts())
     except Exception as error:  # no measurement is worth a user's run
         _given_up.add(key)
-        warnings.warn(f"{key} could not be tuned: {first_line(error)}", stacklevel=4)
+        warnings.warn(f"{key} could not be tuned: {report.first_line(error)}", stacklevel=4)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ import torch
 
 import fastvit
 
-from . import workers
+from . import report, workers
 
 # How many times plain PyTorch's own error ours may be, by dtype; and the order in which they are verified.
 FACTOR = {torch.bfloat16: 1.5, torch.float32: 2.0, torch.float16: 1.5}
@@ -127,8 +127,7 @@ def run_case(case: Case, device: str) -> Result:
             ours = ours_of()
         tensors = [_compare(name, case.dtype, ours[name], plain[name], truth[name]) for name in truth]
     except Exception as error:  # whatever a broken kernel raises must not stop the other cases
-        first_line = (str(error).strip().splitlines() or ["(no message)"])[0]
-        return Result(case, "failed", [], f"{type(error).__name__}: {first_line}", time.perf_counter() - start)
+        return Result(case, "failed", [], report.first_line(error), time.perf_counter() - start)
     wrong = [t.name for t in tensors if not t.ok]
     reason = f"beyond the limit: {', '.join(wrong)}" if wrong else ""
     return Result(case, "failed" if wrong else "passed", tensors, reason, time.perf_counter() - start)
@@ -159,20 +158,21 @@ def run_in_processes(
 ) -> Iterator[Result]:
     """As `run`, in `count` processes: most of a case's time on a GPU is compiling, which one process does on one core.
 
-    Cases of one op and dtype, which share kernels, run in one process while the others have work. A case that takes the
-    GPU from its process (an illegal access), ends it or takes longer than `CASE_SECONDS` has failed, and the rest go
-    on. One that found no memory left beside the others runs again, alone, at the end.
+    Cases of one op and dtype, which share kernels, run in one process; whole models, which compile the most, begin. A
+    case that takes the GPU from its process (an illegal access) or ends it has failed, and the rest go on. One that
+    found no memory left beside the others, or takes longer than `CASE_SECONDS`, runs again at the end, alone and with
+    its kernels in Triton's cache.
     """
     waiting = {case.name: case for case in cases}
     deadline = None if time_limit is None else time.monotonic() + time_limit
     for processes in (count, 1):
         groups: dict[tuple, list[str]] = {}
-        for case in waiting.values():
+        for case in sorted(waiting.values(), key=lambda case: case.op != "model"):  # which compile the most
             groups.setdefault((case.op, case.dtype), []).append(case.name)
         for outcome in workers.run(groups.values(), Server(device), processes, CASE_SECONDS, deadline):
             case = waiting[outcome.task]
             result = Result(case, "failed", [], outcome.died) if outcome.died else Result(case, *outcome.result)
-            if processes > 1 and result.reason.startswith(OUT_OF_MEMORY):
+            if processes > 1 and result.reason.startswith((OUT_OF_MEMORY, workers.TOO_LONG)):
                 continue
             del waiting[outcome.task]
             yield result
@@ -193,6 +193,7 @@ class Server:
     def __call__(self, name: str) -> tuple[tuple, bool]:
         """The fields of a Result after its case, and whether the process can verify another one."""
         on_gpu = self.device.startswith("cuda")
+        torch.set_num_threads(1)  # the other cores have processes of their own
         if not on_gpu:
             use_interpreter()
         result = run_case(_by_name(self.device)[name], self.device)
@@ -204,7 +205,7 @@ class Server:
             except RuntimeError as error:
                 fit = False
                 if result.status == "passed":  # it broke after its results were read
-                    fields = ("failed", [], f"{type(error).__name__}: {str(error).splitlines()[0]}", result.seconds)
+                    fields = ("failed", [], report.first_line(error), result.seconds)
         return fields, fit
 
 

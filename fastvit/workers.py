@@ -17,6 +17,10 @@ from typing import Any, NamedTuple
 CONTEXT = multiprocessing.get_context("spawn")
 
 
+GPU_LOST = 3  # the exit status of a process that a kernel left without its GPU: another one goes on
+TOO_LONG = "did not end within"
+
+
 class Outcome(NamedTuple):
     """One task, what was made of it, and why nothing was ("" where something was)."""
 
@@ -35,9 +39,9 @@ def run(
     """Outcomes of all tasks, as they come, from `count` processes.
 
     A process calls serve(task), which can be pickled and returns a result that can, and whether the process is fit for
-    another task. Tasks of a group run in their order; a process stays with its group, where it has compiled what the
-    next task needs, while others have work. One task may take `seconds`, then its process is killed. Past `deadline`
-    (`time.monotonic()`) no task is started: those have no outcome. All processes end with the iterator.
+    another task. Tasks of a group run in their order, groups begin in theirs; a process stays with its group, where it
+    has compiled what the next task needs, until that is empty. One task may take `seconds`, then its process is killed.
+    Past `deadline` (`time.monotonic()`) no task is started: those have no outcome. All processes end with the iterator.
     """
     left = [list(tasks)[::-1] for tasks in groups]
     busy: dict[Connection, _Worker] = {}
@@ -57,7 +61,7 @@ def run(
                     result, fit = connection.recv()
                 except (EOFError, OSError):
                     del busy[connection]
-                    yield Outcome(worker.task, died=worker.end())
+                    yield Outcome(worker.task, died=worker.end(wait=5.0))
                     continue
                 outcome = Outcome(worker.task, result)
                 if fit and any(left) and not (deadline and time.monotonic() > deadline):
@@ -70,8 +74,10 @@ def run(
                 if connection not in ready and time.monotonic() > worker.ends:
                     del busy[connection]
                     worker.end()
-                    yield Outcome(worker.task, died=f"did not end within {seconds:g} s")
+                    yield Outcome(worker.task, died=f"{TOO_LONG} {seconds:g} s")
     finally:
+        for worker in busy.values():
+            worker.process.kill()  # all at once, then wait for each
         for worker in busy.values():
             worker.end()
 
@@ -91,16 +97,16 @@ class _Worker:
     def take(self, left: list[list], others: Iterable[_Worker], seconds: float) -> None:
         if not self.group:
             taken = [id(other.group) for other in others if other is not self]
-            # A group that nobody is at, and of those the longest.
-            self.group = min(filter(None, left), key=lambda group: (taken.count(id(group)), -len(group)))
+            # The first of those that the fewest are at.
+            self.group = min(filter(None, left), key=lambda group: taken.count(id(group)))
         self.task, self.ends = self.group.pop(), time.monotonic() + seconds
         with contextlib.suppress(OSError):  # it is dead: seen when its answer is waited for
             self.connection.send(self.task)
 
-    def end(self) -> str:
-        """Kill it if it lives; how it ended."""
+    def end(self, wait: float = 0.0) -> str:
+        """Kill it if it lives, after so many seconds; how it ended, where it did by itself."""
         self.connection.close()
-        self.process.join(0.5)
+        self.process.join(wait)
         code = self.process.exitcode
         kill(self.process)
         if code is None:
@@ -128,10 +134,15 @@ def kill(process) -> None:
     process.join()
 
 
-def _work(connection: Connection, serve: Callable) -> None:
+def leave_group() -> None:
+    """Called by a process as it starts: a group of its own, for `kill`, and an end when the parent's comes."""
     os.setpgrp()
     with contextlib.suppress(AttributeError):  # Linux's: not even a kernel that never ends outlives the parent
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
+def _work(connection: Connection, serve: Callable) -> None:
+    leave_group()
     with contextlib.suppress(EOFError, OSError):  # the parent is gone
         fit = True
         while fit:

@@ -38,7 +38,7 @@ def test_an_attempt_that_ends_leaves_nothing(path):
 
 def test_what_took_the_gpu_is_known_here_and_to_the_next_process(path, lost):
     tried = Attempts(path)
-    with pytest.raises(GpuLost, match="a took the GPU from its process: CUDA error"), tried.trying("a"):
+    with pytest.raises(GpuLost, match="a took the GPU from its process: RuntimeError: CUDA error"), tried.trying("a"):
         raise RuntimeError("CUDA error: an illegal memory access\nand more")
     assert list(tried.fatal) == list(Attempts(path).fatal) == ["a"]
     assert json.loads(path.read_text()) == tried.fatal
@@ -111,6 +111,29 @@ def test_the_tuner_leaves_out_what_was_fatal(path, lost):
     measured = measure(fatal, Attempts(path))  # as the next process does
     assert set(measured.times) == {"a", "c"} and measured.dropped["b"].startswith("took the GPU")
     assert measured.choice(fatal)[1]["dropped"] == measured.dropped
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_the_first_candidates_fault_is_not_laid_at_the_next_ones_door(path, monkeypatch, in_place):
+    """CUDA tells of an illegal access when it is next waited for: that must be before another is tried."""
+    broken = []
+
+    def wait():
+        if broken:
+            raise RuntimeError("CUDA error: an illegal memory access")
+
+    monkeypatch.setattr(attempts, "_wait", wait)
+    candidates = {"first": [lambda: broken.append(1) or (torch.ones(4),)], "second": [lambda: (torch.ones(4),)]}
+    with pytest.raises(GpuLost, match="key: first took the GPU"):
+        measure(candidates, Attempts(path), in_place=in_place)
+    assert list(Attempts(path).fatal) == ["key: first"]
+
+
+def test_a_fault_outside_any_attempt_condemns_nothing_and_goes_no_further(path, monkeypatch):
+    monkeypatch.setattr(tune, "gpu_is_lost", lambda: True)
+    monkeypatch.setattr(tune, "tune_call", lambda *_: (_ for _ in ()).throw(RuntimeError("CUDA error")))
+    with pytest.raises(GpuLost, match="outside any attempt: RuntimeError: CUDA error"):
+        tune.tune([None], torch.device("cpu"), Clock())
 
 
 @pytest.mark.parametrize("name", ["key: a", "key: timing"])

@@ -55,7 +55,7 @@ def test_it_names_what_failed_and_what_is_furthest_off(results):
     assert behind == ["op8", "op7", "op6", "op5", "op4"], "in the order of what there is to gain"
     assert "9000 / 1000 = 9.00" in lines[start + 1]
     assert lines[start + 7].split()[0] == "alone" and "= 50.00" in lines[start + 7]
-    assert "FATAL, left out: took the GPU: gemm: a config" in lines
+    assert "FATAL, left out: gemm: a config: took the GPU" in lines
     assert "FATAL: ended the process that tried it: attention: a config" in lines
     assert any("NOT MEASURED: patch_embed: no memory" in line for line in lines)
 

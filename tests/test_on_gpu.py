@@ -8,14 +8,15 @@ import types
 
 import pytest
 import torch
-from fastvit.benchmarks import on_gpu, peaks, roofline, runbook
+from fastvit.benchmarks import on_gpu, peaks, roofline
 from fastvit.benchmarks.schema import Ceilings
 from fastvit.kernels.hardware import ARCHS
 
 from fastvit import tune
-from fastvit.attempts import GPU_LOST, GpuLost
+from fastvit.attempts import GpuLost
 from fastvit.dispatch import interpreting
 from fastvit.models.registry import model_entry
+from fastvit.workers import GPU_LOST
 
 pytestmark = pytest.mark.skipif(not interpreting(), reason="with a GPU, `make gpu` runs them")
 
@@ -91,7 +92,7 @@ def ncu(tmp_path, monkeypatch):
 def test_counters_are_those_that_the_profiler_prints(status, ncu, monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("STATUS", str(status))
     assert on_gpu.counters(tmp_path, time.monotonic() + 60, ["m"], 8) == (status == 0)
-    assert ncu.read_text().endswith(f"-m fastvit.benchmarks.on_gpu launches {tmp_path} 60 --models m --batch 8\n")
+    assert ncu.read_text().endswith(f"-m fastvit.benchmarks.on_gpu launches {tmp_path} 36 --models m --batch 8\n")
     counted = on_gpu.read_counters(tmp_path / "counters.csv")
     assert [kernel for kernel, _ in counted] == ["gemm_kernel", "attention_kernel"]
     assert counted[0][1] == {"Duration": "310.2", "DRAM Throughput": "41.5"}
@@ -148,7 +149,7 @@ def test_a_lost_gpu_is_an_exit_status_of_its_own(monkeypatch, tmp_path, capsys):
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setitem(on_gpu.MEASUREMENTS, "micro", lost)
-    assert on_gpu.main(["micro", str(tmp_path), "10"]) == GPU_LOST == runbook.GPU_LOST
+    assert on_gpu.main(["micro", str(tmp_path), "10", "--models", "m", "--batch", "1"]) == GPU_LOST
     assert "the GPU is lost: a kernel took it" in capsys.readouterr().out
 
 
@@ -157,6 +158,6 @@ def test_arguments(capsys):
         on_gpu.main(["nothing"])
     assert left.value.code == 2 and "invalid choice: 'nothing'" in capsys.readouterr().err
     if not torch.cuda.is_available():
-        assert on_gpu.main(["micro", ".", "10"]) == 2
+        assert on_gpu.main(["micro", ".", "10", "--models", "m", "--batch", "1"]) == 2
         assert "finds no GPU" in capsys.readouterr().err
     assert "fastvit.benchmarks.on_gpu" in sys.modules

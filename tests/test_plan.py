@@ -10,7 +10,7 @@ import torch
 from fastvit import cli
 
 pytest.importorskip("PIL")
-from fastvit.benchmarks import bench, plan, schema, suites  # noqa: E402
+from fastvit.benchmarks import bench, command, plan, schema, suites  # noqa: E402
 from fastvit.benchmarks.cases import Case  # noqa: E402
 from fastvit.benchmarks.schema import Ceilings  # noqa: E402
 
@@ -101,6 +101,14 @@ def test_on_a_gpu_nothing_is_left_out_and_graphs_are_counted():
     schedule = make(chosen, 0.0, plan.probe(chosen, CEILINGS))
     assert (len(schedule.rows), schedule.left_out, schedule.compiling) == (2, {}, True)
     assert schedule.rows[chosen.cases[0].id] > 2.25 * 2 * 51 * 0.02
+
+
+def test_a_gpu_is_told_that_the_limit_cuts_the_end_off(capsys):
+    chosen = replace(settings(Case(TINY, FP32, 1)), device="cuda")
+    for limit, told in ((1.0, True), (1e6, False), (None, False)):
+        limited = replace(chosen, time_limit=limit)
+        command._tell(make(limited), limited)
+        assert ("cuts the end off" in capsys.readouterr().err) == told
 
 
 def test_the_probe_sees_a_slow_machine(monkeypatch):

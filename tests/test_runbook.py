@@ -112,11 +112,9 @@ def test_a_step_that_says_nothing_is_taken_to_hang_and_started_again(asked, resu
     assert (found["b"]["state"], found["b"]["starts"]) == ("done", 1)
 
 
-def test_no_step_starts_without_time_and_none_after_the_gpu_is_gone(asked, results, out):
+def test_no_step_starts_without_time(asked, results, out):
     assert states(runbook.run((step(asked, "a", DONE),), results, 0.5, out)) == ["unfinished"]
     assert asked == []
-    todo = (step(asked, "a", f"raise SystemExit({runbook.NO_GPU})"), step(asked, "b", DONE))
-    assert states(runbook.run(todo, results, 60, out)) == ["failed"]
 
 
 def test_a_results_file_that_is_none_is_not_finished(asked, results):
@@ -144,13 +142,13 @@ def test_what_comes_home_is_few_files_and_a_later_call_takes_them_up(asked, resu
     (results / "tuned" / "table.json").write_text("{}")
     runbook.run((step(asked, "a", DONE),), results, 30, out)
     assert sorted(path.name for path in out.folder.iterdir()) == ["gpu.log", f"{NAME}.tgz"]
-    inside = ["a.json", "runbook.json", "tuned", "tuned/table.json"]
-    assert members(out.archive) == [f"{NAME}/{name}" for name in inside]
+    files = ["a.json", "runbook.json", "tuned/table.json"]
+    assert members(out.archive) == [f"{NAME}/{name}" for name in files]
     for archive, elsewhere in ((None, out), (out.archive, Out(tmp_path / "elsewhere", NAME))):
         again = tmp_path / f"again-{elsewhere.folder.name}"
         again.mkdir()
         elsewhere.unpack(again, archive)
-        assert sorted(path.relative_to(again).as_posix() for path in again.rglob("*")) == inside
+        assert sorted(path.relative_to(again).as_posix() for path in again.rglob("*") if path.is_file()) == files
         assert states(runbook.run((step(asked, "a", DONE),), again, 30, elsewhere)) == ["kept"]
 
 
@@ -171,6 +169,21 @@ def test_the_archive_is_refreshed_while_a_step_runs(asked, results, out, monkeyp
     slow = "import sys, time; open(sys.argv[1] + '.part', 'w').write('x'); time.sleep(3); " + DONE
     runbook.run((step(asked, "a", slow),), results, 30, out)
     assert len(archives) >= 2
+
+
+def test_what_is_tried_just_now_comes_home_only_once_its_process_has_ended(results, out):
+    for name in ("table.attempts.trying", ".half-written", "table.json"):
+        (results / name).write_text("x")
+    out.pack(results, every=1e-9)
+    assert members(out.archive) == [f"{NAME}/table.json"]
+    out.pack(results)
+    assert members(out.archive) == [f"{NAME}/table.attempts.trying", f"{NAME}/table.json"]
+
+
+def test_an_archive_that_is_not_there_is_an_error(tmp_path, capsys):
+    with pytest.raises(SystemExit) as left:
+        runbook.main(["--from", str(tmp_path / "absent.tgz")])
+    assert left.value.code == 2 and "no such file" in capsys.readouterr().err
 
 
 def test_the_whole_takes_less_than_nine_minutes():

@@ -12,6 +12,7 @@ import torch
 from fastvit.benchmarks import ops, timing
 from fastvit.benchmarks.cases import Case
 
+from fastvit import graphs
 from fastvit.measure import verdict
 
 
@@ -197,19 +198,20 @@ class Cuda:
 
     def __init__(self, monkeypatch):
         self.current, self.pools, self.recording, self.captures = "default", count(1), set(), []
-        self.used, self.kept = [], []
+        self.used, self.kept, self.made = [], [], []
         monkeypatch.setattr(timing.torch, "cuda", self)
         monkeypatch.setattr(timing.torch._C, "_cuda_endAllocateToPool", self._end, raising=False)
         monkeypatch.setattr(
             timing.torch._C, "_cuda_releasePool", lambda *given: self.kept.remove(given[1]), raising=False
         )
-        monkeypatch.setattr(timing, "_broken", [])
+        monkeypatch.setattr(graphs, "_broken", [])
 
     def Stream(self):
         return SimpleNamespace(wait_stream=lambda other: None)
 
     def CUDAGraph(self):
-        graph = SimpleNamespace(calls=0, was_reset=False)
+        graph = SimpleNamespace(was_reset=False)
+        self.made.append(graph)
         graph.reset = lambda: setattr(graph, "was_reset", True)
         graph.replay = lambda: self.captures.append(graph)
         return graph
@@ -228,6 +230,9 @@ class Cuda:
 
     def stream(self, stream):
         return contextlib.nullcontext()
+
+    def empty_cache(self):
+        pass
 
     @contextlib.contextmanager
     def graph(self, graph, pool):
@@ -287,7 +292,8 @@ def test_a_capture_that_fails_leaves_everything_usable(monkeypatch, error):
     first, second, third = cuda.used
     assert first != second == third
     # Either PyTorch gives the pool back, when it forgets the graph, or we do.
-    assert (first in cuda.kept, len(timing._broken)) == ((True, 0) if error is torch.OutOfMemoryError else (False, 1))
+    assert cuda.made[0].was_reset == (error is torch.OutOfMemoryError)
+    assert (first in cuda.kept, len(graphs._broken)) == ((True, 0) if error is torch.OutOfMemoryError else (False, 1))
 
 
 def test_the_hosts_time_is_taken_with_the_gpu_idle(monkeypatch):

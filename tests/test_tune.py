@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 import json
 import os
 import random
@@ -108,7 +109,7 @@ def test_what_is_wrong_is_never_timed():
     dropped = evidence["dropped"]
     assert set(dropped) == {"wrong", "nan", "short", "half", "raising", "none"}
     assert dropped["wrong"].startswith("result 0 is wrong: off by") and "not finite" in dropped["nan"]
-    assert dropped["raising"] == "RuntimeError: out of resource" and dropped["none"] == "RuntimeError"
+    assert dropped["raising"] == "RuntimeError: out of resource" and dropped["none"] == "RuntimeError: (no message)"
 
 
 def test_what_rounding_explains_is_not_wrong():
@@ -610,22 +611,18 @@ def test_the_real_clock_divides_by_what_it_ran(monkeypatch):
             now += 2e-6 * self.calls
 
     @contextlib.contextmanager
-    def capture(graph, stream):  # in no pool that others use, too
+    def capture(graph, pool, stream):
         nonlocal capturing
-        assert stream == "ours" and restored == "user's"
+        assert stream == "ours" and pool not in pools, "a pool that others use, too"
+        pools.append(pool)
         capturing = 0
         yield
         graph.calls, capturing = capturing, None
 
-    @contextlib.contextmanager
-    def use_stream(stream):
-        nonlocal restored
-        restored = stream
-        yield
-
-    restored = None
+    pools, restored, handles = [], [], itertools.count()
     fakes = {"Event": Event, "CUDAGraph": Graph, "graph": capture, "synchronize": lambda: None}
-    streams = {"Stream": lambda: "ours", "current_stream": lambda: "user's", "stream": use_stream}
+    fakes |= {"graph_pool_handle": lambda: (0, next(handles))}
+    streams = {"Stream": lambda: "ours", "current_stream": lambda: "user's", "set_stream": restored.append}
     for name, fake in (fakes | streams).items():
         monkeypatch.setattr(torch.cuda, name, fake)
     clock = tune.CudaClock()
@@ -634,3 +631,4 @@ def test_the_real_clock_divides_by_what_it_ran(monkeypatch):
         before = now
         assert timer() == pytest.approx(seconds)
         assert tune.ROUND_SECONDS <= now - before < 3 * tune.ROUND_SECONDS
+    assert restored == ["user's"]

@@ -18,7 +18,7 @@ LINES, WIDTH, WORST = 30, 158, 5
 def summary(results: Path) -> str:
     """The text, at most LINES lines of WIDTH characters, from what lies in the results folder of a run."""
     lines = [*_head(results), *_steps(results), *_verified(results), *_fatal(results), *_peaks(results)]
-    lines += [*_launches(results), *_models(results)]
+    lines += [*_models(results), *_launches(results)]
     last = [line[:WIDTH] for line in _next(results)]
     return "\n".join([*(line[:WIDTH] for line in lines[: LINES - len(last)]), *last])
 
@@ -81,7 +81,7 @@ def _peaks(results: Path) -> Iterator[str]:
     for row in found.get("products", []):
         directions.setdefault(row["direction"], []).append(row["flops_per_s"] / 1e12)
     if directions:
-        spans = (f"{name} {min(rates):.0f} to {max(rates):.0f}" for name, rates in directions.items())
+        spans = (f"{name} {min(rates):.0f}-{max(rates):.0f}" for name, rates in directions.items())
         line += f"; of ViT's: {', '.join(spans)}"
     yield line
 
@@ -116,7 +116,7 @@ def _fatal(results: Path) -> Iterator[str]:
     """What took the GPU from its process, or never ended; what was being tried when the run ended may be one more."""
     for path in sorted((results / "tuned").glob("*.attempts.json")):
         for name, why in list(_json(path).items())[:3]:
-            yield f"FATAL, left out: {why}: {name}"
+            yield f"FATAL, left out: {name}: {why}"
     for path in sorted((results / "tuned").glob("*.trying")):
         yield f"FATAL: ended the process that tried it: {path.read_text(encoding='utf-8')}"
 
