@@ -26,7 +26,7 @@ from fastvit.verify import FACTOR, SHORT, floor, relative_rms
 from . import plan, roofline, timing
 from .cases import Case
 from .peers import PEERS, absent
-from .schema import OURS, Ceilings, Contestant, Row, Run, Spread
+from .schema import OURS, Ceilings, Contestant, Ratio, Row, Run
 from .suites import SEED, Settings
 from .work import ModelWork, OpWork, Subject, run_watched
 
@@ -224,12 +224,12 @@ def _row(case: Case, ceilings: Ceilings | None) -> Row:
     )
 
 
-def _against_ours(measured: dict[str, list[float]]) -> dict[str, tuple[Spread, str]]:
+def _against_ours(measured: dict[str, list[float]]) -> dict[str, tuple[Ratio, str]]:
     """Of every peer, its time over ours in each round, and the verdict; nothing where ours was not measured."""
     found = {}
     for name in measured.keys() - {OURS} if OURS in measured else ():
         ratios = [peer / ours for peer, ours in zip(measured[name], measured[OURS], strict=True)]
-        found[name] = timing.spread(ratios), verdict(ratios)
+        found[name] = timing.ratio(ratios), verdict(ratios)
     return found
 
 

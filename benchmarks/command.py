@@ -33,6 +33,10 @@ def run(settings: Settings, folder: Path, before: schema.Run | None = None) -> i
     found, interrupted = record(settings, folder, before, lambda row: rows.row(row), planned)
     if interrupted:
         _note(f"Interrupted after {len(found.rows)} of {len(settings.cases)} rows.")
+    if any(side.ratio for row in found.rows for side in row.contestants.values()):
+        print(words.INTERVAL)
+    if beyond := words.beyond_the_limit(found.rows):
+        print(beyond)
     _print_top5(found.extra["top5"], settings)
     interpreted = found.extra.get("interpreted")
     if interpreted:
@@ -50,8 +54,8 @@ def run(settings: Settings, folder: Path, before: schema.Run | None = None) -> i
 
 
 def compare_files(before: Path, after: Path, threshold: float, relative: str | None) -> int:
-    """Print what changed; returns the exit status, 1 if any of ours got slower or wrong. Raises ValueError, OSError
-    for files that cannot be compared."""
+    """Print what changed; returns the exit status: 1 if any of ours got slower or wrong, else 2 if the times cannot be
+    compared, else 0. Raises ValueError, OSError for files that cannot be."""
     found = compare(schema.load(before), schema.load(after), threshold, relative)
     for line in lines(found, threshold, relative):
         print(line)

@@ -1,18 +1,28 @@
 """What changed between two results files, row by row: `fastvit bench compare BEFORE AFTER`.
 
 A time has changed where its median moved by more than a threshold and the quartiles of the two runs lie apart. Only
-ours can fail the comparison; how far the peers moved says whether the machine did.
+ours can fail the comparison; how far the peers moved says whether the machine did, and where they moved against each
+other, no time of ours is judged at all.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import combinations
 
 from .schema import OURS, Contestant, Row, Run, Spread
 
 MEMORY_NOISE = 4 << 20  # bytes: what a CPU's resident set may differ by for no reason
+# By which factor two peers, in the mean of their rows, move against each other where two runs are not alike. In runs of
+# several rows on two CPU cores, some six times as slow as others because other work ran all along, no two moved apart
+# by more than 1.13 (1.24 in a single row); and a new PyTorch that makes the peers on it 1.2 times as fast as the others
+# is worth comparing. What moves some peers by half as much again, threads or cores that only they lost, may have moved
+# ours as far, and no one can tell which way.
+APART = 1.5
 # Facts of the environment that may differ between runs worth comparing, and are then said.
 _SAID = ("processor", "cpu_count", "torch_threads", "torch", "python", "platform", "gpu", "packages", "variables")
 
@@ -20,8 +30,9 @@ _SAID = ("processor", "cpu_count", "torch_threads", "torch", "python", "platform
 @dataclass(frozen=True)
 class Change:
     """One contestant of one row. ratio: seconds after over seconds before, above 1 is slower; None where the change is
-    another one. what: "slower", "faster", "unchanged", "error grew", "memory grew", "appeared", "vanished", or what its
-    status became ("wrong", "failed", "absent", "skipped", "timed"). bad: of ours, and a reason to fail."""
+    another one. what: "slower", "faster", "unchanged" or "not judged", "error grew", "memory grew", "appeared",
+    "vanished", or what its status became ("wrong", "failed", "absent", "skipped", "timed"). bad: of ours, and a reason
+    to fail."""
 
     id: str
     contestant: str
@@ -34,21 +45,24 @@ class Change:
 @dataclass
 class Comparison:
     """changes: all of them, unchanged ones included. drift: of every peer, the geometric mean of its ratios and how
-    many rows that is. warnings: what else differs between the runs."""
+    many rows that is. warnings: what else differs between the runs. incomparable: why times of ours are not judged,
+    empty where they are."""
 
     changes: list[Change] = field(default_factory=list)
     drift: dict[str, tuple[float, int]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    incomparable: str = ""
 
     @property
     def status(self) -> int:
-        """The exit status: 1 if any of ours got slower or wrong, else 0."""
-        return 1 if any(change.bad for change in self.changes) else 0
+        """The exit status: 1 if any of ours got slower or wrong, else 2 if the runs cannot be compared, else 0."""
+        return 1 if any(change.bad for change in self.changes) else 2 if self.incomparable else 0
 
 
 def compare(before: Run, after: Run, threshold: float = 0.05, relative: str | None = None) -> Comparison:
     """Compare two runs of one device. relative: judge our time by its ratio to this peer's in the same rounds, which a
-    slower machine leaves alone.
+    slower machine leaves alone. Times are not judged where peers moved against each other by APART; by a peer that most
+    others moved with they are.
 
     Raises ValueError where the runs are of different devices, have no case in common, or `relative` is timed beside
     ours in no case of both.
@@ -72,7 +86,14 @@ def compare(before: Run, after: Run, threshold: float = 0.05, relative: str | No
         if id not in old
     ]
     found.changes += [Change(id, OURS, "vanished") for id in old if id not in new]
-    found.drift = _drift(old, new, both)
+    moves = _moves(old, new, both)
+    found.drift = {name: (statistics.geometric_mean(by_row.values()), len(by_row)) for name, by_row in moves.items()}
+    found.incomparable = _incomparable(moves, relative)
+    if found.incomparable:
+        found.changes = [
+            replace(change, what="not judged", bad=False) if change.contestant == OURS and change.ratio else change
+            for change in found.changes
+        ]
     return found
 
 
@@ -122,7 +143,7 @@ def _time_change(
     detail = f"{_milliseconds(a.median)} to {_milliseconds(b.median)} ms"
     if by_peer:
         if None in by_peer:
-            return Change(id, name, "unchanged", detail=f"{relative} was not timed beside it: not judged")
+            return Change(id, name, "not judged", detail=f"{detail}; {relative} was not timed beside it")
         # The peer's time over ours: upside down, ours in units of the peer's.
         a, b = (Spread(1 / s.median, 1 / s.q75, 1 / s.q25, s.rounds) for s in by_peer)
         detail += f"; {a.median:.3f} to {b.median:.3f} times that of {relative}"
@@ -147,14 +168,41 @@ def _other_changes(id: str, name: str, a: Contestant, b: Contestant, threshold: 
             yield Change(id, name, "memory grew", detail=detail)
 
 
-def _drift(old: dict[str, Row], new: dict[str, Row], both: list[str]) -> dict[str, tuple[float, int]]:
-    ratios: dict[str, list[float]] = {}
+def _moves(old: dict[str, Row], new: dict[str, Row], both: list[str]) -> dict[str, dict[str, float]]:
+    """Of every peer, by row: its seconds after over its seconds before."""
+    moves: dict[str, dict[str, float]] = {}
     for id in both:
         for name, side in new[id].contestants.items():
             before = old[id].contestants.get(name)
             if name != OURS and side.seconds and before and before.seconds:
-                ratios.setdefault(name, []).append(side.seconds.median / before.seconds.median)
-    return {name: (statistics.geometric_mean(found), len(found)) for name, found in ratios.items()}
+                moves.setdefault(name, {})[id] = side.seconds.median / before.seconds.median
+    return moves
+
+
+def _incomparable(moves: dict[str, dict[str, float]], relative: str | None) -> str:
+    """Why times of ours cannot be judged, in a sentence; empty where they can: no two peers are APART, or `relative` is
+    one that more than half of them, itself counted, moved with."""
+    # Row by row, so that a peer that is faster here and slower there is not taken for one that did not move.
+    between = {}
+    for a, b in combinations(moves, 2):
+        if shared := {id: abs(math.log(moves[a][id] / moves[b][id])) for id in moves[a] if id in moves[b]}:
+            between[a, b] = shared
+    apart = {pair: statistics.fmean(rows.values()) for pair, rows in between.items()}
+    apart = {pair: distance for pair, distance in apart.items() if distance > math.log(APART)}
+    against = Counter(name for pair in apart for name in pair)  # how many peers each moved against
+    yardsticks = [name for name in moves if 2 * against[name] < len(moves)]
+    if not apart or relative in yardsticks:
+        return ""
+    pair = max((pair for pair in apart if relative in (None, *pair)), key=apart.get)
+    row = max(between[pair], key=between[pair].get)
+    quick, slow = sorted(pair, key=lambda name: moves[name][row])
+    found = (
+        f"These runs cannot be compared: {quick} took {moves[quick][row]:.3g} times as long as before, "
+        f"{slow} {moves[slow][row]:.3g} times ({row})."
+    )
+    if yardsticks:
+        found += f" Most peers moved with {yardsticks[0]}: --relative {yardsticks[0]} judges ours beside it."
+    return found
 
 
 def lines(found: Comparison, threshold: float, relative: str | None) -> Iterator[str]:
@@ -171,10 +219,12 @@ def lines(found: Comparison, threshold: float, relative: str | None) -> Iterator
         yield told.rstrip()
     for name, (ratio, rows) in found.drift.items():
         yield f"drift of {name}: {ratio:.3f} times as long as before, over {rows} row{'s' if rows > 1 else ''}"
-    if found.drift and not relative:
+    if found.drift and not relative and not found.incomparable:
         mean = statistics.geometric_mean(ratio for ratio, _ in found.drift.values())
         if not 1 / (1 + threshold) <= mean <= 1 + threshold:
             yield f"The peers' own times moved by {mean:.3f}: the machine did, too. --relative PEER leaves that out."
     ours = [change for change in found.changes if change.contestant == OURS]
     counts = {what: sum(change.what == what for change in ours) for what in dict.fromkeys(c.what for c in ours)}
     yield "ours: " + ", ".join(f"{count} {what}" for what, count in counts.items())
+    if found.incomparable:
+        yield found.incomparable

@@ -25,7 +25,17 @@ class Spread:
     rounds: int
 
 
-SPREADS = ("seconds", "ratio", "graph", "graph_ratio", "host")  # fields of a Contestant
+@dataclass
+class Ratio(Spread):
+    """A ratio of paired rounds. low, high: the interval that its verdict rests on (`fastvit.measure.interval`): a tie
+    is one that holds 1. None in files from before intervals were kept."""
+
+    low: float | None = None
+    high: float | None = None
+
+
+# Fields of a Contestant.
+SPREADS = {"seconds": Spread, "ratio": Ratio, "graph": Spread, "graph_ratio": Ratio, "host": Spread}
 
 
 @dataclass
@@ -46,10 +56,10 @@ class Contestant:
     note: str = ""
     error: float | None = None
     seconds: Spread | None = None
-    ratio: Spread | None = None
+    ratio: Ratio | None = None
     verdict: str = ""
     graph: Spread | None = None
-    graph_ratio: Spread | None = None
+    graph_ratio: Ratio | None = None
     graph_verdict: str = ""
     host: Spread | None = None
     peak_bytes: int | None = None
@@ -142,5 +152,5 @@ def _row(found: dict) -> Row:
 
 
 def _contestant(found: dict) -> Contestant:
-    spreads = {name: Spread(**found[name]) for name in SPREADS if found.get(name)}
+    spreads = {name: form(**found[name]) for name, form in SPREADS.items() if found.get(name)}
     return Contestant(**found | spreads)

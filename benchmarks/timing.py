@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 
 from fastvit.graphs import capture
-from fastvit.measure import quartiles
+from fastvit.measure import interval, quartiles
 
-from .schema import Spread
+from .schema import Ratio, Spread
 
 # In 12 rounds a sign test may be lost once: with 2 % of noise it then calls a difference of 5 % in nine cases of ten.
 MIN_ROUNDS, MAX_ROUNDS = 12, 51
@@ -53,6 +53,12 @@ def spread(values: Sequence[float]) -> Spread:
     """Median, quartiles and number of the measurements."""
     low, median, high = quartiles(values)
     return Spread(median, low, high, len(values))
+
+
+def ratio(values: Sequence[float]) -> Ratio:
+    """The same of paired ratios, MIN_ROUNDS or more, with the interval that their verdict rests on."""
+    low, median, high = quartiles(values)
+    return Ratio(median, low, high, len(values), *interval(values))
 
 
 def interleave(

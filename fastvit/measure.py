@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
-SIGNIFICANCE = 0.01  # of the sign test: at least 8 rounds are needed to call anything
+SIGNIFICANCE = 0.01  # of a sign test: at least 8 rounds are needed to call anything
 
 
 class Quartiles(NamedTuple):
@@ -27,20 +27,36 @@ def quartiles(values: Sequence[float]) -> Quartiles:
     return Quartiles(*statistics.quantiles(values, n=4, method="inclusive"))
 
 
-def verdict(ratios: Sequence[float]) -> str:
-    """What paired ratios, the other's time over ours in each round, say of ours: "faster", "slower" or "tie".
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """What a verdict rests on: the ends of an interval that holds the true median of such measurements in 99 cases of
+    100, and the middle half of these.
 
-    A tie unless both quartiles lie on one side of 1 and so do so many of the rounds that chance would explain it in
-    less than one case of 100 (a two-sided sign test, in which rounds of exactly 1 have no voice).
+    The first is all that a two-sided sign test does not rule out: from one of the sorted measurements to another, and
+    endless for fewer than 8. The second is the wider one from about 30 on: however many the rounds, a shift within what
+    they differ by anyway is not called. Raises ValueError for no measurements at all.
     """
-    low, _, high = quartiles(ratios)
-    above, below = sum(ratio > 1 for ratio in ratios), sum(ratio < 1 for ratio in ratios)
-    if low <= 1 <= high or _sign_test(above, below) >= SIGNIFICANCE:
-        return "tie"
-    return "faster" if low > 1 else "slower"
+    low, _, high = quartiles(values)
+    beyond = _most_beyond(len(values))
+    if beyond is None:
+        return -math.inf, math.inf
+    ordered = sorted(values)
+    return min(low, ordered[beyond]), max(high, ordered[-1 - beyond])
 
 
-def _sign_test(above: int, below: int) -> float:
-    """The chance that a fair coin falls at least as unevenly as this."""
-    n = above + below
-    return min(1.0, 2 * sum(math.comb(n, k) for k in range(min(above, below) + 1)) / 2**n)
+def verdict(ratios: Sequence[float]) -> str:
+    """What paired ratios, the other's time over ours in each round, say of ours: "faster", "slower" or "tie", which is
+    a ratio whose `interval` holds 1."""
+    low, high = interval(ratios)
+    return "faster" if low > 1 else "slower" if high < 1 else "tie"
+
+
+def _most_beyond(n: int) -> int | None:
+    """How many of n measurements may lie beyond an end of the interval: the most of which a two-sided sign test says
+    that chance puts so few there in less than SIGNIFICANCE of all cases. None where not even 0 are so rare."""
+    beyond, chance = None, 0.0
+    for k in range(n):
+        chance += 2 * math.comb(n, k) / 2**n
+        if chance >= SIGNIFICANCE:
+            break
+        beyond = k
+    return beyond

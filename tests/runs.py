@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import random
+from dataclasses import asdict
 from itertools import product
 
-from fastvit.benchmarks.schema import OURS, Ceilings, Contestant, Row, Run, Spread
+from fastvit.benchmarks.schema import OURS, Ceilings, Contestant, Ratio, Row, Run, Spread
 
 BATCHES = (1, 8, 32, 256)
 ABSENT = {"flash-attn": "flash-attn is not installed", "openvino": "for the CPU only"}
@@ -73,9 +74,9 @@ def _row(draw, ceilings, gpu, model, dtype, mode, op, batch) -> Row:
         )
         side.peak_bytes = None if model.startswith("vit_giant") else int(moved * times)
         if name != OURS:
-            side.ratio = _spread(times)
-            overlaps = side.ratio.q25 <= 1 <= side.ratio.q75
-            side.verdict = "tie" if overlaps else "faster" if times > 1 else "slower"
+            low, high = 0.98 * times, 1.03 * times
+            side.ratio = Ratio(**asdict(_spread(times)), low=low, high=high)
+            side.verdict = "faster" if low > 1 else "slower" if high < 1 else "tie"
         if "compile" in name or "max" in name:
             side.compile_seconds = draw.uniform(20, 90)
         if gpu and batch == 1:

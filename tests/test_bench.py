@@ -20,6 +20,7 @@ from fastvit.verify import reference_options
 pytest.importorskip("PIL")
 from fastvit.benchmarks import bench, ops, peers, report, schema, suites, timing, work  # noqa: E402
 from fastvit.benchmarks.cases import MODES, OPS, Case, combine  # noqa: E402
+from fastvit.benchmarks.report import words  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 PHOTOS = ROOT / "benchmarks" / "photos"
@@ -95,7 +96,9 @@ def test_a_row_holds_speed_ratio_error_memory_and_floor(quick):
     ours, reference = row.contestants["ours"], row.contestants["reference"]
     assert list(row.contestants) == ["ours", "reference"]
     assert (ours.ratio, ours.verdict) == (None, "")
-    assert reference.verdict in ("faster", "slower", "tie")
+    low, high = reference.ratio.low, reference.ratio.high
+    assert low <= reference.ratio.q25 <= reference.ratio.median <= reference.ratio.q75 <= high
+    assert reference.verdict == ("faster" if low > 1 else "slower" if high < 1 else "tie")
     for side in (ours, reference):
         assert side.status == "timed"
         assert 0 < side.error <= row.limit < 1e-5
@@ -598,6 +601,7 @@ def test_command_prints_a_table_and_writes_everything(quick, photos, tmp_path, c
     printed = capsys.readouterr()
     assert "weights: random, seed 0" in printed.err
     assert "With random weights the classes mean nothing" in printed.out
+    assert printed.out.count(words.INTERVAL) == 1 and printed.out.index(words.INTERVAL) > printed.out.rindex("/b2/")
     assert "\x1b" not in printed.out + printed.err
     run = schema.load(output / "bench.json")
     assert run.finished is True
@@ -616,6 +620,18 @@ def test_command_prints_a_table_and_writes_everything(quick, photos, tmp_path, c
         assert list(output.glob("*.png"))
     else:
         assert "No pictures" in printed.err
+
+
+@pytest.mark.parametrize("rate", [1.0, 1e30])
+def test_a_limit_that_a_side_beats_is_said_at_the_end(quick, no_pictures, photos, monkeypatch, tmp_path, capsys, rate):
+    """In the page's words, once, under the table."""
+    ceilings = schema.Ceilings(rate, {"fp32": rate})
+    monkeypatch.setattr(bench.roofline, "measure_ceilings", lambda device, dtypes: ceilings)
+    assert cli.main(arguments(photos, tmp_path, "--batches", "1,2", "--dtypes", "fp32")) == 0
+    printed, caveats = capsys.readouterr().out, words.caveats(schema.load(tmp_path / "bench.json"))
+    said = [sentence for sentence in caveats if sentence.startswith("Faster than the limit as measured: ours (to ")]
+    assert len(said) == printed.count("Faster than the limit") == (rate == 1)
+    assert all(printed.index(f"{sentence}\n") > printed.rindex("/b2/") for sentence in said)
 
 
 def test_ours_says_what_it_ran_on(monkeypatch):
@@ -895,17 +911,22 @@ def test_without_a_graph_of_ours_peers_have_times_and_no_ratio(quick, monkeypatc
     assert ours.note == "no CUDA graph: RuntimeError: no"
 
 
-def test_results_from_before_graph_ratios_are_read(tmp_path):
+def test_results_from_before_graph_ratios_and_intervals_are_read(tmp_path):
     """The committed ones."""
     for path in (ROOT / "benchmarks" / "results").rglob("bench.json"):
         assert schema.load(path).rows
     row = bench._row(Case(MODEL, FP32, 1), None)
     spread = schema.Spread(1.0, 0.9, 1.1, 12)
-    row.contestants["timm"] = schema.Contestant(graph=spread, graph_ratio=spread, graph_verdict="tie")
+    ratio = schema.Ratio(1.0, 0.9, 1.1, 12, 0.8, 1.2)
+    row.contestants["timm"] = schema.Contestant(graph=spread, graph_ratio=ratio, graph_verdict="tie")
     run = schema.Run({}, {}, "2000", rows=[row])
     (tmp_path / "bench.json").write_text(json.dumps(run.as_dict()))
     assert schema.load(tmp_path / "bench.json").rows == [row]
     old = run.as_dict()
+    for end in ("low", "high"):
+        del old["rows"][0]["contestants"]["timm"]["graph_ratio"][end]
+    (tmp_path / "bench.json").write_text(json.dumps(old))
+    assert schema.load(tmp_path / "bench.json").rows[0].contestants["timm"].graph_ratio == schema.Ratio(1, 0.9, 1.1, 12)
     for name in ("graph_ratio", "graph_verdict"):
         del old["rows"][0]["contestants"]["timm"][name]
     (tmp_path / "bench.json").write_text(json.dumps(old))

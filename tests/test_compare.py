@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 
 import pytest
 from fastvit.benchmarks import schema
@@ -66,6 +67,7 @@ def test_slower_fails_and_faster_does_not(run):
 
 def test_a_slower_peer_is_said_but_does_not_fail(run):
     found = compare(run, slowed(run, 1.2, PEER))
+    assert found.incomparable == ""
     assert len(of(found, "slower", PEER)) == 2
     assert found.status == 0
     assert found.drift[PEER] == (pytest.approx(1.2), 2)
@@ -104,7 +106,117 @@ def test_relative_to_a_peer_that_was_not_timed(run):
     after.rows[0].contestants[PEER] = Contestant("failed", "out of memory")
     found = compare(run, after, relative=PEER)
     assert [change.bad for change in found.changes if change.contestant == OURS and change.ratio] == [True]
-    assert "not judged" in of(found, "unchanged")[0].detail
+    (change,) = of(found, "not judged")
+    assert (change.id, change.detail.split("; ")[1]) == (run.rows[0].id, f"{PEER} was not timed beside it")
+    assert list(lines(found, 0.05, PEER))[-1] == "ours: 1 not judged, 1 slower"
+
+
+def told(before, after, relative=None):
+    """Comparison, its lines as text, and the last of them."""
+    found = compare(before, after, relative=relative)
+    text = list(lines(found, 0.05, relative))
+    return found, "\n".join(text), text[-1]
+
+
+def moved(run, **factors):
+    for name, factor in factors.items():
+        run = slowed(run, factor, name)
+    return run
+
+
+def only(run, *peers):
+    run = copy.deepcopy(run)
+    for row in run.rows:
+        row.contestants = {name: row.contestants[name] for name in (OURS, *peers)}
+    return run
+
+
+def test_peers_that_moved_against_each_other_are_no_comparison(run):
+    """The issue's: one peer took 0.18 of its time and another 4.7 times, and ours was called faster."""
+    after = moved(run, timm=0.18, torchvision=4.7, ours=0.5)
+    found, text, last = told(run, after)
+    assert "These runs cannot be compared: timm took 0.18 times as long as before, torchvision 4.7 times" in last
+    assert run.rows[0].id in last
+    assert found.status == 2
+    # What ours took stands there, without a verdict; and the machine is not said to have moved by some mean.
+    assert [change.what for change in found.changes if change.contestant == OURS] == ["not judged"] * 2
+    assert all(change.ratio == pytest.approx(0.5) for change in of(found, "not judged"))
+    assert "ours: 2 not judged" in text and "faster      0.5" not in text and "the machine did, too" not in text
+    assert len(of(found, "faster", "timm")) == len(of(found, "slower", "torchvision")) == 2
+
+    # The same the other way round, and where ours was slower.
+    assert told(after, run)[0].status == 2
+    assert "took 0.213 times as long as before, timm 5.56 times" in told(after, run)[2]
+
+
+@pytest.mark.parametrize(("factor", "status"), [(1.2, 0), (1.4, 0), (1.6, 2), (1 / 1.4, 0), (1 / 1.6, 2)])
+def test_how_far_peers_may_move_against_each_other(run, factor, status):
+    assert compare(run, slowed(run, factor, PEER)).status == status
+
+
+def test_peers_that_moved_against_each_other_in_each_row_another_way(run):
+    """Over all rows neither moved."""
+    after = copy.deepcopy(run)
+    for row, factor in zip(after.rows, (0.2, 5), strict=True):
+        for peer, by in ((PEER, factor), ("torchvision", 1 / factor)):
+            row.contestants[peer].seconds = scaled(row.contestants[peer].seconds, by)
+    found, _, last = told(run, after)
+    assert found.drift[PEER][0] == pytest.approx(1.0) == found.drift["torchvision"][0]
+    assert found.status == 2
+    assert re.search("compared: (timm|torchvision) took 0.2 times as long as before, (timm|torchvision) 5 times", last)
+
+
+def test_a_single_row_that_went_astray_in_a_long_run_does_not_spoil_the_others():
+    run = fake_run(models=(MODEL,), modes=("inference",), dtypes=("fp32",), ops=(), gpu=False, batches=range(1, 13))
+    assert compare(run, moved_in(run, 1, timm=2.0)).status == 0
+    assert compare(run, moved_in(run, 12, timm=2.0)).status == 2
+
+
+def moved_in(run, rows, **factors):
+    for name, factor in factors.items():
+        run = slowed(run, factor, name, rows=rows)
+    return run
+
+
+def test_a_slower_machine_moves_all_peers_alike(run):
+    found, _, last = told(run, slowed(run, 5.0))
+    assert found.status == 1 and last == "ours: 2 slower"
+
+
+def test_one_peer_has_nothing_to_be_held_against(run):
+    alone = only(run, PEER)
+    assert told(alone, slowed(alone, 4.7, PEER))[2] == "ours: 2 unchanged"
+    assert compare(alone, slowed(alone, 0.2, PEER), relative=PEER).status == 1, "slower beside it"
+
+
+def test_a_peer_that_most_moved_with_is_a_yardstick_and_no_other_is(run):
+    three = only(run, PEER, "torchvision", "transformers")
+    after = slowed(slowed(three, 1.3), 4.0, PEER)
+    last = told(three, after)[2]
+    assert "cannot be compared" in last
+    assert last.endswith("Most peers moved with torchvision: --relative torchvision judges ours beside it.")
+    for peer in ("torchvision", "transformers"):
+        found, _, last = told(three, after, peer)
+        assert (found.status, last) == (0, "ours: 2 unchanged")
+        assert compare(three, slowed(after, 1.2, OURS), relative=peer).status == 1
+    found, _, last = told(three, after, PEER)
+    assert found.status == 2
+    assert "cannot be compared: torchvision took 1.3 times as long as before, timm 5.2 times" in last
+    # Of two that differ nobody can say which one moved; nor of three that all do.
+    two = only(run, PEER, "torchvision")
+    for peer in (None, PEER, "torchvision"):
+        found, _, last = told(two, slowed(two, 4.0, PEER), peer)
+        assert found.status == 2 and "--relative" not in last
+        assert told(three, moved(three, timm=0.25, torchvision=4.0), peer)[0].status == 2
+
+
+def test_what_is_wrong_fails_whether_or_not_times_can_be_compared(run):
+    after = moved(run, timm=0.18, torchvision=4.7)
+    row = after.rows[1]
+    row.status, row.reason, row.contestants = "wrong", "so it is", {OURS: Contestant("wrong", "so it is")}
+    found, text, last = told(run, after)
+    assert found.status == 1
+    assert "ours: 1 not judged, 1 wrong" in text and "cannot be compared" in last
 
 
 @pytest.mark.parametrize("status", ["wrong", "failed"])
@@ -177,6 +289,9 @@ def test_command(run, tmp_path, capsys):
     assert cli.main(["bench", "compare", a, b, "--threshold", "0.3"]) == 0
     assert cli.main(["bench", "compare", a, b, "--relative", PEER]) == 1
     assert "times that of timm" in capsys.readouterr().out
+    c = write(tmp_path, "c.json", moved(run, timm=0.18, torchvision=4.7))
+    assert cli.main(["bench", "compare", a, c]) == 2
+    assert "These runs cannot be compared: timm took 0.18" in capsys.readouterr().out.splitlines()[-1]
 
 
 @pytest.mark.parametrize(

@@ -527,6 +527,28 @@ print(sorted(set(sys.modules) & {package for peer in PEERS.values() for package 
     assert done.stdout.strip() == "[]", done.stderr
 
 
+@pytest.mark.skipif(torch.version.cuda or torch.version.hip, reason="the shim is for a torch without a GPU's library")
+@pytest.mark.parametrize("declared", [(), ("nms",), ("nms", "qnms")], ids=["none", "one", "both"])
+def test_torchvision_is_importable_whoever_declared_its_operators_first(declared):
+    needed("torchvision")
+    script = f"""
+import importlib, torch
+other = torch.library.Library("torchvision", "DEF") if {declared} else None
+for name in {declared}:
+    other.define(name + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+from fastvit.benchmarks.peers import _torchvision_shim
+_torchvision_shim.install()
+_torchvision_shim.install()
+again = importlib.util.module_from_spec(_torchvision_shim.__spec__)  # another copy in the same process
+_torchvision_shim.__spec__.loader.exec_module(again)
+again.install()
+import torchvision
+print(torch.ops.torchvision.nms.default, torch.ops.torchvision.qnms.default)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.split() == ["torchvision.nms.default", "torchvision.qnms.default"], done.stderr
+
+
 def test_the_table_is_sound():
     for name, peer in PEERS.items():
         assert name == peer.name and peer.kind in ("model", "op", "both") and peer.what

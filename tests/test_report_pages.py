@@ -7,6 +7,7 @@ import html
 import importlib.util
 import io
 import json
+import random
 import re
 import shutil
 import subprocess
@@ -14,9 +15,9 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from fastvit.benchmarks import report
-from fastvit.benchmarks.report import flat, page, summary, words
-from fastvit.benchmarks.schema import OURS, Contestant, Run, Spread
+from fastvit.benchmarks import bench, report
+from fastvit.benchmarks.report import flat, gpu, page, summary, words
+from fastvit.benchmarks.schema import OURS, Contestant, Ratio, Run, Spread, load
 from runs import fake_run
 
 ROOT = Path(__file__).parent.parent
@@ -85,9 +86,7 @@ def duel(*ratios: tuple[float, str], peers=("timm",)) -> Run:
         for i, peer in enumerate(peers):
             median = ratio * (1 + i)
             seconds = Spread(ours.seconds.median * median, 1, 1, 9)
-            row.contestants[peer] = Contestant(
-                seconds=seconds, ratio=Spread(median, median, median, 9), verdict=verdict
-            )
+            row.contestants[peer] = Contestant(seconds=seconds, ratio=Ratio(median, median, median, 9), verdict=verdict)
     return run
 
 
@@ -147,6 +146,54 @@ def test_the_answers_count_what_was_checked_and_name_the_absent(run):
     )
 
 
+# Twelve rounds each. Of the first both quartiles are below 1, and three of the rounds are not: a tie, whose quartiles
+# would say otherwise; of the second only one is not; the third is 1 to two decimals, and every time above it.
+SPLIT = [0.93, 0.94, 0.94, 0.95, 0.95, 0.96, 0.96, 0.97, 0.97, 1.02, 1.03, 1.04]
+BELOW = [0.93, 0.94, 0.94, 0.95, 0.95, 0.96, 0.96, 0.97, 0.97, 0.97, 0.98, 1.04]
+CLOSE = [1.001, 1.0015, *[1.002] * 8, 1.003, 1.003]
+
+
+@pytest.mark.parametrize(
+    ("rounds", "text"), [(SPLIT, "tie [0.94 1.03]"), (BELOW, "0.96 [0.94 0.98]"), (CLOSE, "1.002 [1.002 1.003]")]
+)
+def test_the_word_and_the_interval_never_contradict_each_other(rounds, text):
+    """In the terminal, on the page, in the README's table and in the summary of `make gpu`."""
+    run = duel((1.0, "tie"))
+    (row,) = run.rows
+    ((found, verdict),) = bench._against_ours({OURS: [1.0] * 12, "timm": rounds}).values()
+    row.contestants["timm"].ratio, row.contestants["timm"].verdict = found, verdict
+    word, low, high = re.findall(r"[\w.]+", text)
+    assert (word == "tie") == (float(low) <= 1 <= float(high))
+    assert words.ratio(found, verdict) == text
+    assert any(text in line for line in lines_of(run))
+    on_page = Page(page.render(run, {})).text
+    assert f"{word}\n{low}–{high}\n" in on_page and f"{text}\n" in on_page
+    assert summary.matrix(run.rows).endswith(f"| {word} |")
+    assert gpu._model(row).endswith(f"timm {word}")
+
+
+def test_random_rounds_are_never_told_in_two_ways():
+    draw = random.Random(0)
+    for _ in range(2000):
+        noise, centre = draw.choice([(0.001, 1.001), (0.003, 0.998), (0.02, 1.0), (0.02, 1.02), (0.02, 0.97)])
+        rounds = [draw.gauss(centre, noise) for _ in range(draw.choice([12, 22, 51]))]
+        ((found, verdict),) = bench._against_ours({OURS: [1.0] * len(rounds), "timm": rounds}).values()
+        word, low, high = re.findall(r"[\w.]+", words.ratio(found, verdict))
+        assert (word == "tie") == (float(low) <= 1 <= float(high)), (word, low, high)
+        assert word == "tie" or float(low) <= float(word) <= float(high)
+
+
+def test_the_interval_is_explained_where_it_is_shown_and_old_files_show_none(run):
+    told = Page(page.render(run, {})).text
+    assert words.INTERVAL in told and "Below it the interval of that ratio" in told
+    old = duel((0.95, "tie"))
+    assert words.ratio(old.rows[0].contestants["timm"].ratio, "tie") == "tie"
+    told = Page(page.render(old, {})).text
+    assert "Below it the interval" not in told and "tie [" not in told
+    committed = load(ROOT / summary.RESULTS / "cpu" / "bench.json")
+    assert "tie [" not in "\n".join(lines_of(committed))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The terminal and CSV
 
@@ -165,7 +212,7 @@ def test_the_table_is_plain_aligned_text_where_nobody_looks(run):
     end = heading.index("images/s") + len("images/s")
     assert re.fullmatch(r"  ours +[\d,.]+", ours[:end])
     first = run.rows[0].contestants
-    assert f"{first['timm'].ratio.median:.2f} [{first['timm'].ratio.q25:.2f}" in next(x for x in lines if "timm " in x)
+    assert f"{first['timm'].ratio.median:.2f} [{first['timm'].ratio.low:.2f}" in next(x for x in lines if "timm " in x)
     assert any("tie [" in line for line in lines)
     assert max(map(len, lines)) <= 120
 
@@ -218,18 +265,18 @@ def test_times_of_graphs_stand_beside_the_others_with_their_own_verdict():
     timm, torch = row.contestants["timm"], row.contestants["torch"]
     before = page.render(run, {})
     assert "ours/this, graphs" not in before and page.GRAPHS.strip() not in before
-    timm.graph_ratio, timm.graph_verdict = Spread(4.5, 4.4, 4.6, 12), "faster"
-    torch.graph_ratio, torch.graph_verdict = Spread(1.01, 0.9, 1.1, 12), "tie"
+    timm.graph_ratio, timm.graph_verdict = Ratio(4.5, 4.4, 4.6, 12, 4.35, 4.65), "faster"
+    torch.graph_ratio, torch.graph_verdict = Ratio(1.01, 1.005, 1.1, 12, 0.9, 1.12), "tie"
     text = "\n".join(lines_of(run))
     graph = words.duration(timm.graph.median)
-    assert f"CUDA graph {graph}, ours/this 4.50 [4.40 4.60]; until the call returned" in text
-    assert ", ours/this tie [0.90 1.10]; until" in text
+    assert f"CUDA graph {graph}, ours/this 4.50 [4.35 4.65]; until the call returned" in text
+    assert ", ours/this tie [0.90 1.12]; until" in text
     found = Page(page.render(run, {})).text
     assert "graph 4.50\n" in found and "graph tie\n" in found, "the scoreboard"
-    assert "ours/this, graphs\n" in found and "4.50 [4.40 4.60]\n" in found, "every contestant"
+    assert "ours/this, graphs\n" in found and "4.50 [4.35 4.65]\n" in found, "every contestant"
     assert page.GRAPHS.strip() in found
     line = next(line for line in csv.DictReader(io.StringIO(flat.as_csv(run))) if line["by"] == "timm")
-    assert (line["graph_ratio_median"], line["graph_ratio_q75"], line["graph_verdict"]) == ("4.5", "4.6", "faster")
+    assert (line["graph_ratio_median"], line["graph_ratio_high"], line["graph_verdict"]) == ("4.5", "4.65", "faster")
 
 
 def test_what_the_time_limit_left_out_is_said(run):

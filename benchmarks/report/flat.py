@@ -6,17 +6,17 @@ import csv
 import io
 from dataclasses import fields
 
-from ..schema import SPREADS, Contestant, Row, Run, Spread
+from ..schema import SPREADS, Contestant, Row, Run
 
 _OF_ROW = [field.name for field in fields(Row) if field.name not in ("contestants", "status", "reason")]
 _OF_SIDE = [field.name for field in fields(Contestant) if field.name not in SPREADS]
-_OF_SPREAD = [field.name for field in fields(Spread)]
+_OF_SPREADS = [(name, part.name) for name, form in SPREADS.items() for part in fields(form)]
 
 
 def as_csv(run: Run) -> str:
     """The case's fields, "case_status" and "case_reason", "by", the contestant's fields, and those of its spreads as
     "seconds_median" and so on; empty for what was not measured. A case without contestants has one line."""
-    spreads = [f"{name}_{part}" for name in SPREADS for part in _OF_SPREAD]
+    spreads = [f"{name}_{part}" for name, part in _OF_SPREADS]
     text = io.StringIO()
     writer = csv.DictWriter(
         text,
@@ -32,8 +32,8 @@ def as_csv(run: Run) -> str:
         for name, side in row.contestants.items():
             line = case | {"by": name, "fraction_of_floor": row.fraction_of_floor(name)}
             line |= {field: getattr(side, field) for field in _OF_SIDE}
-            for spread in SPREADS:
+            for spread, part in _OF_SPREADS:
                 if getattr(side, spread) is not None:
-                    line |= {f"{spread}_{part}": getattr(getattr(side, spread), part) for part in _OF_SPREAD}
+                    line[f"{spread}_{part}"] = getattr(getattr(side, spread), part)
             writer.writerow(line)
     return text.getvalue()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from .. import micro
 from ..schema import OURS, Row, load
-from .words import duration, number, percent
+from .words import duration, number, percent, score
 
 LINES, WIDTH, WORST = 30, 158, 5
 
@@ -138,10 +138,10 @@ def _model(row: Row) -> str:
     fraction = row.fraction_of_floor()
     peers = []
     for name, side in row.contestants.items():
-        if name == OURS or not side.seconds:
+        if not side.ratio:
             continue
-        graphed = f" (graph {side.graph.median / ours.graph.median:.2f})" if side.graph and ours.graph else ""
-        peers.append(f"{name} {side.seconds.median / ours.seconds.median:.2f}{graphed}")
+        graphed = f" (graph {score(side.graph_ratio, side.graph_verdict)})" if side.graph_ratio else ""
+        peers.append(f"{name} {score(side.ratio, side.verdict)}{graphed}")
     bound = f", {percent(fraction)} of bound" if fraction else ""
     return f"{row.id}: {number(row.items / ours.seconds.median)} images/s{graph}{host}{bound}; ours over " + ", ".join(
         peers

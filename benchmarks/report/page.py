@@ -21,6 +21,7 @@ from .words import (
     command,
     device,
     duration,
+    ends,
     groups,
     headline,
     number,
@@ -220,10 +221,13 @@ def _scoreboard(rows: list[Row]) -> Markup:
             )
         )
     unit = "ours, a call" if rows[0].op else "ours, images/s"
+    sides = [side for row in rows for side in row.contestants.values() if side.ratio]
+    intervals = any(ends(side.ratio, side.verdict) for side in sides)
     note = _element(
         "p",
-        "Under each peer: our speed over its speed, and the quartiles of that. Above 1 ours is faster."
-        + (GRAPHS if any(side.graph_ratio for row in rows for side in row.contestants.values()) else ""),
+        "Under each peer: our speed over its speed, above 1 ours is faster."
+        + (" Below it the interval of that ratio, which holds 1 where it is a tie." if intervals else "")
+        + (GRAPHS if any(side.graph_ratio for side in sides) else ""),
         class_="kicker",
     )
     return _joined([note, _table(["case", unit, "of floor", *peers], lines)])
@@ -239,7 +243,7 @@ def _score(row: Row, name: str) -> Markup:
     side = row.contestants[name]
     if side.ratio is None:
         return _element("td", side.status, class_="bad")
-    below = [_element("small", f"{side.ratio.q25:.2f}–{side.ratio.q75:.2f}")]
+    below = [_element("small", "–".join(interval))] if (interval := ends(side.ratio, side.verdict)) else []
     if side.graph_ratio:
         shown = f"graph {score(side.graph_ratio, side.graph_verdict)}"
         below.append(_element("small", shown, class_=side.graph_verdict))

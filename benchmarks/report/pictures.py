@@ -13,7 +13,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from PIL import Image  # matplotlib brings it
 
 from ..schema import OURS, Contestant, Row, Run
-from .words import device, duration, number, peers_of, quantity, rate, subject, timed, versions, weights
+from .words import device, duration, number, peers_of, quantity, rate, score, subject, timed, versions, weights
 
 WIDTH, DPI = 4.3, 200  # inches: on a phone about 80 pixels each, so that 9 points are 10 pixels
 ACCENT, INK, QUIET, GRID = "#0b62a8", "#1d2329", "#6b7580", "#dfe3e7"
@@ -185,7 +185,7 @@ def _throughput(run: Run, rows: list[Row]) -> Iterator[tuple[str, Figure]]:
         speed = number(rate(row, side)[0])
         if name == OURS or side.ratio is None:
             return speed
-        return f"{speed}   tie" if side.verdict == "tie" else f"{speed}   ours {side.ratio.median:.2f}x"
+        return f"{speed}   tie" if side.verdict == "tie" else f"{speed}   ours {score(side.ratio, side.verdict)}x"
 
     what = "Images a second at each model's largest batch, median and quartiles; more is better."
     return _bar_pictures(run, rows, "Throughput", what, rate, label)

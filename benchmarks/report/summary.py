@@ -164,8 +164,8 @@ def newest_table(root: Path) -> str:
     run = runs[0].run
     models = [row for row in run.rows if not row.op]
     note = (
-        f"On {_escape(device(run))}. `over`: our speed over that peer's, above 1 is faster; `tie`: chance could "
-        f"explain the ratio; `of floor`: 100 % is the device's roofline. Everything else: {link}."
+        f"On {_escape(device(run))}. `over`: our speed over that peer's, above 1 is faster; `tie`: the rounds do "
+        f"not tell the two apart; `of floor`: 100 % is the device's roofline. Everything else: {link}."
     )
     return "\n\n".join([*_told(run), matrix(models), note])
 

@@ -10,7 +10,7 @@ from typing import TextIO
 from ..schema import OURS, Row, Run
 from .words import COLUMNS, aside, cells, outcome
 
-WIDTHS = dict(zip(COLUMNS, (-20, 9, 18, 8, 8, 8, 9, 8), strict=True))  # negative: aligned left
+WIDTHS = dict(zip(COLUMNS, (-20, 9, 19, 8, 8, 8, 9, 8), strict=True))  # negative: aligned left
 STYLES = {"faster": "green", "slower": "yellow", "tie": "dim"}
 WIDEST = 120
 

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..schema import OURS, Contestant, Row, Run, Spread
+from ..schema import OURS, Contestant, Ratio, Row, Run
 
 NOT_THE_KERNELS = (
     "Only fastvit's PyTorch back end was timed here: its Triton kernels need a GPU, were not timed, "
@@ -91,14 +91,30 @@ def rate(row: Row, side: Contestant) -> tuple[float, float, float] | None:
     return row.items / side.seconds.median, row.items / side.seconds.q75, row.items / side.seconds.q25
 
 
-def score(found: Spread, verdict: str) -> str:
+def score(found: Ratio, verdict: str) -> str:
     """A ratio in a word: "1.31", or "tie" where it is one."""
-    return "tie" if verdict == "tie" else f"{found.median:.2f}"
+    return "tie" if verdict == "tie" else _factor(found.median, verdict)
 
 
-def ratio(found: Spread | None, verdict: str) -> str:
+def ends(found: Ratio, verdict: str) -> list[str]:
+    """Of the interval that the verdict rests on; empty where the results file is from before it was kept."""
+    return [] if found.low is None else [_factor(end, verdict) for end in (found.low, found.high)]
+
+
+def ratio(found: Ratio | None, verdict: str) -> str:
     """ "1.31 [1.29 1.33]"; "tie [0.98 1.02]" where it is one."""
-    return "" if found is None else f"{score(found, verdict)} [{found.q25:.2f} {found.q75:.2f}]"
+    if found is None:
+        return ""
+    interval = " ".join(ends(found, verdict))
+    return score(found, verdict) + (f" [{interval}]" if interval else "")
+
+
+def _factor(value: float, verdict: str) -> str:
+    """Two decimals; more where, of what is no tie, they would read as 1."""
+    digits = 2
+    while verdict != "tie" and value != 1 and round(value, digits) == 1:
+        digits += 1
+    return f"{value:.{digits}f}"
 
 
 def cells(row: Row, name: str) -> dict[str, str]:
@@ -247,6 +263,15 @@ def fractions(rows: list[Row]) -> list[float]:
     return [fraction for fraction in found if fraction is not None]
 
 
+def beyond_the_limit(rows: list[Row]) -> str:
+    """Which sides took less than the least time there is, and what that says; empty where none did."""
+    sides = ", ".join(f"{side} (to {percent(fraction)} of it)" for side, fraction in _beyond(timed(rows)).items())
+    return sides and (
+        f"Faster than the limit as measured: {sides}. The device can do more than the copy and PyTorch's matrix "
+        "product that measured it: distances to the limit are distances to those."
+    )
+
+
 def _beyond(rows: list[Row]) -> dict[str, float]:
     """The sides that took less than the least time there is, and the largest fraction of the limit each reached."""
     found: dict[str, float] = {}
@@ -290,12 +315,8 @@ def caveats(run: Run) -> list[str]:
         left_out = run.extra.get("left_out")
         why = f", {count(len(left_out), 'case')} to fit the time limit" if left_out else ""
         found.append(f"The run did not finish: cases are missing{why}.")
-    if beyond := _beyond(timed(run.rows)):
-        sides = ", ".join(f"{side} (to {percent(fraction)} of it)" for side, fraction in beyond.items())
-        found.append(
-            f"Faster than the limit as measured: {sides}. The device can do more than the copy and PyTorch's matrix "
-            "product that measured it: distances to the limit are distances to those."
-        )
+    if beyond := beyond_the_limit(run.rows):
+        found.append(beyond)
     return found
 
 
@@ -363,7 +384,7 @@ def _how_sure(run: Run) -> list[str]:
         found.append(
             f"Each ratio is the median of {rounds} paired rounds; half of a ratio's rounds lie within "
             f"{100 * width:.1f} % of each other (median over {count(len(ratios), 'ratio')}). "
-            "A ratio that chance could explain is called a tie."
+            "A ratio whose interval holds 1 is called a tie."
         )
     return found
 
@@ -385,13 +406,18 @@ def _how_close(by_group: dict[str, list[Row]], run: Run) -> list[str]:
     return [*found, f"Measured in the same run: {quantity(run.ceilings.bytes_per_s, 'B/s')} of a copy; {peaks}."]
 
 
+INTERVAL = (
+    "A ratio's interval holds its true median in 99 cases of 100 (by a sign test), and the middle half of its rounds; "
+    "where it holds 1, the ratio is called a tie."
+)
+
 METHOD = (
     "All sides of a case hold the same weights and take the same input in the same precision; what differs is said "
     "beside the name.",
     "Every side's output, and in training the gradients of ours, is checked against float64 before anything is timed; "
     "a side that is wrong shows its error and no speed.",
     "Sides run interleaved, in a fresh random order every round, after a warm-up, so that what drifts falls on all.",
-    "Times are medians with quartiles over rounds; ratios are taken round by round, then their median and quartiles.",
+    f"Times are medians with quartiles over rounds; ratios are taken round by round, then their median. {INTERVAL}",
     "Single ops find their input out of the cache; models run as they are.",
 )
 METHOD_CPU = "The clock is the system's monotonic one; the threads are pinned to the number that is said."
@@ -402,9 +428,9 @@ METHOD_GPU = (
 
 GLOSSARY = {
     "images/s": "Images a second, the median over rounds. Of a single op: the time of one call.",
-    "ours/this": "Our speed over this side's: above 1, we are faster. In brackets the quartiles over paired rounds.",
-    "tie": "The quartiles of the ratio overlap 1, or chance would explain the rounds in more than 1 case of 100 (sign "
-    "test): the run cannot tell the two apart.",
+    "ours/this": "Our speed over this side's: above 1, we are faster. In brackets the ratio's interval; results "
+    "files from before it was kept have none.",
+    "tie": "The ratio's interval holds 1: the run does not tell the two apart.",
     "CUDA graph": "Time of a call recorded once and replayed by the GPU alone: where it is much shorter, the call "
     "itself waited for Python.",
     "of floor": "The least time that the device could take, over the time taken: 100 % is the roofline.",
