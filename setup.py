@@ -4,10 +4,10 @@
 from setuptools import setup
 
 EXTRAS = {
-    "images": ["pillow>=10"],
+    "images": ["pillow>=10.1"],
     "hub": ["huggingface_hub>=0.25", "safetensors>=0.4"],
-    "cli": ["pillow>=10", "safetensors>=0.4", "rich>=13"],
-    "bench": ["pillow>=10", "rich>=13", "matplotlib>=3.8", "timm>=1.0.15"],
+    "cli": ["pillow>=10.1", "safetensors>=0.4", "rich>=13"],
+    "bench": ["pillow>=10.1", "rich>=13", "matplotlib>=3.8", "timm>=1.0.15"],
     "test": ["pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3.5"],
 }
 # What `fastvit bench` compares with on a CPU. Apart from "all": they are larger than the rest together.

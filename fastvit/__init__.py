@@ -20,10 +20,12 @@ if os.path.isfile(os.path.join(_checkout, "kernels", "gemm.py")):
 _PUBLIC = {
     "create_model": "fastvit.models",
     "list_models": "fastvit.models",
+    "load_checkpoint": "fastvit.models",
     "ViTConfig": "fastvit.models",
     "VisionTransformer": "fastvit.models",
     "use_backend": "fastvit.dispatch",
     "explain": "fastvit.dispatch",
+    "attention_maps": "fastvit.maps",
 }
 _SUBMODULES = ("kernels", "models", "nn", "ops", "reference")
 

@@ -1,14 +1,15 @@
-"""The command line: info, verify, tune, bench, embed, classify.
+"""The command line: info, verify, tune, bench, embed, classify, attention.
 
-Exit status: 0 done, 1 something failed (a check, an image, a download), 2 asked for wrongly (an unknown model, a device
-that is not there), 3 a kernel took the GPU from `tune`, which can be run again. What a time limit left out is named and
-does not count as failed. Results go to stdout, everything about the run to stderr. torch is imported by the commands,
-not here, so that `fastvit --help` answers at once.
+Exit status: 0 done, 1 something failed (a check, an image, a download), 2 asked for wrongly (an unknown model; a file,
+device or package that is not there), 3 a kernel took the GPU from `tune`, which can be run again. What a time limit
+left out is named and does not count as failed. Results go to stdout, everything about the run to stderr. torch is
+imported by the commands, not here, so that `fastvit --help` answers at once.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.util
 import json
 import math
@@ -41,19 +42,27 @@ def main(argv: list[str] | None = None) -> int:
     arguments.typed = sys.argv[1:] if argv is None else argv
     if argv is None:  # run from a shell, not from Python: a polite kill ends a command as Ctrl-C does, work kept
         signal.signal(signal.SIGTERM, signal.default_int_handler)
+        sys.stdout.reconfigure(errors="surrogateescape")  # file names that are not UTF-8 come out as they are
     try:
-        return arguments.run(arguments)
+        status = arguments.run(arguments)
+        sys.stdout.flush()  # here, where what goes wrong with it is caught
+        return status
     except UsageError as error:
         return _complain(arguments, error, 2)
     except KeyboardInterrupt:
         return _complain(arguments, "interrupted", 130)
     except BrokenPipeError:  # the reader of our output left, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
-        if getattr(error, "name", None) == "torch":
-            return _complain(arguments, "PyTorch is not installed: pip install torch", 2)
+    except ImportError as error:
+        missing = "PyTorch is not installed: pip install torch" if error.name == "torch" else error
+        return _complain(arguments, missing, 2)
+    except (ValueError, OSError, RuntimeError) as error:
         return _complain(arguments, error, 1)
+    finally:
+        try:
+            sys.stdout.flush()
+        except OSError:  # known by now; Python would try once more as it ends, and complain again
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _complain(arguments: argparse.Namespace, error: object, status: int) -> int:
@@ -133,7 +142,8 @@ def _parser() -> argparse.ArgumentParser:
     sub = sub.add_subparsers(metavar="compare").add_parser(
         "compare",
         help="what changed between two results files",
-        description="What changed between two results files. Exit status 1 if any of ours got slower or wrong.",
+        description="What changed between two results files. Exit status 1 if any of ours got slower or wrong; 2 if "
+        "the runs cannot be compared: files that do not fit, or peers that moved against each other by 1.5 or more.",
     )
     sub.set_defaults(run=bench_compare)
     sub.add_argument("before", type=Path, metavar="A.json")
@@ -144,17 +154,35 @@ def _parser() -> argparse.ArgumentParser:
         default=0.05,
         help="a smaller change counts as none; %(default)s if not said",
     )
-    sub.add_argument("--relative", metavar="PEER", help="judge our times by this peer's, whatever the machine did")
+    sub.add_argument(
+        "--relative",
+        metavar="PEER",
+        help="judge our times by this peer's, whatever the machine did; one that most peers moved with",
+    )
 
     sub = command(embed, "features of a folder of images")
     sub.add_argument("folder", type=Path, help="searched at any depth")
     sub.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help=".npz or .safetensors")
-    sub.add_argument("--resume", action="store_true", help="go on from OUT.partial, left by an interrupted run")
+    sub.add_argument(
+        "--resume",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="go on from OUT.partial, left by an interrupted run, or start anew; it goes on if not said",
+    )
     _model_arguments(sub)
+    sub.add_argument("--batch-size", type=_positive(int), default=32)
 
     sub = command(classify, "the five likeliest ImageNet classes of images")
     sub.add_argument("images", type=Path, nargs="+", metavar="IMAGE")
     sub.add_argument("--json", action="store_true", help="print JSON")
+    _model_arguments(sub)
+    sub.add_argument("--batch-size", type=_positive(int), default=32)
+
+    sub = command(attention, "a picture of where the class token of a block attends to in an image")
+    sub.add_argument("image", type=Path, metavar="IMAGE")
+    sub.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help=".png, .jpg, .webp")
+    sub.add_argument("--block", type=int, default=-1, help="its number, from 0; the last if not said")
+    sub.add_argument("--head", type=int, help="only this head, from 0; their mean and each of them if not said")
     _model_arguments(sub)
     return parser
 
@@ -165,7 +193,6 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
     weights.add_argument("--pretrained", action="store_true", help="download timm's weights from the Hugging Face hub")
     weights.add_argument("--checkpoint", type=Path, metavar="FILE", help="weights in a .safetensors or .pth file")
     parser.add_argument("--img-size", type=_positive(int), help="another image size than the model's own")
-    parser.add_argument("--batch-size", type=_positive(int), default=32)
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
 
 
@@ -181,7 +208,10 @@ def _positive(kind):
 
 
 def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",") if name.strip())
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    if not names:
+        raise argparse.ArgumentTypeError(f"{text!r} names nothing")
+    return names
 
 
 def _list(kind):
@@ -231,13 +261,20 @@ def _device(asked: str) -> str:
 
 def _writable(path: Path, what: str) -> Path:
     """Fail before the work, not after it, where the result could not be written."""
-    if path.is_dir():
-        raise UsageError(f"{what} {path} is a folder, expected a file")
+    if path.exists() and not path.is_file():  # /dev/null too: what is written takes the place of what was there
+        raise UsageError(f"{what} {path} is {'a folder' if path.is_dir() else 'no regular file'}, expected a file")
     if not path.parent.is_dir():
         raise UsageError(f"{what} {path}: no such folder as {path.parent}")
     if not os.access(path.parent, os.W_OK):
         raise UsageError(f"{what} {path}: the folder {path.parent} cannot be written to")
     return path
+
+
+def _make_folder(path: Path, what: str) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{what}: the folder {path} cannot be made: {error.strerror}") from None
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -306,7 +343,7 @@ def verify(arguments: argparse.Namespace) -> int:
     output = arguments.json
     if output and "{device}" in str(output):
         output = Path(str(output).replace("{device}", _slug(device)))
-        output.parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(output.parent, "--json")
     output = output and _writable(output, "--json")
     environment = report.environment(device)
     dtypes = _dtypes(arguments.dtypes) or tuple(checks.FACTOR)
@@ -383,7 +420,7 @@ def _passed_before(arguments: argparse.Namespace, output: Path | None, environme
         same = all(before["environment"].get(key) == environment.get(key) for key in SAME_MACHINE)
         rows = {f"{row['op']} {row['case']} {row['dtype']}": row for row in before["results"]}
         passed = {name: row for name, row in rows.items() if row["status"] == "passed"}
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UsageError(f"--json {output}: not a results file of fastvit verify; nothing to resume") from None
     return passed if same else {}
 
@@ -447,10 +484,7 @@ def tune(arguments: argparse.Namespace) -> int:
 
     current = torch.device("cuda", torch.cuda.current_device())
     path = table(current).path
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"no folder for the table can be made: {error}") from None
+    _make_folder(path.parent, "the table")
     _writable(path, "the table")
     output = arguments.json and _writable(arguments.json, "--json")
     environment = report.environment(device)
@@ -484,7 +518,7 @@ def _list_plan(tuner, calls: list, known) -> int:
     print(f"For {known.name} ({known.gpu}); microseconds are estimates, by which candidates were kept.")
     seen, candidates = set(), 0
     for call in calls:
-        print(f"\n{call.op.name}: {', '.join(call.op.candidates)}")
+        print(f"\n{call.op.name}: {', '.join(call.op.candidates(call.args))}")
         for request, estimates in tuner.planned(call, known).items():
             if request in seen:
                 continue
@@ -527,6 +561,7 @@ def bench(arguments: argparse.Namespace) -> int:
     device = _device(arguments.device)
     from . import list_models
     from .benchmarks import suites
+    from .models.registry import model_entry
 
     matches = [list_models(pattern) or [pattern] for pattern in arguments.models]
     axes = {name: getattr(arguments, name) for name in ("quick", "img_sizes", "ops", "modes", "batches", "peers")}
@@ -540,6 +575,15 @@ def bench(arguments: argparse.Namespace) -> int:
         raise UsageError(error) from None
     if not settings.photos.is_dir():
         raise UsageError(f"--photos {settings.photos}: no such folder")
+    if importlib.util.find_spec("PIL") is not None:
+        from .images import find_images
+
+        if not find_images(settings.photos):
+            raise UsageError(f"--photos {settings.photos}: no images in it")
+    if settings.pretrained:
+        for case in settings.cases:
+            if model_entry(case.model).hub_id is None:
+                raise UsageError(f"--pretrained: there are no weights of {case.model}")
     if settings.interpreted:
         from .verify import use_interpreter
 
@@ -547,11 +591,12 @@ def bench(arguments: argparse.Namespace) -> int:
     from .benchmarks import command, schema
 
     folder = Path(arguments.output.replace("{device}", _slug(device)))
+    _make_folder(folder, "--output")
     before = None
     if arguments.resume and (folder / command.FILE).exists():
         try:
             before = schema.load(folder / command.FILE)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             raise UsageError(f"--resume: {error}") from None
     return command.run(settings, folder, before)
 
@@ -566,23 +611,43 @@ def bench_compare(arguments: argparse.Namespace) -> int:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# embed and classify
+# embed, classify, attention
+
+
+def _config(arguments: argparse.Namespace):
+    """The ViTConfig of the model that is asked for, without building it."""
+    from .models.registry import model_entry
+
+    try:
+        config = model_entry(arguments.model).config
+        return config if arguments.img_size is None else dataclasses.replace(config, img_size=arguments.img_size)
+    except ValueError as error:
+        raise UsageError(error) from None
 
 
 def _model(arguments: argparse.Namespace, device: str, **overrides):
     import torch
 
     from . import create_model
-    from .models.registry import model_entry
 
-    try:
-        model_entry(arguments.model)
-    except ValueError as error:
-        raise UsageError(error) from None
     if arguments.img_size is not None:
         overrides["img_size"] = arguments.img_size
-    model = create_model(arguments.model, arguments.pretrained, arguments.checkpoint, **overrides)
+    try:
+        model = create_model(arguments.model, arguments.pretrained, arguments.checkpoint, **overrides)
+    except (ValueError, OSError) as error:
+        raise UsageError(error) from None
     return model.to(device, getattr(torch, DTYPES[arguments.dtype])).eval()
+
+
+def _weights(arguments: argparse.Namespace) -> str:
+    """What tells these weights from others: the checkpoint's path, size and modification time."""
+    if arguments.pretrained:
+        return "pretrained"
+    try:
+        status = arguments.checkpoint.stat()
+    except OSError:
+        raise UsageError(f"no checkpoint at {arguments.checkpoint}") from None
+    return f"{arguments.checkpoint.resolve()}, {status.st_size} bytes, modified {status.st_mtime_ns} ns"
 
 
 def _quiet_about_large_images() -> None:
@@ -594,6 +659,36 @@ def _quiet_about_large_images() -> None:
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 
+class _Skipped(list):
+    """Why images were skipped; each is named on stderr as it comes."""
+
+    def __call__(self, reason: object) -> None:
+        self.append(reason)
+        _note(f"skipped {reason}")
+
+
+def _finite(arguments: argparse.Namespace, model, paths: list[Path], rows, skip: _Skipped) -> tuple[list[Path], object]:
+    """paths and rows (B, n) of those images whose numbers are all finite; the others are skipped, with the reason."""
+    finite = rows.isfinite().all(dim=1)
+    good = []
+    for path, is_finite in zip(paths, finite.tolist(), strict=True):
+        if is_finite:
+            good.append(path)
+        else:
+            skip(f"{path}: {_not_finite(arguments, model)}")
+    return good, rows[finite]
+
+
+def _not_finite(arguments: argparse.Namespace, model) -> str:
+    dtype = DTYPES[arguments.dtype]
+    reason = f"the model's output is not finite in {dtype}"
+    bad = [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
+    if bad:
+        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        reason += f", nor are the weights of {arguments.checkpoint or arguments.model}: {bad[0]}{more}"
+    return reason + ("; --dtype bfloat16 and float32 reach further" if dtype == "float16" else "")
+
+
 def embed(arguments: argparse.Namespace) -> int:
     output = _writable(arguments.output, "OUT")
     from . import features
@@ -603,89 +698,148 @@ def embed(arguments: argparse.Namespace) -> int:
     except ValueError as error:
         raise UsageError(error) from None
     device = _device(arguments.device)
+    config = _config(arguments)
+    facts = {"model": arguments.model, "weights": _weights(arguments), "img_size": config.img_size[0]}
+    facts |= {"dtype": DTYPES[arguments.dtype], "folder": str(arguments.folder.resolve())}
     from . import images, report
 
     _quiet_about_large_images()
-    paths = images.find_images(arguments.folder)
-    if not paths:
-        raise ValueError(f"no images in {arguments.folder}")
-    weights = "pretrained"
-    if arguments.checkpoint:
-        weights = f"{arguments.checkpoint.resolve()} of {arguments.checkpoint.stat().st_mtime_ns}"
-    facts = {"model": arguments.model, "weights": weights, "img_size": arguments.img_size, "dtype": arguments.dtype}
-    table = features.Features(output, facts)
+    skip = _Skipped()
+    try:
+        paths = images.find_images(arguments.folder, skip)
+    except NotADirectoryError as error:
+        raise UsageError(error) from None
+    if not paths and not skip:
+        raise UsageError(f"no images in {arguments.folder}")
+    names, stamps = {}, {}
+    for path in paths:
+        try:
+            status = path.stat()  # before it is read: what is overwritten in between is seen as changed by the next run
+        except OSError as error:
+            skip(f"{path}: {error.strerror}")
+            continue
+        names[path] = path.relative_to(arguments.folder).as_posix()
+        stamps[names[path]] = (status.st_size, status.st_mtime_ns)
+    table = features.Features(output, facts, stamps)
+    _writable(table.partial, "OUT.partial")
+    left_out = 0
     if arguments.resume:
-        table.resume()
-    names = {path: path.relative_to(arguments.folder).as_posix() for path in paths}
-    todo = [path for path in paths if names[path] not in table.done]
-    if len(todo) < len(paths):
-        _note(f"Resuming: {len(paths) - len(todo)} of {len(paths)} images are done.")
+        try:
+            left_out = table.resume()
+        except ValueError as error:
+            raise UsageError(f"{error}; --no-resume starts anew") from None
     model = _model(arguments, device, num_classes=0)  # a checkpoint's classifier, of whatever size, is not used
+    if left_out:
+        _note(f"Left out {left_out} rows of {table.partial}: their images are gone or have changed.")
+    if table.rows:
+        _note(f"Resuming: {len(table.rows)} of {len(paths)} images are done.")
+    if output.exists():
+        _note(f"{output} exists: it is replaced when this run is through.")
+    todo = [path for path, name in names.items() if name not in table.rows]
     import torch
 
-    failures = []
+    def save_partial() -> bool:
+        try:
+            return table.save_partial()
+        except OSError as error:  # a full disk may have room again later
+            _note(f"{table.partial} could not be written and is as it was: {error.strerror}")
+            return False
 
-    def failed(error: images.ImageError) -> None:
-        failures.append(error)
-        _note(f"skipped {error}")
-
-    batches = images.read_batches(todo, model.config, arguments.batch_size, failed)
-    total = -(-len(todo) // arguments.batch_size)
+    batches = images.read_batches(todo, config, arguments.batch_size, skip)
     saved = time.monotonic()
     try:
         with torch.inference_mode():
-            for batch_paths, pixels in report.progress(batches, total, "embedding"):
+            for batch_paths, pixels in report.progress(batches, -(-len(todo) // arguments.batch_size), "embedding"):
                 tokens = model.forward_features(pixels.to(device))
-                pooled = model.forward_head(tokens, pre_logits=True)
-                table.add([names[path] for path in batch_paths], pooled.float().cpu().numpy())
+                pooled = model.forward_head(tokens, pre_logits=True).float()
+                good, rows = _finite(arguments, model, batch_paths, pooled, skip)
+                table.rows |= zip((names[path] for path in good), rows.cpu().numpy(), strict=True)
                 if time.monotonic() - saved > SAVE_SECONDS:
-                    table.save_partial()
+                    save_partial()
                     saved = time.monotonic()
+        if table.rows:
+            table.save()
     except BaseException:
-        if table.save_partial():
-            _note(f"Stopped: {len(table.done)} images are kept in {table.partial}; --resume goes on from there.")
+        if save_partial():
+            _note(f"Stopped: {len(table.rows)} images are kept in {table.partial}; the same command goes on.")
         raise
-    if not table.done:
-        raise ValueError("none of the images could be read; nothing written")
-    table.save()
-    print(f"{len(table.done)} images, {len(failures)} skipped: {output}")
-    return 1 if failures else 0
+    if not table.rows:
+        raise ValueError("no image gave features; nothing written")
+    print(f"{len(table.rows)} images, {len(skip)} skipped: {output}")
+    return 1 if skip else 0
 
 
 def classify(arguments: argparse.Namespace) -> int:
     device = _device(arguments.device)
+    config = _config(arguments)
+    if not config.num_classes:
+        raise UsageError(f"{arguments.model} has no classifier")
     from . import images
 
     _quiet_about_large_images()
     model = _model(arguments, device)
-    if not model.config.num_classes:
-        raise UsageError(f"{arguments.model} has no classifier")
     import torch
 
-    labels = imagenet_classes() if model.config.num_classes == 1000 else range(model.config.num_classes)
-    failures = []
-
-    def failed(error: images.ImageError) -> None:
-        failures.append(error)
-        _note(f"skipped {error}")
-
+    labels = imagenet_classes() if config.num_classes == 1000 else range(config.num_classes)
+    skip = _Skipped()
     results = []
+    try:
+        with torch.inference_mode():
+            for paths, pixels in images.read_batches(arguments.images, config, arguments.batch_size, skip):
+                paths, logits = _finite(arguments, model, paths, model(pixels.to(device)).float(), skip)
+                scores, classes = logits.softmax(dim=-1).topk(5)
+                for path, chances, indices in zip(paths, scores.tolist(), classes.tolist(), strict=True):
+                    top = [
+                        {"class": i, "label": str(labels[i]), "probability": p}
+                        for p, i in zip(chances, indices, strict=True)
+                    ]
+                    results.append({"image": str(path), "top5": top})
+                    if not arguments.json:
+                        lines = [f"  {entry['probability']:6.1%}  {entry['label']}" for entry in top]
+                        print(path, *lines, sep="\n", flush=True)
+    finally:  # what an interrupted run has done is printed too
+        if arguments.json:
+            print(json.dumps(results, indent=2, allow_nan=False))
+    return 1 if skip else 0
+
+
+def attention(arguments: argparse.Namespace) -> int:
+    output = _writable(arguments.output, "OUT")
+    device = _device(arguments.device)
+    config = _config(arguments)
+    if not -config.depth <= arguments.block < config.depth:
+        raise UsageError(f"--block is {arguments.block}, expected one of {arguments.model}'s, 0 to {config.depth - 1}")
+    heads = range(config.num_heads)
+    if arguments.head is not None and arguments.head not in heads:
+        raise UsageError(f"--head is {arguments.head}, expected one of {arguments.model}'s, 0 to {heads[-1]}")
+    from . import heatmaps, images
+
+    try:
+        heatmaps.check_format(output)
+    except ValueError as error:
+        raise UsageError(error) from None
+    _quiet_about_large_images()
+    pixels = images.read(arguments.image, config)
+    model = _model(arguments, device, num_classes=0)
+    import torch
+
+    from . import attention_maps
+
+    block = arguments.block % config.depth
     with torch.inference_mode():
-        for paths, pixels in images.read_batches(arguments.images, model.config, arguments.batch_size, failed):
-            scores, classes = model(pixels.to(device)).float().softmax(dim=-1).topk(5)
-            for path, chances, indices in zip(paths, scores.tolist(), classes.tolist(), strict=True):
-                top = [
-                    {"class": i, "label": str(labels[i]), "probability": p}
-                    for p, i in zip(chances, indices, strict=False)
-                ]
-                results.append({"image": str(path), "top5": top})
-                if not arguments.json:
-                    print(path)
-                    for entry in top:
-                        print(f"  {entry['probability']:6.1%}  {entry['label']}")
-    if arguments.json:
-        print(json.dumps(results, indent=2))
-    return 1 if failures else 0
+        weights = attention_maps(model, pixels[None].to(device), [block])[0][0]  # (heads, queries, keys)
+    if not (weights.sum(dim=-1) > 0.5).all():  # a row sums to 1, unless what it was made of is not finite
+        raise ValueError(f"{arguments.image}: {_not_finite(arguments, model)}")
+    queries = weights[:, :1] if config.class_token else weights
+    maps = queries[..., config.num_prefix_tokens :].mean(dim=1).unflatten(1, config.grid_size).cpu().numpy()
+    shown = {f"head {head}": maps[head] for head in (heads if arguments.head is None else [arguments.head])}
+    if arguments.head is None:
+        shown = {f"mean of {len(heads)} heads": maps.mean(axis=0)} | shown
+    query = "the class token" if config.class_token else "all tokens"
+    title = f"{arguments.model}, block {block}: attention of {query} to each patch"
+    heatmaps.save(output, pixels.permute(1, 2, 0).numpy(), shown, title)
+    print(f"block {block}, {', '.join(shown)}: {output}")
+    return 0
 
 
 def imagenet_classes() -> list[str]:

@@ -1,20 +1,21 @@
 """Which back end runs an op, and why: the one place that decides.
 
 Back ends: "triton" (our kernels; on CPU tensors through Triton's interpreter when TRITON_INTERPRET=1) and "torch"
-(plain PyTorch). Asked for "auto", an op takes the kernels for GPU tensors that they support and PyTorch otherwise;
-and where `fastvit tune` has measured the call, the fastest candidate: the kernels, PyTorch, or one of attention's back
-ends there ("sdpa flash").
+(plain PyTorch). Asked for "auto", an op takes the kernels for GPU tensors that they support and PyTorch otherwise.
+Where `fastvit tune` has measured the call, it takes the fastest candidate: the kernels, the kernels with the weight
+gradients by torch.mm, PyTorch, or one of attention's back ends there ("sdpa flash"). Where nothing was measured,
+float32 products are PyTorch's, and weight gradients torch.mm's.
 """
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import importlib.util
 import os
 from dataclasses import dataclass
 
 import torch
+from torch.autograd import forward_ad
 
 from . import tuned
 
@@ -31,19 +32,20 @@ _requested = _checked(os.environ.get("FASTVIT_BACKEND", "auto"), "FASTVIT_BACKEN
 _has_triton = importlib.util.find_spec("triton") is not None
 
 
-@contextlib.contextmanager
-def use_backend(name: str):
-    """Run every op in the `with` body on back end `name`: "auto", "triton" or "torch".
+def use_backend(name: str) -> tuned.Setting:
+    """Run every op on back end `name`, "auto", "triton" or "torch", from now on, or in the `with` body.
 
     The choice is the process's, not the thread's. Asked for "triton", an op that the kernels do not support raises a
     RuntimeError with all the reasons instead of falling back. Raises ValueError for an unknown name.
     """
+    before = _requested
+    _set_requested(_checked(name, "use_backend"))
+    return tuned.Setting(lambda: _set_requested(before), lambda: use_backend(name))
+
+
+def _set_requested(name: str) -> None:
     global _requested
-    before, _requested = _requested, _checked(name, "use_backend")
-    try:
-        yield
-    finally:
-        _requested = before
+    _requested = name
 
 
 def requested_backend() -> str:
@@ -56,10 +58,17 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
+def transforming() -> bool:
+    """Whether a transform of torch.func (grad, vmap, jvp, ...) or forward-mode differentiation is under way."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
 def missing_requirements(tensor: torch.Tensor) -> list[str]:
-    """Why no Triton kernel at all can run on the tensor's device; empty if one can."""
+    """Why no Triton kernel at all can run on the tensor's device, or now; empty if one can."""
     if not _has_triton:
         return ["Triton is not installed"]
+    if transforming():
+        return ["a torch.func transform or forward-mode differentiation is active, and the kernels have none"]
     device = tensor.device
     if device.type == "cuda":
         if interpreting():
@@ -75,8 +84,9 @@ def missing_requirements(tensor: torch.Tensor) -> list[str]:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What `explain` found: the back end that would run `op`, and each reason why not the kernels; the candidate of
-    that back end ("triton", "torch" or, of PyTorch's, "sdpa flash"), and on what evidence it was chosen."""
+    """What `explain` found: the back end that would run `op`, and each reason why not the kernels alone; the candidate
+    of that back end ("triton", "triton + torch.mm", "torch" or, of PyTorch's, "sdpa flash"), and on what evidence it
+    was chosen."""
 
     op: str
     backend: str
@@ -142,11 +152,12 @@ def can_measure(device: torch.device) -> bool:
 
 
 def explain(op: str, *args, **kwargs) -> Explanation:
-    """The back end that `fastvit.ops.<op>(*args, **kwargs)` would run on, and every reason why not another.
+    """The back end that `fastvit.ops.<op>(*args, **kwargs)` would run on, and every reason why not another. A backward
+    pass with create_graph=True, or with a batch of upstream gradients, is PyTorch's whatever the forward pass was.
 
     Raises ValueError for an unknown op, and whatever the op itself raises for bad arguments; launches nothing.
     """
     ops = importlib.import_module("fastvit.ops")
     if op not in ops.OPS:
-        raise ValueError(f"explain: unknown op {op!r}, expected one of {', '.join(sorted(ops.OPS))}")
-    return ops.OPS[op](*args, **kwargs)
+        raise ValueError(f"explain: unknown op {op!r}, expected one of {', '.join(ops.OPS)}")
+    return ops.explain(op, *args, **kwargs)

@@ -1,14 +1,14 @@
 """The file of features that `fastvit embed` writes: image names and one row of floats each.
 
 .npz holds the arrays "files" and "features" and the facts of the run as JSON in "about"; .safetensors the tensor
-"features" and, in its metadata, "files" (a JSON list) and "about".
+"features" and, in its metadata, "files" (a JSON list) and "about". A partial file, of an interrupted run, is .npz with
+"stamps" too, the size and modification time (ns) of each image.
 """
 
 from __future__ import annotations
 
 import io
 import json
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -30,51 +30,66 @@ def check_format(path: Path) -> None:
 
 
 class Features:
-    """Rows as they are computed, and the file they go to. `facts` say what made them: rows of others are refused."""
+    """Rows as they are computed, by their image's name, and the file they go to.
 
-    def __init__(self, path: Path, facts: dict):
+    facts: what makes the rows; those that other facts made are refused. images: the name of every image of the run, in
+    the order of the output, and the file's size and modification time, by which a row is known to be of that very file.
+    """
+
+    def __init__(self, path: Path, facts: dict, images: dict[str, tuple[int, int]]):
         self.path, self.partial = path, path.with_name(f"{path.name}.partial")
-        self.facts = facts
-        self.done: dict[str, None] = {}  # an ordered set
-        self._blocks: list[np.ndarray] = []
+        self.facts, self.images = facts, images
+        self.rows: dict[str, np.ndarray] = {}
 
-    def add(self, names: list[str], rows: np.ndarray) -> None:
-        """Append one row for each of `names`."""
-        self.done |= dict.fromkeys(names)
-        self._blocks.append(rows)
+    def resume(self) -> int:
+        """Take up the rows in the partial file, and return how many were left out: their image is gone or has changed.
 
-    def resume(self) -> None:
-        """Take over the rows in the partial file. Raises ValueError where another model or dtype made them."""
+        Raises ValueError for rows that other facts made, and for what is no partial file.
+        """
         if not self.partial.exists():
-            return
+            return 0
         try:
             with np.load(self.partial, allow_pickle=False) as file:
-                names, rows, facts = file["files"].tolist(), file["features"], json.loads(str(file["about"]))
-        except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{self.partial}: not a file of features") from error
-        if facts != self.facts:
-            raise ValueError(f"{self.partial} was made with {facts}, expected {self.facts}: delete it to start anew")
-        self.add(names, rows)
+                names, rows, stamps = file["files"].tolist(), file["features"], file["stamps"].tolist()
+                facts = json.loads(str(file["about"]))
+            found = {
+                name: row
+                for name, row, stamp in zip(names, rows, stamps, strict=True)
+                if self.images.get(name) == tuple(stamp)
+            }
+            others = {name: facts.get(name) for name in self.facts if facts.get(name) != self.facts[name]}
+        except Exception as error:  # of a damaged archive numpy raises OSError, EOFError, BadZipFile and more
+            raise ValueError(f"{self.partial} is no partial result of this version of fastvit") from error
+        if others:
+            differ = ", ".join(f"{name} {value} (now {self.facts[name]})" for name, value in others.items())
+            raise ValueError(f"{self.partial} was made with {differ}")
+        self.rows = found
+        return len(names) - len(found)
 
     def save_partial(self) -> bool:
-        """Keep what there is beside the output, as .npz; False where there is nothing."""
-        if self.done:
-            write_atomically(self.partial, self._npz())
-        return bool(self.done)
+        """Keep the rows beside the output, as .npz; False where there are none."""
+        if self.rows:
+            names, rows = self._table()
+            write_atomically(self.partial, self._npz(names, rows, stamps=np.array([self.images[n] for n in names])))
+        return bool(self.rows)
 
     def save(self) -> None:
         """Write the output and remove the partial file."""
-        write_atomically(self.path, self._npz() if self.path.suffix == ".npz" else self._safetensors())
+        names, rows = self._table()
+        write = self._npz if self.path.suffix == ".npz" else self._safetensors
+        write_atomically(self.path, write(names, rows))
         self.partial.unlink(missing_ok=True)
 
-    def _npz(self) -> bytes:
+    def _table(self) -> tuple[list[str], np.ndarray]:
+        names = [name for name in self.images if name in self.rows]
+        return names, np.stack([self.rows[name] for name in names])
+
+    def _npz(self, names: list[str], rows: np.ndarray, **more: np.ndarray) -> bytes:
         file = io.BytesIO()
-        about = np.array(json.dumps(self.facts))
-        np.savez(file, files=np.array(list(self.done)), features=np.concatenate(self._blocks), about=about)
+        np.savez(file, files=np.array(names), features=rows, about=np.array(json.dumps(self.facts)), **more)
         return file.getvalue()
 
-    def _safetensors(self) -> bytes:
+    def _safetensors(self, names: list[str], rows: np.ndarray) -> bytes:
         from safetensors.numpy import save
 
-        metadata = {"files": json.dumps(list(self.done)), "about": json.dumps(self.facts)}
-        return save({"features": np.concatenate(self._blocks)}, metadata)
+        return save({"features": rows}, {"files": json.dumps(names), "about": json.dumps(self.facts)})

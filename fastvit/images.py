@@ -16,11 +16,21 @@ import numpy as np
 import torch
 
 try:
+    import PIL
     from PIL import Image, ImageOps
 except ImportError as error:
     raise ImportError("reading images needs Pillow: pip install 'fastvit[images]'") from error
 
-EXTENSIONS = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+# What is clearly an image. Which of them Pillow reads depends on how it was built; `load_image` refuses the others by
+# name, because of a camera's raw file Pillow would take the thumbnail.
+EXTENSIONS = frozenset({
+    ".apng", ".avif", ".bmp", ".dib", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".mpo", ".png", ".qoi",
+    ".tga", ".tif", ".tiff", ".webp",
+    ".j2c", ".j2k", ".jp2", ".jpc", ".jpf", ".jpx", ".pbm", ".pgm", ".pnm", ".ppm", ".psd",
+    ".dcm", ".exr", ".hdr", ".heic", ".heif", ".hif", ".jxl", ".jxr", ".svg", ".svgz",
+    ".3fr", ".arw", ".cr2", ".cr3", ".crw", ".dcr", ".dng", ".erf", ".iiq", ".kdc", ".mef", ".mrw", ".nef",
+    ".nrw", ".orf", ".pef", ".raf", ".raw", ".rw2", ".rwl", ".sr2", ".srf", ".srw", ".x3f",
+})  # fmt: skip
 MAX_PIXELS = 80_000_000  # of a file, and of a resized image: 240 MB as RGB. A small file can claim far more.
 
 
@@ -28,13 +38,28 @@ class ImageError(ValueError):
     """An image file that cannot be read: not an image, truncated, too large, or of an unknown kind."""
 
 
-def find_images(folder: str | Path) -> list[Path]:
-    """All files under `folder`, at any depth, whose names end like an image's, sorted."""
+def find_images(folder: str | Path, on_error: Callable[[ImageError], None] | None = None) -> list[Path]:
+    """All files under `folder`, at any depth and behind links, whose names end like an image's, sorted.
+
+    Those of a kind that is not read are among them: `load_image` says so. A folder inside that cannot be listed goes to
+    `on_error`, or is raised as ImageError. Raises NotADirectoryError for a `folder` that is none.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise NotADirectoryError(f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}")
+
+    def refuse(error: OSError) -> None:
+        problem = ImageError(f"{error.filename}: {error.strerror}")
+        if on_error is None:
+            raise problem from error
+        on_error(problem)
+
     found = []
-    for root, _, names in os.walk(folder):
+    for root, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        links = [name for name in folders if os.path.islink(os.path.join(root, name))]
+        if links:
+            above = {parent.resolve() for parent in (Path(root), *Path(root).absolute().parents)}
+            folders[:] = [name for name in folders if name not in links or Path(root, name).resolve() not in above]
         found += [Path(root, name) for name in names if Path(name).suffix.lower() in EXTENSIONS]
     return sorted(found)
 
@@ -44,6 +69,9 @@ def load_image(path: str | Path) -> Image.Image:
 
     Transparency is dropped, as timm does; 16-bit grey is scaled to 8 bits, which Pillow's own conversion would clip.
     """
+    kind = Path(path).suffix.lower()
+    if kind in EXTENSIONS and kind not in Image.registered_extensions():
+        raise ImageError(f"{path}: {kind} is not read by Pillow {PIL.__version__}: convert it to .jpg or .png")
     try:
         with Image.open(path) as image:
             if image.width * image.height > MAX_PIXELS:
@@ -51,8 +79,12 @@ def load_image(path: str | Path) -> Image.Image:
             return _to_rgb(ImageOps.exif_transpose(image))
     except FileNotFoundError:
         raise ImageError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise ImageError(f"{path}: a folder, not an image") from None
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more
-        reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else str(error).splitlines()[0]
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if isinstance(error, Image.UnidentifiedImageError):
+            reason = "not an image"
         raise ImageError(f"{path}: {reason}") from error
 
 

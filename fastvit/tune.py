@@ -322,6 +322,16 @@ class Work:
         with self.mode():
             return self.call.op.key(self.args)
 
+    def candidates(self) -> dict[str, Callable]:
+        """Every way to run the call, by name, ours first."""
+        with self.mode():
+            return self.call.op.candidates(self.args)
+
+    def unmeasured(self) -> str:
+        """The candidate that runs where nothing was measured."""
+        with self.mode():
+            return self.call.op.unmeasured(self.args)[0]
+
     def __call__(self, function: Callable) -> tuple[torch.Tensor, ...]:
         with self.mode():
             out = function(*self.args)
@@ -383,11 +393,20 @@ def _pair(size) -> tuple[int, int]:
 
 
 def requests_of(works: list[Work]) -> dict[configs.Request, list[Callable]]:
-    """Each launch with a choice that the works' op makes on our kernels: how to repeat it, once a work."""
+    """Each launch with a choice that the works' op makes on our kernels: how to repeat it, once a work. The weight
+    gradients are made in both ways."""
     found: dict[configs.Request, list[Callable]] = {}
-    with configs.watching(lambda request, run: found.setdefault(request, []).append(run)):
-        for work in works:
-            work(work.call.op.triton)
+
+    def note(request: configs.Request, run: Callable) -> None:
+        runs = found.setdefault(request, [])
+        if len(runs) < len(works):
+            runs.append(run)
+
+    with configs.watching(note):
+        for name in (_common.KERNELS, _common.LIBRARY_GRADIENTS):
+            for work in works:
+                if name in (candidates := work.candidates()):
+                    work(candidates[name])
     return found
 
 
@@ -441,11 +460,13 @@ def tune_call(
         if works[0].key in table.own("segments"):
             return
 
-        def settle(kind: str, key: str, candidates: dict[str, list[Run]], choice_of: Callable, *how, **more) -> None:
+        def settle(
+            kind: str, key: str, candidates: dict[str, list[Run]], choice_of: Callable, *how, first="", **more
+        ) -> None:
             if time.monotonic() > deadline:
                 raise OutOfTime
             measured = measure(candidates, *how, attempts=attempts, key=key, **more)
-            name, evidence = measured.choice(candidates)
+            name, evidence = measured.choice(sorted(candidates, key=lambda name: name != first))
             entry = tuned.Entry(choice_of(name), **evidence)
             table.record(kind, key, entry)
             say(f"{key}: {summary(entry)}")
@@ -469,9 +490,10 @@ def tune_call(
                 go_on_without(error)
                 say(f"{request.key}: not tuned, {report.first_line(error)}")
         candidates = {
-            name: [partial(work, function) for work in works] for name, function in call.op.candidates.items()
+            name: [partial(work, function) for work in works] for name, function in works[0].candidates().items()
         }
-        settle("segments", works[0].key, candidates, str, _narrowest(call), OP_ROUNDINGS, clock)
+        how = (_narrowest(call), OP_ROUNDINGS, clock)
+        settle("segments", works[0].key, candidates, str, *how, first=works[0].unmeasured())
 
 
 def go_on_without(error: Exception) -> None:

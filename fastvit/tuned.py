@@ -20,7 +20,7 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -47,19 +47,43 @@ def _checked(name: str, source: str) -> str:
 _mode = _checked(os.environ.get("FASTVIT_TUNING", "read-only"), "FASTVIT_TUNING")
 
 
-@contextlib.contextmanager
-def use_tuning(name: str) -> Iterator[None]:
-    """Tune in the `with` body as FASTVIT_TUNING=`name` would: "off" (heuristics only), "read-only" (follow the tables)
-    or "measure" (also measure what they lack, at the first eager call on a GPU). The choice is the process's. Raises
-    ValueError for an unknown name."""
+class Setting:
+    """A choice that was just made, as `torch.set_grad_enabled` makes one: it stands, or, as a context manager, until
+    the end of the `with` body; as a decorator, while the function runs. again: makes it anew."""
+
+    def __init__(self, undo: Callable[[], None], again: Callable[[], Setting]):
+        self._undo, self._again = undo, again
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *error) -> None:
+        self._undo()
+
+    def __call__(self, function: Callable) -> Callable:
+        self._undo()
+
+        @functools.wraps(function)
+        def decorated(*args, **kwargs):
+            with self._again():
+                return function(*args, **kwargs)
+
+        return decorated
+
+
+def use_tuning(name: str) -> Setting:
+    """Tune as FASTVIT_TUNING=`name` would, from now on or in the `with` body: "off" (heuristics only), "read-only"
+    (follow the tables) or "measure" (also measure what they lack, at the first eager call on a GPU). The choice is the
+    process's. Raises ValueError for an unknown name."""
+    before = _mode
+    _set_mode(_checked(name, "use_tuning"))
+    return Setting(lambda: _set_mode(before), lambda: use_tuning(name))
+
+
+def _set_mode(name: str) -> None:
     global _mode
-    before, _mode = _mode, _checked(name, "use_tuning")
+    _mode = name
     _forget_configs()
-    try:
-        yield
-    finally:
-        _mode = before
-        _forget_configs()
 
 
 def mode() -> str:
@@ -234,8 +258,8 @@ class Table:
         # key -> (the decision, the file it is from)
         self.configs: dict[str, tuple[Entry, File]] = {}
         self.segments: dict[str, tuple[Entry, File]] = {}
-        # The ops that our kernels were found slower for, at some shape.
-        self.lost: set[str] = set()
+        # Of each op, what was chosen for it at some shape.
+        self.choices: dict[str, set] = {}
         for file in reversed(files):
             for kind in KINDS:
                 for key, entry in getattr(file, kind).items():
@@ -243,8 +267,8 @@ class Table:
 
     def _adopt(self, kind: str, key: str, entry: Entry, file: File) -> None:
         getattr(self, kind)[key] = (entry, file)
-        if kind == "segments" and entry.choice != "triton":
-            self.lost.add(key.partition(" ")[0])
+        if kind == "segments" and isinstance(entry.choice, str):
+            self.choices.setdefault(key.partition(" ")[0], set()).add(entry.choice)
 
     @property
     def attempts(self) -> Path | None:

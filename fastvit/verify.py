@@ -20,6 +20,7 @@ import torch
 import fastvit
 
 from . import report, workers
+from .ops._common import LIBRARY_GRADIENTS
 
 # How many times plain PyTorch's own error ours may be, by dtype; and the order in which they are verified.
 FACTOR = {torch.bfloat16: 1.5, torch.float32: 2.0, torch.float16: 1.5}
@@ -226,8 +227,11 @@ def use_interpreter() -> None:
 # Ops
 
 
-def _op_case(op: str, label: str, dtype: torch.dtype, build: Callable, rank: int = 0) -> Case:
-    """`build(draw)` gives the op's tensors by argument name, and its other arguments."""
+def _op_case(
+    op: str, label: str, dtype: torch.dtype, build: Callable, rank: int = 0, ours: Callable | None = None
+) -> Case:
+    """`build(draw)` gives the op's tensors by argument name, and its other arguments; ours: what is verified, the op
+    if not said."""
 
     def prepare(device):
         generator = torch.Generator(device).manual_seed(zlib.crc32(f"{op} {label}".encode()))
@@ -256,7 +260,7 @@ def _op_case(op: str, label: str, dtype: torch.dtype, build: Callable, rank: int
             # With a bias, PyTorch's own attention may compute in float32 whatever the dtype: no bar for a computation
             # in half precision. The formula, op by op in the dtype, is.
             lambda: evaluate(getattr(fastvit.reference if "attn_bias" in tensors else fastvit.ops, op), precise=False),
-            lambda: evaluate(getattr(fastvit.ops, op), precise=False),
+            lambda: evaluate(ours or getattr(fastvit.ops, op), precise=False),
         )
 
     return Case(op, label, dtype, prepare, rank)
@@ -506,8 +510,8 @@ def cases(sizes: Sizes, dtypes: tuple[torch.dtype, ...] = tuple(FACTOR), ops: It
 def _cases_of(sizes: Sizes, dtype: torch.dtype) -> Iterator[Case]:
     batch, first = sizes.batch, sizes.tokens[0]
 
-    def op(name, label, build, rank, **arguments):
-        return _op_case(name, label, dtype, lambda draw: build(draw, **arguments), rank)
+    def op(name, label, build, rank, ours=None, **arguments):
+        return _op_case(name, label, dtype, lambda draw: build(draw, **arguments), rank, ours)
 
     # Each op at each width, then at each sequence length.
     for width, tokens in [(w, first) for w in sizes.widths] + [(sizes.main, n) for n in sizes.tokens[1:]]:
@@ -550,6 +554,17 @@ def _cases_of(sizes: Sizes, dtype: torch.dtype) -> Iterator[Case]:
         yield op("layer_norm_linear", "fp32 stream", _layer_norm_linear, 3, out=dim, wide_x=True, **shape)
         yield op("linear_residual", "fp32 stream", _linear_residual, 3, wide_x=True, **shape)
         yield op("layer_norm_mlp", "fp32 stream", _layer_norm_mlp, 3, hidden=dim, wide_x=True, **shape)
+        # Under "auto", weight gradients are the library's in half precision.
+        scales = {"layer_scale": True, "drop_path": True}
+        image = {"batch": batch, "size": (64, 48), "patch": (16, 16), "dim": 192, "pixels": "uint8"}
+        for name, build, arguments in (
+            ("layer_norm_linear", _layer_norm_linear, {**shape, "out": dim}),
+            ("linear_residual", _linear_residual, shape | scales),
+            ("layer_norm_mlp", _layer_norm_mlp, {**shape, "hidden": dim, **scales}),
+            ("patch_embed", _patch_embed, image),
+        ):
+            ours = functools.partial(fastvit.ops.run_candidate, name, LIBRARY_GRADIENTS)
+            yield op(name, "weight gradients by torch.mm", build, 3, ours, **arguments)
     for head_dim in sizes.head_dims:
         yield op("attention", f"head dim {head_dim}", _attention, 3, batch=batch, tokens=first, heads=2, dim=head_dim)
     attention = {"batch": 3, "tokens": first, "heads": 2, "dim": 64}

@@ -195,6 +195,18 @@ def weight_gradient(dy, load_x, x, inputs: int, dtype, *, traits=()) -> torch.Te
     return configs.run(_request(*product, *sizes, acc, ("partial", *traits)), dy.device, attempt)[0]
 
 
+def library_weight_gradient(dy, x, dtype, wide: bool = False) -> torch.Tensor:
+    """dy^T x by the library, dy (M, O) and x (M, inputs) rounded to `dtype`. Returns (O, inputs) in it, or, wide, in
+    float32 (float64 for float64)."""
+    left, right = dy.to(dtype).t(), x.to(dtype)
+    acc = accumulator_dtype(dtype)
+    if not wide or acc == dtype:
+        return torch.mm(left, right)
+    if left.is_cuda and torch.version.hip is None:
+        return torch.mm(left, right, out_dtype=acc)  # which PyTorch has for CUDA only
+    return torch.mm(left.to(acc), right.to(acc))
+
+
 def _request(load_a, a, load_b, b, epilogue, m, n, k, dtype, out_dtype, traits) -> configs.Request:
     traits = (load_a.__name__, load_b.__name__, epilogue.__name__, *traits)
     for name, other in (("left", a[0].dtype), ("right", b[0].dtype), ("out", out_dtype)):

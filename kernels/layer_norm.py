@@ -1,6 +1,7 @@
 """LayerNorm over the last axis, forward and backward, and its row statistics alone.
 
-Fused: mean, variance (two passes over registers, not sum of squares), normalisation, affine; backward: the gradient of
+Fused: mean (corrected once, so that it is exact for a constant row, whose deviations a small eps would blow up),
+variance (of the deviations, not by sums of squares), normalisation, affine; backward: the gradient of
 the input, the gradient that flows past the norm on a residual path added to it, and both parameter gradients.
 Saved for backward: mean and 1/sqrt(var + eps), float32, one each a row. Recomputed: the normalised values.
 A call must move, for M rows of D elements of size s: forward 2 M D s (the statistics alone: M D s), backward 3 M D s
@@ -40,6 +41,7 @@ def layer_norm_kernel(
     row = i.to(tl.int64)[:, None]
     x = tl.load(x_ptr + (row * stride + j[None, :]), mask=mask, other=0.0).to(ACC)
     mean = tl.sum(x, axis=1) / columns
+    mean += tl.sum(tl.where(column_ok[None, :], x - mean[:, None], 0.0), axis=1) / columns
     centred = tl.where(column_ok[None, :], x - mean[:, None], 0.0)
     rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / columns + eps)
     tl.store(mean_ptr + i, mean, mask=row_ok)
@@ -131,7 +133,8 @@ def _launch_forward(x, weight, bias, y, eps):
             return (mean, rstd) if y is None else (y, mean, rstd)
 
         kernel = "layer_norm_statistics" if y is None else "layer_norm_forward"
-        configs.run(configs.Request(kernel, (rows, columns), x.dtype), x.device, attempt)
+        traits = () if y is None or y.dtype == x.dtype else (f"out={configs.dtype_name(y.dtype)}",)
+        configs.run(configs.Request(kernel, (rows, columns), x.dtype, traits), x.device, attempt)
     return mean, rstd
 
 
@@ -140,9 +143,9 @@ def row_statistics(x: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Ten
     return _launch_forward(x, None, None, None, eps)
 
 
-def layer_norm_forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float):
-    """x (M, D) with unit stride along D -> y (M, D) in x's dtype, mean (M,), rstd (M,)."""
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+def layer_norm_forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, dtype=None):
+    """x (M, D) with unit stride along D -> y (M, D) in `dtype`, x's if not given, mean (M,), rstd (M,)."""
+    y = torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
     mean, rstd = _launch_forward(x, weight, bias, y, eps)
     return y, mean, rstd
 

@@ -105,21 +105,25 @@ def layer_norm_mlp_backward(
     fc2_bias,
     layer_scale,
     drop_path_scale,
+    eps: float,
     activation: str,
     residual_is_x: bool,
     needs,
+    by_library: bool = False,
 ):
     """Gradients of `layer_norm_mlp_forward` for dout (M, O); residual_is_x: dout is added to the gradient of x.
+    by_library: those of the weights by the library's product.
 
     needs: six bools, for the input and norm parameters, fc1's weight and bias, fc2's weight and bias, layer_scale.
     Returns dx in x's dtype, dnorm_weight, dnorm_bias, dfc1_weight, dfc1_bias, dfc2_weight, dfc2_bias, dlayer_scale in
-    float32 (float64 for float64); None for each that is not needed.
+    float32 (float64 for float64), weights' gradients by_library as `linear_parameter_gradients` does; None for each
+    that is not needed.
     """
     needs_fc1, needs_fc2 = needs[:3], needs[3:]
     if not any((*needs_fc1, needs_fc2[0], needs_fc2[2])):
         # Nothing needs the hidden tensors, and the pre-activation stands in for the activated one unread.
         return *[None] * 5, *linear_parameter_gradients(
-            dout, preactivation, fc2_weight, fc2_bias, layer_scale, drop_path_scale, needs_fc2
+            dout, preactivation, fc2_weight, fc2_bias, layer_scale, drop_path_scale, needs_fc2, by_library
         )
     rows, hidden = preactivation.shape
     dpreactivation, activated = torch.empty_like(preactivation), torch.empty_like(preactivation)
@@ -138,7 +142,7 @@ def layer_norm_mlp_backward(
         outputs=2,
     )
     fc2_gradients = linear_parameter_gradients(
-        dout, activated, fc2_weight, fc2_bias, layer_scale, drop_path_scale, needs_fc2
+        dout, activated, fc2_weight, fc2_bias, layer_scale, drop_path_scale, needs_fc2, by_library
     )
     del activated
     fc1_gradients = layer_norm_linear_backward(
@@ -149,7 +153,9 @@ def layer_norm_mlp_backward(
         norm_weight,
         norm_bias,
         fc1_weight,
+        eps,
         needs_fc1,
         dresidual=dout if residual_is_x else None,
+        by_library=by_library,
     )
     return *fc1_gradients, *fc2_gradients

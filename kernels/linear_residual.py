@@ -1,7 +1,7 @@
 """residual + drop_path_scale * layer_scale * linear(x), forward and backward.
 
 Fused: bias, both scales and the residual sum in the GEMM's epilogue; in backward the scales as the GEMMs load their
-tiles, so the scaled gradient never exists in memory.
+tiles, so the scaled gradient never exists in memory (by_library, the one scaled by drop path does: 2 M O s more).
 Saved for backward: x only. Recomputed: nothing; the gradient of layer_scale, sum over tokens of dout * linear(x), comes
 from the unscaled gradient G = dout^T x of the weight as rowsum(weight * G) + bias * sum(dout), so linear(x) is not
 needed again.
@@ -57,16 +57,24 @@ def linear_residual_forward(x, weight, bias, residual, layer_scale, drop_path_sc
     return out
 
 
-def linear_parameter_gradients(dout, x, weight, bias, layer_scale, drop_path_scale, needs):
+def linear_parameter_gradients(dout, x, weight, bias, layer_scale, drop_path_scale, needs, by_library: bool):
     """Gradients of weight, bias and layer_scale for dout (M, O) and x (M, K), None where not needed.
 
-    needs: three bools. Returns dweight (O, K), dbias (O,), dlayer_scale (O,) in float32 (float64 for float64).
+    needs: three bools. by_library: that of the weight by the library's product. Returns dweight (O, K), dbias (O,),
+    dlayer_scale (O,) in float32 (float64 for float64), dweight in weight's dtype by_library without a layer_scale.
     """
     needs_weight, needs_bias, needs_layer_scale = needs
     dweight = dbias = dlayer_scale = None
     if needs_bias or needs_layer_scale:
         dbias = reduce.column_sum(dout, drop_path_scale)
-    if needs_weight or needs_layer_scale:
+    if by_library and (needs_weight or needs_layer_scale):
+        scaled = dout
+        if drop_path_scale is not None and len(dout):
+            by_sample = dout.unflatten(0, (len(drop_path_scale), -1))
+            scaled = torch.mul(by_sample, drop_path_scale[:, None, None], out=torch.empty_like(by_sample)).flatten(0, 1)
+        # What layer_scale is still to scale down, by 1e-5 perhaps, may be out of float16's range.
+        dweight = gemm.library_weight_gradient(scaled, x, weight.dtype, wide=layer_scale is not None)
+    elif needs_weight or needs_layer_scale:
         dweight = gemm.weight_gradient(dout, *scaled_operand(x, drop_path_scale, None), x.shape[1], weight.dtype)
     if needs_layer_scale:
         dlayer_scale = (weight * dweight).sum(dim=1)
@@ -78,11 +86,11 @@ def linear_parameter_gradients(dout, x, weight, bias, layer_scale, drop_path_sca
     return dweight if needs_weight else None, dbias if needs_bias else None, dlayer_scale
 
 
-def linear_residual_backward(dout, x, weight, bias, layer_scale, drop_path_scale, needs):
+def linear_residual_backward(dout, x, weight, bias, layer_scale, drop_path_scale, needs, by_library: bool = False):
     """Gradients of `linear_residual_forward` for dout (M, O); that of the residual is dout.
 
     needs: four bools, for x, weight, bias, layer_scale. Returns dx (M, K) in x's dtype, and the parameters' gradients
-    in float32 (float64 for float64); None for each that is not needed.
+    as `linear_parameter_gradients` does; None for each that is not needed.
     """
     needs_x, *needs_parameters = needs
     rows, inputs = x.shape
@@ -101,4 +109,6 @@ def linear_residual_backward(dout, x, weight, bias, layer_scale, drop_path_scale
             weight.dtype,
             x.device,
         )
-    return dx, *linear_parameter_gradients(dout, x, weight, bias, layer_scale, drop_path_scale, needs_parameters)
+    return dx, *linear_parameter_gradients(
+        dout, x, weight, bias, layer_scale, drop_path_scale, needs_parameters, by_library
+    )

@@ -54,7 +54,9 @@ def test_qkv_of_a_linear_layer_is_read_in_place(device):
         assert torch.equal(got, want)
 
 
-@pytest.mark.parametrize("shape", [(21, 21), (2, 21, 21), (1, 1, 21, 21), (3, 1, 1, 21), (3, 2, 21, 1)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(), (21,), (1,), (21, 21), (2, 21, 21), (1, 1, 21, 21), (3, 1, 1, 21), (3, 2, 21, 1)], ids=str
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_bias_broadcasts_and_has_a_gradient(shape, dtype, device):
     qkv = torch.randn(3, 21, 3, 2, 16, device=device).to(dtype)
@@ -67,7 +69,47 @@ def test_bias_broadcasts_and_has_a_gradient(shape, dtype, device):
         grads.append(leaf.grad)
     truth, plain, ours = grads
     assert ours.shape == shape
+    if ours.numel() == 1:  # what is added to every score changes nothing: terms that cancel
+        full = torch.zeros(3, 2, 21, 21, dtype=torch.float64, device=device, requires_grad=True)
+        reference.attention(qkv.double(), attn_bias=full).square().sum().backward()
+        assert ours.abs() <= torch.finfo(dtype).eps * full.grad.abs().sum()
+        return
     assert relative_rms(ours, truth) <= (2.0 if dtype == torch.float32 else 1.5) * relative_rms(plain, truth)
+
+
+@pytest.mark.parametrize("shape", [(), (21,), (1,), (21, 1), (2, 1, 21), (3, 1, 21, 21)], ids=str)
+def test_the_torch_back_end_takes_every_bias(shape, device):
+    qkv = torch.randn(3, 21, 3, 2, 16, device=device)
+    bias = torch.randn(shape, device=device, requires_grad=True)
+    mask = torch.rand(3, 21, device=device) < 0.8
+    mask[:, 0] = True
+    for padding in (None, mask):
+        with fastvit.use_backend("torch"):
+            out = ops.attention(qkv, attn_bias=bias, key_padding_mask=padding)
+        expected = reference.attention(qkv, attn_bias=bias, key_padding_mask=padding)
+        torch.testing.assert_close(out, expected)
+        upstream = torch.randn_like(out)
+        torch.testing.assert_close(*(torch.autograd.grad(o, bias, upstream)[0] for o in (out, expected)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("spread", [0.5, 3.0])
+def test_the_error_in_half_precision_does_not_depend_on_the_layout(dtype, spread, device):
+    """The bar is PyTorch's fused attention on contiguous tensors, for strided ones and a float32 bias of zeros too."""
+    qkv = (spread * torch.randn(1, 197, 3, 2, 64, device=device)).to(dtype)
+    strided = torch.empty(1, 197, 3, 2, 128, dtype=dtype, device=device)[..., ::2].copy_(qkv)
+    permuted = qkv.permute(3, 0, 2, 1, 4).contiguous().permute(1, 3, 2, 0, 4)
+    upstream = torch.randn(1, 197, 128, device=device).to(dtype)
+    truth = run(reference.attention, qkv.double(), upstream)
+    with fastvit.use_backend("torch"):
+        bar = run(ops.attention, qkv, upstream)
+    bias = torch.zeros(197, 197, device=device)
+    for layout, options in ((qkv, {}), (strided, {}), (permuted, {}), (qkv, {"attn_bias": bias})):
+        got = run(ops.attention, layout, upstream, **options)
+        assert relative_rms(got[0], truth[0]) <= 1.5 * relative_rms(bar[0], truth[0])
+        for part in range(3):  # dq, dk, dv
+            error, limit = (relative_rms(grad[:, :, part], truth[1][:, :, part]) for grad in (got[1], bar[1]))
+            assert error <= 1.5 * limit
 
 
 def test_masked_keys_do_not_count(device):

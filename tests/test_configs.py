@@ -383,7 +383,7 @@ def meta(*shape): return torch.empty(shape, dtype=torch.bfloat16, device="meta")
 def product():
     x, weight, norm = meta(1576, 768), meta(2304, 768), meta(768)
     y, mean, rstd = layer_norm_linear.layer_norm_linear_forward(x, norm, norm, weight, None, 1e-6)
-    layer_norm_linear.layer_norm_linear_backward(y, x, mean, rstd, norm, norm, weight, (True, True, False))
+    layer_norm_linear.layer_norm_linear_backward(y, x, mean, rstd, norm, norm, weight, 1e-6, (True, True, False))
 def heads():
     qkv = meta(8, 197, 3, 12, 64)
     out, lse = attention.attention_forward(qkv, 0.125)

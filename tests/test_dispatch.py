@@ -29,6 +29,29 @@ def test_the_back_end_is_restored_even_after_an_error():
     assert dispatch.requested_backend() == "auto"
 
 
+def test_a_back_end_that_is_not_asked_for_in_a_with_body_stands():
+    try:
+        fastvit.use_backend("torch")
+        assert dispatch.requested_backend() == "torch"
+        with fastvit.use_backend("triton"):
+            assert dispatch.requested_backend() == "triton"
+        assert dispatch.requested_backend() == "torch"
+    finally:
+        fastvit.use_backend("auto")
+    assert dispatch.requested_backend() == "auto"
+
+
+def test_a_back_end_for_a_function():
+    @fastvit.use_backend("torch")
+    def asked():
+        return dispatch.requested_backend()
+
+    assert dispatch.requested_backend() == "auto"
+    with fastvit.use_backend("triton"):
+        assert asked() == "torch"
+        assert dispatch.requested_backend() == "triton"
+
+
 def test_unknown_names_are_refused():
     with (
         pytest.raises(ValueError, match="unknown back end 'cuda', expected one of auto, triton, torch"),

@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("PIL")
 from fastvit.benchmarks.work import normalise  # noqa: E402
-from PIL import Image, ImageOps  # noqa: E402
+from PIL import Image, ImageOps, features  # noqa: E402
 
 from fastvit import images  # noqa: E402
 
@@ -180,19 +180,93 @@ def test_batches_keep_order_and_leave_out_what_cannot_be_read(tmp_path):
     assert list(images.read_batches([], Config(), 3, errors.append)) == []
 
 
+def names_below(folder: Path) -> list[str]:
+    return [path.relative_to(folder).as_posix() for path in images.find_images(folder)]
+
+
 def test_find_images_walks_folders_and_ignores_other_files(tmp_path):
     (tmp_path / "b").mkdir()
-    for name in ("z.JPG", "a.png", "b/c.webp", "notes.txt"):
+    for name in ("z.JPG", "a.png", "b/c.webp", "notes.txt", "x.heic", "b/RAW.CR2"):
         (tmp_path / name).touch()
-    assert [path.relative_to(tmp_path).as_posix() for path in images.find_images(tmp_path)] == [
-        "a.png",
-        "b/c.webp",
-        "z.JPG",
-    ]
+    assert names_below(tmp_path) == ["a.png", "b/RAW.CR2", "b/c.webp", "x.heic", "z.JPG"]
     with pytest.raises(NotADirectoryError, match="no such folder"):
         images.find_images(tmp_path / "absent")
     with pytest.raises(NotADirectoryError, match="not a folder"):
         images.find_images(tmp_path / "a.png")
+
+
+def test_find_images_follows_links_and_ends(tmp_path):
+    for name in ("photos/a", "photos/b", "elsewhere"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "x.png").touch()
+    (tmp_path / "photos" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "photos" / "up").symlink_to("..")
+    (tmp_path / "photos" / "a" / "b").symlink_to("../b")
+    (tmp_path / "photos" / "b" / "a").symlink_to("../a")
+    below = ["a/b/x.png", "a/x.png", "b/a/x.png", "b/x.png", "link/x.png"]
+    assert names_below(tmp_path / "photos") == below
+    (tmp_path / "photos2").symlink_to("photos")
+    assert names_below(tmp_path / "photos2") == below
+
+
+def test_find_images_names_a_folder_that_cannot_be_listed(tmp_path, monkeypatch):
+    (tmp_path / "locked").mkdir()
+    (tmp_path / "a.png").touch()
+    right = images.os.scandir
+
+    def scandir(path):
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return right(path)
+
+    monkeypatch.setattr(images.os, "scandir", scandir)
+    errors = []
+    assert images.find_images(tmp_path, errors.append) == [tmp_path / "a.png"]
+    assert [str(error) for error in errors] == [f"{tmp_path / 'locked'}: Permission denied"]
+    with pytest.raises(images.ImageError, match="locked: Permission denied"):
+        images.find_images(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["x.heic", "x.jxl", "x.svg", "x.NEF", "x.dng"])
+def test_a_kind_that_is_not_read_is_refused_by_its_name(name, tmp_path):
+    """Also where Pillow would find something in it, as in most raw files, which are TIFFs with a thumbnail."""
+    gradient(20, 30).save(tmp_path / name, "TIFF")
+    with pytest.raises(images.ImageError, match=f"{name}: .* is not read by Pillow") as caught:
+        images.load_image(tmp_path / name)
+    assert str(caught.value).startswith(str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    ("name", "feature"),
+    [("x.avif", "avif"), ("x.webp", "webp"), ("x.jp2", "jpg_2000"), ("x.jfif", None), ("x.tga", None), ("x.pgm", None)],
+)
+def test_what_the_installed_pillow_reads_is_read(name, feature, tmp_path, monkeypatch):
+    image = gradient(32, 48, "L" if name == "x.pgm" else "RGB")
+    if feature is None or features.check(feature):
+        image.save(tmp_path / name, "JPEG" if name == "x.jfif" else None)
+        assert images.find_images(tmp_path) == [tmp_path / name]
+        error = np.asarray(images.load_image(tmp_path / name)).astype(int) - np.asarray(image.convert("RGB"))
+        assert abs(error).mean() < 4
+    # A Pillow that was built without it.
+    known = {kind: found for kind, found in Image.registered_extensions().items() if kind != Path(name).suffix}
+    monkeypatch.setattr(Image, "registered_extensions", lambda: known)
+    with pytest.raises(images.ImageError, match="is not read by Pillow"):
+        images.load_image(tmp_path / name)
+
+
+def test_an_error_without_a_message_is_named_by_its_type(tmp_path, monkeypatch):
+    def fail(*arguments):
+        raise EOFError
+
+    gradient(4, 4).save(tmp_path / "x.png")
+    monkeypatch.setattr(images.ImageOps, "exif_transpose", fail)
+    with pytest.raises(images.ImageError, match="x.png: EOFError$"):
+        images.load_image(tmp_path / "x.png")
+
+
+def test_a_folder_is_no_image(tmp_path):
+    with pytest.raises(images.ImageError, match="a folder, not an image"):
+        images.load_image(tmp_path)
 
 
 def test_the_shipped_photographs_are_small_and_sourced():

@@ -32,16 +32,17 @@ LINEAR = gemm("load_matrix", "load_matrix", "store_linear")
 LINEAR_OF_NORM = gemm("load_normalised", "load_matrix", "store_linear")
 FC1 = gemm("load_normalised", "load_matrix", "store_activated")
 INPUT = gemm("load_matrix", "load_matrix", "store")  # the gradient of a product's input
-WEIGHT = gemm("load_matrix", "load_matrix", "store")  # and of its weight: the same with other strides
-WEIGHT_OF_NORM = gemm("load_matrix", "load_normalised", "store")
+# And of its weight, which under "auto" is a product of the library's.
+WEIGHT = "weight: " + gemm("load_matrix", "load_matrix", "store")
+WEIGHT_OF_NORM = "weight: " + gemm("load_matrix", "load_normalised", "store")
 SCALED_INPUT = gemm("load_scaled", "load_matrix", "store")
-SCALED_WEIGHT = gemm("load_matrix", "load_scaled", "store")
+SCALED_WEIGHT = "weight: " + gemm("load_matrix", "load_scaled", "store")
 HIDDEN = gemm("load_matrix", "load_matrix", "store_activation_gradient")
 SCALED_HIDDEN = gemm("load_scaled", "load_matrix", "store_activation_gradient")
 ATTENTION_BACKWARD = ["attention_backward_dq_kernel", "attention_backward_dkdv_kernel"]
 EMBED = gemm("load_patches", "load_matrix", "store_tokens")
 PIXELS = gemm("load_matrix", "load_matrix", "store_pixels")
-PATCH_WEIGHT = gemm("load_matrix", "load_patches", "store")
+PATCH_WEIGHT = "weight: " + gemm("load_matrix", "load_patches", "store")
 
 # What each sample launches in its order: forward; backward with everything to train; backward with each of the named
 # inputs alone to train, the others frozen.
@@ -167,7 +168,7 @@ def test_every_launch(dtypes, product, launch_ops, triton_cache):
     assert launched.keys() == LAUNCHES.keys()
     for sample, table in LAUNCHES.items():
         expected = {
-            name: [kernel.replace("DTYPE", product) for kernel in kernels]
+            name: [kernel.removeprefix("weight: ").replace("DTYPE", product) for kernel in kernels]
             for names, kernels in table.items()
             for name in names.split()
         }
@@ -177,6 +178,18 @@ def test_every_launch(dtypes, product, launch_ops, triton_cache):
     for cubin in compiled:
         assert cubin.read_bytes().startswith(b"\x7fELF")
         assert "\n.target sm_90a\n" in cubin.with_suffix(".ptx").read_text()
+
+
+def test_weight_gradients_of_the_library_launch_nothing_but_a_norm(launch_ops):
+    launched = launch_ops("auto", "bfloat16", "float32", DISABLE_LLVM_OPT="1")
+    for sample, table in LAUNCHES.items():
+        for names, kernels in table.items():
+            if names == "backward" or names.endswith("weight"):  # a weight is to be trained
+                norm = [ROW_STATISTICS if kernel == WEIGHT_OF_NORM else kernel for kernel in kernels]
+                kernels = [kernel for kernel in norm if not kernel.startswith("weight: ")]
+            kernels = [kernel.removeprefix("weight: ").replace("DTYPE", "bf16") for kernel in kernels]
+            for name in names.split():
+                assert launched[sample][name] == kernels, (sample, name)
 
 
 def test_variants_by_batch_size(launch_ops):

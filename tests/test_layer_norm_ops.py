@@ -36,6 +36,42 @@ def test_statistics_survive_a_large_mean(mean, device):
     assert relative_rms(ops.layer_norm(x, one, zero), truth) <= 2 * plain
 
 
+@pytest.mark.parametrize("value", [0.1, 3.3, 1e10, 1e17])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_constant_rows_give_the_bias(value, dtype, device):
+    """A mean that is off by one rounding, over sqrt(1e-12), would be a value of its own."""
+    for dim in (64, 192, 768, 1000):
+        x = torch.full((3, dim), value, dtype=dtype, device=device)
+        weight, bias = torch.ones(dim, device=device, dtype=dtype), torch.randn(dim, device=device).to(dtype)
+        assert torch.equal(ops.layer_norm(x, weight, bias, 1e-12), bias.expand(3, dim))
+        if device == "cpu":  # what PyTorch does on a GPU is its own affair
+            with fastvit.use_backend("torch"):
+                assert torch.equal(ops.layer_norm(x, weight, bias, 1e-12), bias.expand(3, dim))
+        eye = torch.eye(dim, device=device, dtype=dtype)
+        assert torch.equal(ops.layer_norm_linear(x, weight, bias, eye, eps=1e-12), bias.expand(3, dim))
+
+
+@pytest.mark.parametrize("noise", [1e-7, 1e-6, 1e-3])
+def test_nearly_constant_rows(noise, device):
+    x = 3.3 * (1 + noise * torch.randn(16, 768, device=device))
+    one, zero = torch.ones(768, device=device), torch.zeros(768, device=device)
+    truth = reference.layer_norm(x.double(), one.double(), zero.double(), 1e-12)
+    plain = relative_rms(reference.layer_norm(x, one, zero, 1e-12), truth)
+    assert relative_rms(ops.layer_norm(x, one, zero, 1e-12), truth) <= 2 * plain
+
+
+@pytest.mark.parametrize("size", [1e-20, 1e10, 1e16])
+def test_both_back_ends_agree_from_the_smallest_to_the_largest_values(size, device):
+    """Up to where squares overflow float32."""
+    x = size * torch.randn(16, 768, device=device)
+    one, zero = torch.ones(768, device=device), torch.zeros(768, device=device)
+    truth = reference.layer_norm(x.double(), one.double(), zero.double(), 1e-12)
+    for backend in ("torch", "triton"):
+        with fastvit.use_backend(backend):
+            out = ops.layer_norm(x, one, zero, 1e-12)
+        assert (out - truth).norm() <= 1e-6 * truth.norm()
+
+
 def test_eps_is_the_one_asked_for(device):
     x = 1e-3 * torch.randn(7, 64, device=device)
     one, zero = torch.ones(64, device=device), torch.zeros(64, device=device)

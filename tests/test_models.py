@@ -219,8 +219,24 @@ def test_config_is_frozen_and_complete():
         ({"drop_rate": float("nan")}, ValueError, "drop_rate is nan"),
         ({"qkv_bias": 1}, TypeError, "qkv_bias is 1, expected a bool"),
         ({"class_token": False}, ValueError, "global_pool is 'token'"),
-        ({"in_chans": 4}, ValueError, "mean is .* expected one number for each channel"),
+        ({"mean": (0.5,)}, ValueError, r"mean is \(0.5,\), expected one number for each channel, 3"),
+        ({"mean": 0.5}, ValueError, "mean is 0.5, expected one number for each channel, 3"),
+        ({"std": "abc"}, ValueError, "std is 'abc', expected one number for each channel, 3"),
+        ({"mean": (0.5, float("nan"), 0.5)}, ValueError, "mean is .*nan.*, expected one number"),
         ({"std": (1, 0, 1)}, ValueError, "std is .* expected positive"),
+        ({"in_chans": "RGB"}, ValueError, "in_chans is 'RGB', expected an integer of at least 1"),
+        ({"in_chans": True}, ValueError, "in_chans is True, expected an integer of at least 1"),
+        ({"depth": True}, ValueError, "depth is True, expected an integer"),
+        ({"img_size": True}, ValueError, "img_size is True, expected a positive integer"),
+        ({"img_size": "224"}, ValueError, "img_size is '224', expected a positive integer or"),
+        ({"drop_rate": "a"}, ValueError, r"drop_rate is 'a', expected a rate in \[0, 1\)"),
+        ({"patch_drop_rate": True}, ValueError, "patch_drop_rate is True, expected a rate"),
+        ({"mlp_ratio": float("inf")}, ValueError, "mlp_ratio is inf, expected a positive number"),
+        ({"crop_pct": "0.9"}, ValueError, "crop_pct is '0.9', expected a positive number"),
+        ({"init_values": "1e-5"}, ValueError, "init_values is '1e-5', expected a number or None"),
+        ({"fc_norm": 1}, TypeError, "fc_norm is 1, expected a bool or None"),
+        ({"dynamic_img_size": "yes"}, TypeError, "dynamic_img_size is 'yes', expected a bool"),
+        ({"interpolation": "cubic"}, ValueError, "interpolation is 'cubic', expected one of"),
         ({"distilled": True, "reg_tokens": 4}, ValueError, "distilled is True, expected"),
         ({"distilled": True, "fc_norm": True}, ValueError, "fc_norm is True"),
         ({"mlp": "swiglu"}, ValueError, "activation is 'gelu', expected 'silu'"),
@@ -237,7 +253,15 @@ def test_bad_configs(overrides, error, text):
     [
         ({"name": "vit_base_patch16_223"}, ValueError, "unknown model 'vit_base_patch16_223'; did you mean vit_base_"),
         ({"name": "zzz"}, ValueError, r"unknown model 'zzz'; fastvit.list_models\(\) has them all"),
-        ({"num_clases": 3}, TypeError, "unknown num_clases; the fields are img_size, "),
+        ({"name": None}, TypeError, "name is None, expected the name of a model"),
+        ({"name": 5}, TypeError, "name is 5, expected the name of a model"),
+        ({"num_clases": 3}, TypeError, r"create_model got unknown num_clases; did you mean num_classes\?"),
+        ({"checkpoint_path": "x"}, TypeError, r"unknown checkpoint_path; did you mean checkpoint\?"),
+        ({"zzz": 3}, TypeError, "unknown zzz; the fields are img_size, "),
+        ({"pretrained": "yes"}, TypeError, "pretrained is 'yes', expected a bool"),
+        ({"features_only": 1}, TypeError, "features_only is 1, expected a bool"),
+        ({"checkpoint": {}}, TypeError, "checkpoint is a dict, expected a path"),
+        ({"checkpoint": os.curdir}, ValueError, r"checkpoint is '\.', a directory, expected a \.safetensors or"),
         ({"pretrained": True, "checkpoint": "x.pth"}, ValueError, "expected only one of them"),
         ({"name": "vit_large_patch14_224", "pretrained": True}, ValueError, "no weights of vit_large_patch14_224"),
     ],
@@ -258,6 +282,8 @@ def test_bad_arguments_of_create_model(arguments, error, text):
         (lambda m: m.forward_intermediates(torch.zeros(1, 3, 32, 32), 4), ValueError, "indices is 4, .* 1 to 3"),
         (lambda m: m.forward_intermediates(torch.zeros(1, 3, 32, 32), [3]), ValueError, r"indices is \[3\], .* to 2"),
         (lambda m: m.forward_intermediates(torch.zeros(1, 3, 32, 32), []), ValueError, r"indices is \[\]"),
+        (lambda m: m.forward_intermediates(torch.zeros(1, 3, 32, 32), True), TypeError, "indices is True"),
+        (lambda m: m.forward_intermediates(torch.zeros(1, 3, 32, 32), "12"), TypeError, "indices is '12'"),
         (lambda m: m.forward_intermediates(None, output_fmt="NHWC"), ValueError, "output_fmt is 'NHWC'"),
     ],
 )
@@ -306,9 +332,7 @@ def test_checkpointing_holds_for_intermediates_too(monkeypatch):
 def test_exports_with_a_dynamic_batch(strict):
     model = small(reg_tokens=2).eval()
     batch = torch.export.Dim("batch", min=2, max=64)
-    exported = torch.export.export(
-        model, (torch.randn(4, 3, 32, 32),), dynamic_shapes={"images": {0: batch}}, strict=strict
-    )
+    exported = torch.export.export(model, (torch.randn(4, 3, 32, 32),), dynamic_shapes={"x": {0: batch}}, strict=strict)
     images = torch.randn(7, 3, 32, 32)
     torch.testing.assert_close(exported.module()(images), model(images))
 

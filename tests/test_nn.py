@@ -304,19 +304,57 @@ IMAGE = torch.zeros(2, 3, 16, 24)
         (lambda: Block(D, 3, norm_layer=partial(nn.LayerNorm, bias=False)), TypeError, "with weight and bias"),
         (lambda: Block(D, 3, attn_layer=nn.MultiheadAttention), TypeError, "attn_layer is .*, expected fastvit.nn.Att"),
         (lambda: Block(D, 3, mlp_layer=None), TypeError, "mlp_layer is None, expected fastvit.nn.Mlp"),
-        (lambda: Block(D, 3, drop_path=1.5), ValueError, "drop_prob is 1.5"),
+        (lambda: Block(D, 3, norm_layer=None), TypeError, "norm_layer is None, expected a class such as torch.nn.Lay"),
+        (lambda: Block(D, 3, norm_layer=nn.LayerNorm(D)), TypeError, r"norm_layer is LayerNorm\(.*, expected a class"),
+        (lambda: Block(D, 3, act_layer="gelu"), TypeError, "act_layer is 'gelu', expected a class such as torch.nn.G"),
+        (lambda: Block(D, 3, act_layer=nn.GELU()), TypeError, r"act_layer is GELU\(.*, expected a class"),
+        (lambda: Block(0, 3), ValueError, "dim is 0, expected a positive integer"),
+        (lambda: Block("48", 3), ValueError, "dim is '48', expected a positive integer"),
+        (lambda: Block(D, 3.0), ValueError, "num_heads is 3.0, expected a positive integer"),
+        (lambda: Block(D, True), ValueError, "num_heads is True, expected a positive integer"),
+        (lambda: Block(D, 3, mlp_ratio=0), ValueError, "mlp_ratio is 0, expected a positive number"),
+        (lambda: Block(D, 3, mlp_ratio="4"), ValueError, "mlp_ratio is '4', expected a positive number"),
+        (lambda: Block(D, 3, mlp_ratio=0.001), ValueError, "hidden_features is 0, expected a positive integer"),
+        (lambda: Block(D, 3, drop_path=1.5), ValueError, "drop_path is 1.5, expected a number from 0 to 1"),
+        (lambda: Block(D, 3, drop_path="a"), ValueError, "drop_path is 'a', expected a number from 0 to 1"),
+        (lambda: Block(D, 3, proj_drop=float("nan")), ValueError, "proj_drop is nan, expected a number from 0 to 1"),
+        (lambda: Block(D, 3, attn_drop="a"), ValueError, "attn_drop is 'a', expected a number from 0 to 1"),
+        (lambda: Block(D, 3, init_values="a"), ValueError, "init_values is 'a', expected a finite number"),
+        (lambda: Block(D, 3)(None), TypeError, r"x is a NoneType, expected a torch.Tensor \(batch, tokens, 48\)"),
+        (lambda: Block(D, 3)(X.long()), TypeError, "x has dtype torch.int64, expected floating point"),
+        (lambda: Attention(0), ValueError, "dim is 0, expected a positive integer"),
+        (lambda: Attention(D, 3, attn_head_dim=0), ValueError, "attn_head_dim is 0, expected a positive integer"),
+        (lambda: Attention(D, 3, dim_out="8"), ValueError, "dim_out is '8', expected a positive integer"),
+        (lambda: Attention(D, 3)(None), TypeError, "x is a NoneType"),
+        (lambda: Attention(D, 3)(X.int()), TypeError, "x has dtype torch.int32"),
+        (lambda: Attention(D, 3)(X, "causal"), TypeError, "attn_mask is a str, expected a torch.Tensor or None"),
+        (lambda: LayerNormMLP(0), ValueError, "dim is 0, expected a positive integer"),
+        (lambda: LayerNormMLP(D, 0), ValueError, "hidden_features is 0, expected a positive integer"),
+        (lambda: LayerNormMLP(D, act_layer="silu"), TypeError, "act_layer is 'silu', expected a class"),
+        (lambda: LayerNormMLP(D, drop_path=float("nan")), ValueError, "drop_path is nan"),
+        (lambda: LayerNormMLP(D)(None), TypeError, r"x is a NoneType, expected a torch.Tensor \(batch, ..., 48\)"),
+        (lambda: LayerNormMLP(D)(X.int()), TypeError, "x has dtype torch.int32"),
+        (lambda: LayerScale(0), ValueError, "dim is 0, expected a positive integer"),
+        (lambda: DropPath("a"), ValueError, "drop_prob is 'a', expected a number from 0 to 1"),
+        (lambda: Mlp(D, 0), ValueError, "hidden_features is 0, expected a positive integer"),
+        (lambda: Mlp(D, drop=(0.1, 2)), ValueError, "drop is 2, expected a number from 0 to 1"),
         (lambda: Block(D, 3)(X[..., :5]), ValueError, r"x has shape \(2, 7, 5\), expected \(batch, tokens, 48\)"),
         (lambda: LayerNormMLP(D)(X[..., :5]), ValueError, r"x has shape \(2, 7, 5\), expected \(batch, ..., 48\)"),
         (lambda: Mlp(D, norm_layer=nn.LayerNorm), ValueError, "norm_layer is .*, but fastvit's MLP"),
         (lambda: SwiGLU(D, 81), ValueError, "hidden_features is 81, expected a multiple of 2"),
         (lambda: patch_embed(norm_layer=nn.LayerNorm), ValueError, "norm_layer is"),
-        (lambda: patch_embed(flatten=False), ValueError, "flatten is False"),
-        (lambda: patch_embed(dynamic_img_pad=True), ValueError, "dynamic_img_pad is True"),
-        (lambda: patch_embed(output_fmt="NCHW"), ValueError, "output_fmt is 'NCHW'"),
+        (lambda: patch_embed(output_fmt="HWC"), ValueError, "output_fmt is 'HWC', expected one of"),
+        (lambda: patch_embed(in_chans=0), ValueError, "in_chans is 0, expected a positive integer"),
+        (lambda: patch_embed(embed_dim="48"), ValueError, "embed_dim is '48', expected a positive integer"),
+        (lambda: patch_embed(img_size=True), ValueError, "img_size is True, expected a positive integer"),
+        (lambda: patch_embed(patch_size=(8, True)), ValueError, r"patch_size is \(8, True\), expected"),
         (lambda: patch_embed(patch_size=5), ValueError, "img_size is 16 x 24, expected multiples of the patch, 5 x 5"),
         (lambda: patch_embed(patch_size=0), ValueError, "patch_size is 0, expected a positive integer"),
         (lambda: patch_embed(img_size=(16, 24, 3)), ValueError, r"img_size is \(16, 24, 3\)"),
-        (lambda: patch_embed().set_input_size(16, patch_size=16), ValueError, "patch_size is 16"),
+        (lambda: patch_embed().set_input_size(patch_size=5), ValueError, "img_size is 16 x 24, expected multiples"),
+        (lambda: patch_embed().dynamic_feat_size((16, 25)), ValueError, "img_size is 16 x 25, expected multiples"),
+        (lambda: patch_embed()(None), TypeError, "image is a NoneType"),
+        (lambda: patch_embed(output_fmt="NHWC")(IMAGE, prefix=IMAGE), ValueError, "prefix came with output_fmt 'NHWC'"),
         (lambda: patch_embed()("cat.jpg"), TypeError, "image is a str"),
         (lambda: patch_embed()(IMAGE.int()), TypeError, "image has dtype torch.int32"),
         (lambda: patch_embed()(IMAGE[0]), ValueError, r"image has shape \(3, 16, 24\), expected \(batch, 3, H, W\)"),
@@ -328,6 +366,83 @@ IMAGE = torch.zeros(2, 3, 16, 24)
 def test_refusals(call, error, text):
     with pytest.raises(error, match=text):
         call()
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.parametrize(
+    "form", [{"flatten": False}, *({"output_fmt": name} for name in ("NCHW", "NHWC", "NCL", "NLC")), {}], ids=str
+)
+def test_patch_embed_has_timms_formats_and_padding(form, hooked):
+    timm_layers = pytest.importorskip("timm.layers")
+    for size, padded in (((13, 22), True), ((16, 24), True), ((16, 24), False)):
+        arguments = {"img_size": size, "patch_size": (8, 4), "embed_dim": D, "dynamic_img_pad": padded, **form}
+        ours, theirs = patch_embed(**arguments), timm_layers.PatchEmbed(**arguments)
+        theirs.load_state_dict(ours.state_dict())
+        if hooked:
+            ours.proj.register_forward_hook(lambda *_: None)
+        image = torch.randn(2, 3, *size)
+        torch.testing.assert_close(ours(image), theirs(image), rtol=1e-4, atol=1e-5)
+        assert ours.dynamic_feat_size(size) == theirs.dynamic_feat_size(size) == ours.grid_size == (2, 6)
+        assert ours.num_patches == 12 and ours.flatten == theirs.flatten
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_padding_is_what_normalises_to_zero(strict):
+    module = patch_embed(img_size=(13, 22), dynamic_img_pad=True, strict_img_size=strict)
+    image = torch.randint(256, (2, 3, 13, 22), dtype=torch.uint8)
+    scales = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+    mean, std = (torch.tensor(values)[:, None, None] for values in scales.values())
+    by_hand = F.pad((image / 255 - mean) / std, (0, 2, 0, 3))
+    want = module.proj(by_hand).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(module(image, **scales), want, rtol=1e-4, atol=1e-5)
+    if strict:
+        with pytest.raises(ValueError, match="image is 13 x 21, expected 13 x 22"):
+            module(image[..., :21])
+
+
+def test_another_patch_size_resamples_the_projection_as_timm_does():
+    timm_layers = pytest.importorskip("timm.layers")
+    arguments = {"img_size": (16, 24), "patch_size": 8, "embed_dim": D}
+    ours, theirs = patch_embed(**arguments), timm_layers.PatchEmbed(**arguments)
+    theirs.load_state_dict(ours.state_dict())
+    ours.proj.requires_grad_(False)
+    for size in ({"patch_size": (4, 12)}, {"img_size": (20, 36)}, {"img_size": 32, "patch_size": 16}):
+        for module in (ours, theirs):
+            module.set_input_size(**size)
+        assert (ours.patch_size, ours.img_size, ours.grid_size) == (
+            theirs.patch_size,
+            theirs.img_size,
+            theirs.grid_size,
+        )
+        image = torch.randn(2, 3, *ours.img_size)
+        torch.testing.assert_close(ours(image), theirs(image), rtol=1e-4, atol=1e-5)
+    assert not ours.proj.weight.requires_grad
+    before = copy.deepcopy(ours)
+    with pytest.raises(ValueError, match="img_size is 32 x 32, expected multiples of the patch, 5 x 5"):
+        ours.set_input_size(patch_size=5)
+    assert torch.equal(ours.proj.weight, before.proj.weight) and ours.patch_size == before.patch_size
+
+
+@pytest.mark.parametrize("change", [{"stride": (4, 4)}, {"padding": (2, 2)}, {"dilation": (2, 2)}])
+def test_a_projection_that_overlaps_is_called(change):
+    """As dense feature extractors change it in place."""
+    module = patch_embed(patch_size=8, output_fmt="NCHW")
+    for name, value in change.items():
+        setattr(module.proj, name, value)
+    torch.testing.assert_close(module(IMAGE + 1), module.proj(IMAGE + 1))
+
+
+def test_mlp_layers_take_a_bias_and_a_rate_each():
+    module = Mlp(D, 80, bias=(True, False), drop=(0.25, 0.5))
+    assert module.fc1.bias is not None and module.fc2.bias is None
+    assert (module.drop1.p, module.drop2.p) == (0.25, 0.5)
+
+
+def test_swiglu_takes_its_arguments_in_timms_order():
+    timm_layers = pytest.importorskip("timm.layers")
+    ours, theirs = (perturbed(layer(D, 80, 20).double()) for layer in (SwiGLU, timm_layers.SwiGLUPacked))
+    ours.load_state_dict(theirs.state_dict())
+    torch.testing.assert_close(ours(X.double() + 1), theirs(X.double() + 1))
 
 
 @pytest.mark.parametrize("missing", [{"elementwise_affine": False}, {"bias": False}])
@@ -372,6 +487,10 @@ def test_a_wrapped_projection_is_called():
     mlp.fc1.inner.weight.data /= 2
     mlp.fc1.inner.bias.data /= 2
     torch.testing.assert_close(mlp(x), want)
+    embed = patch_embed()
+    want = embed(IMAGE + 1)
+    embed.proj = Doubled(embed.proj)
+    torch.testing.assert_close(embed(IMAGE + 1), 2 * want, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("num_heads", [0, -3])

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+import types
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
-from samples import BATCHED, SAMPLES, gradients, relative_rms, results
+from fastvit.kernels import gemm
+from samples import BATCHED, SAMPLES, B, D, gradients, relative_rms, results
+from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
 
 import fastvit
-from fastvit import ops, reference
+from fastvit import dispatch, ops, reference
 from fastvit.dispatch import interpreting
+from fastvit.ops._common import LIBRARY_GRADIENTS
 
 pytestmark = pytest.mark.usefixtures("triton_backend")
 every_op = pytest.mark.parametrize("sample", SAMPLES, ids=str)
@@ -99,12 +106,231 @@ def test_compiles_to_one_graph(sample, device):
 
 
 @every_op
-def test_differentiating_twice_is_refused(sample, device):
+@pytest.mark.skipif(not interpreting(), reason="float64 runs in the interpreter only")
+def test_gradients_can_be_differentiated_again(sample):
+    """Also through what the tensors were made of: each is a multiple of one number, so that it is shared by all."""
+    tensors = sample.tensors(torch.float64)
+    upstream = torch.randn(sample.run(tensors).shape, dtype=torch.float64, requires_grad=True)
+
+    def second(module):
+        shared = torch.ones((), dtype=torch.float64, requires_grad=True)
+        made = {name: t * shared if t.requires_grad else t for name, t in tensors.items()}
+        if "residual" in made:
+            made["residual"] = made["x"][..., : made["residual"].shape[-1]] + made["residual"]
+        leaves = [t for t in tensors.values() if t.requires_grad]
+        first = torch.autograd.grad(sample.run(made, module), leaves, upstream, create_graph=True)
+        loss = sum(g.square().sum() for g in first)
+        return [*first, *torch.autograd.grad(loss, [shared, upstream, *leaves], materialize_grads=True)]
+
+    torch.testing.assert_close(second(ops), second(reference))
+
+
+@pytest.mark.parametrize("sample", [s for s in SAMPLES if s.op in ("linear_residual", "layer_norm_mlp")], ids=str)
+def test_a_residual_alone_can_be_differentiated_again(sample, device):
+    tensors = {name: tensor.detach() for name, tensor in sample.tensors(device=device).items()}
+    tensors["residual"] = torch.randn(*tensors["x"].shape[:-1], D, device=device, requires_grad=True)
+    out = sample.run(tensors)
+    (first,) = torch.autograd.grad(out.square().sum(), tensors["residual"], create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), tensors["residual"])
+    torch.testing.assert_close(second, torch.full_like(second, 2))
+
+
+@every_op
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointing(sample, use_reentrant, device):
     tensors = sample.tensors(device=device)
-    leaf = next(tensor for tensor in tensors.values() if tensor.requires_grad)
-    (first,) = torch.autograd.grad(sample.run(tensors).square().sum(), leaf, create_graph=True)
-    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
-        first.square().sum().backward()
+    names, values = zip(*tensors.items(), strict=True)
+    expected = results(sample, tensors)
+    out = checkpoint(lambda *v: sample.run(dict(zip(names, v, strict=True))), *values, use_reentrant=use_reentrant)
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
+    out.backward(upstream)
+    for name, value in expected.items():
+        assert torch.equal(out if name == "out" else tensors[name].grad, value), name
+
+
+@every_op
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # PyTorch's, of its own operators
+def test_gradients_of_a_batch_of_upstream_gradients(sample, device):
+    """torch.autograd.grad(is_grads_batched=True), on which jacobian(vectorize=True) stands."""
+    tensors = sample.tensors(device=device)
+    leaves = [tensor for tensor in tensors.values() if tensor.requires_grad]
+    out = sample.run(tensors)
+    upstreams = torch.randn(3, *out.shape, device=device)
+    got = torch.autograd.grad(out, leaves, upstreams, is_grads_batched=True, retain_graph=True)
+    assert not any(gradient.requires_grad for gradient in got)
+    by_vmap = torch.func.vmap(lambda v: torch.autograd.grad(out, leaves, v, retain_graph=True))(upstreams)
+    torch.testing.assert_close(by_vmap, got, rtol=1e-3, atol=1e-4)
+    for i, upstream in enumerate(upstreams):
+        expected = torch.autograd.grad(out, leaves, upstream, retain_graph=True)
+        torch.testing.assert_close([g[i] for g in got], list(expected), rtol=1e-3, atol=1e-4)
+
+
+def transformed(sample, tensors, module):
+    """Results of torch.func's transforms, of the op in `module`."""
+    name = next(name for name, tensor in tensors.items() if tensor.requires_grad)
+    tensors = {n: t.detach() for n, t in tensors.items()}
+    rest = {n: t for n, t in tensors.items() if n != name}
+
+    def loss(value):
+        return sample.run({**rest, name: value}, module).square().sum()
+
+    values = torch.stack([tensors[name], tensors[name] + 0.1])
+    tangent = torch.ones_like(tensors[name])
+    with forward_ad.dual_level():
+        dual = forward_ad.unpack_dual(loss(forward_ad.make_dual(tensors[name], tangent))).tangent
+    return {
+        "grad": torch.func.grad(loss)(tensors[name]),
+        "vmap": torch.func.vmap(loss)(values),
+        "per sample": torch.func.vmap(torch.func.grad(loss))(values),
+        "jvp": torch.func.jvp(loss, (tensors[name],), (tangent,))[1],
+        "dual": dual,
+        "hvp": torch.func.jvp(torch.func.grad(loss), (tensors[name],), (tangent,))[1],
+    }
+
+
+@every_op
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # PyTorch's own, in forward mode
+def test_transforms_run_in_torch(sample, device, monkeypatch):
+    """grad, vmap, jvp and their compositions, where "auto" would take the kernels; `explain` says so."""
+    monkeypatch.setattr(dispatch, "torch_without_question", lambda device_type: None)
+    tensors = sample.tensors(device=device)
+    with fastvit.use_backend("auto"):
+        got = transformed(sample, tensors, ops)
+    torch.testing.assert_close(got, transformed(sample, tensors, reference), rtol=1e-3, atol=1e-3)
+    said = []
+
+    def watched(x):
+        said.append(fastvit.explain(sample.op, **{**tensors, name: x}, **sample.options))
+        return x.sum()
+
+    name = next(iter(tensors))
+    torch.func.vmap(watched)(torch.stack([tensors[name].detach()] * 2))
+    assert said[0].backend == "torch" and "torch.func transform" in said[0].reasons[0]
+    with pytest.raises(RuntimeError, match="a torch.func transform or forward-mode"):
+        torch.func.vmap(lambda x: sample.run({**tensors, name: x}))(torch.stack([tensors[name].detach()] * 2))
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("bias", [None, torch.float32, "same"], ids=str)
+def test_attention_keeps_its_accuracy_where_torch_stands_in(dtype, bias, device):
+    """In half precision, scores beyond float16 and a float32 bias included: transforms and differentiating twice."""
+    qkv = (3 * torch.randn(1, 37, 3, 2, 64, device=device)).to(dtype)
+    qkv[..., 0] = 40
+    if bias is not None:
+        bias = torch.randn(37, 37, device=device).to(dtype if bias == "same" else bias)
+
+    def run(qkv, module=ops):
+        wide = bias if bias is None or qkv.dtype != torch.float64 else bias.double()
+        return module.attention(qkv, attn_bias=wide)
+
+    upstream = torch.randn(1, 37, 128, device=device).to(dtype)
+    leaf, wide = qkv.clone().requires_grad_(), qkv.double().requires_grad_()
+    truth = run(wide, reference)
+    (want,) = torch.autograd.grad(truth, wide, upstream.double())
+    (bar,) = torch.autograd.grad(run(leaf), leaf, upstream)
+    limit = 1.5 * relative_rms(bar, want)
+    for create_graph in (False, True):
+        assert relative_rms(torch.autograd.grad(run(leaf), leaf, upstream, create_graph=create_graph)[0], want) <= limit
+    with fastvit.use_backend("torch"):
+        got = torch.func.vjp(run, qkv)[1](upstream)[0]
+        batched = torch.func.vmap(run)(qkv[None])[0]
+    assert relative_rms(got, want) <= limit
+    assert relative_rms(batched, truth) <= 1.5 * relative_rms(run(qkv), truth)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_what_is_not_a_number_is_not_hidden(backend, device):
+    """A NaN among the keys makes every row that attends to it NaN."""
+    qkv = torch.randn(1, 21, 3, 1, 16, device=device)
+    qkv[0, 3, 1] = float("nan")
+    for module, options in ((ops, {}), (reference, {}), (ops, {"attn_bias": torch.zeros(21, 21, device=device)})):
+        with fastvit.use_backend(backend):
+            assert module.attention(qkv, **options).isnan().all()
+
+
+@pytest.mark.skipif(not interpreting(), reason="a GPU has no such limit")
+def test_threads_take_turns_in_the_interpreter(device):
+    samples = [sample for sample in SAMPLES if sample.op in ("attention", "layer_norm_mlp")]
+    tensors = [sample.tensors(device=device) for sample in samples]
+    expected = [results(sample, t) for sample, t in zip(samples, tensors, strict=True)]
+
+    def repeat(_):
+        return [results(sample, t) for _ in range(3) for sample, t in zip(samples, tensors, strict=True)]
+
+    with ThreadPoolExecutor(3) as pool:
+        for found in pool.map(repeat, range(3)):
+            for got, want in zip(found, expected * 3, strict=True):
+                assert all(torch.equal(got[name], value) for name, value in want.items())
+
+
+WITH_WEIGHTS = [sample for sample in SAMPLES if sample.op not in ("layer_norm", "attention")]
+
+
+@pytest.mark.parametrize("sample", WITH_WEIGHTS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+@pytest.mark.parametrize("batch", [0, B])
+def test_weight_gradients_by_the_library(sample, dtype, batch, device, monkeypatch):
+    """As accurate as the rest, without a launch of ours for them."""
+    tensors = sample.tensors(dtype, device)
+    for name in BATCHED:
+        if name in tensors:
+            tensors[name] = tensors[name].detach()[:batch].requires_grad_(tensors[name].requires_grad)
+    monkeypatch.setattr(gemm, "weight_gradient", None)
+    by_library = functools.partial(ops.run_candidate, sample.op, LIBRARY_GRADIENTS)
+    got = results(sample, tensors, types.SimpleNamespace(**{sample.op: by_library}))
+    if batch:
+        assert_as_good_as_torch(sample, tensors, got, 2.0 if dtype == torch.float32 else 1.5)
+    else:
+        assert not any(value.any() for value in got.values())
+
+
+def test_weight_gradients_by_the_library_before_a_small_layer_scale(device):
+    """In float16 what layer_scale has still to scale down may be out of range."""
+    x, weight = torch.randn(512, 64, device=device).half(), torch.randn(32, 64, device=device).half()
+    residual, bias = torch.zeros(512, 32, device=device).half(), torch.zeros(32, device=device).half()
+    layer_scale = torch.full((32,), 1e-4, device=device).half()
+    leaves = [weight.requires_grad_(), layer_scale.requires_grad_()]
+    upstream = (1000 * (1 + x[:, :32])).half()
+    found = []
+    for run in (functools.partial(ops.run_candidate, "linear_residual", LIBRARY_GRADIENTS), ops.linear_residual):
+        out = run(x, weight, bias, residual, layer_scale=layer_scale)
+        found.append(torch.autograd.grad(out, leaves, upstream))
+    assert found[0][0].isfinite().all()
+    torch.testing.assert_close(*found, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("sample", SAMPLES, ids=str)
+def test_what_auto_takes_where_nothing_was_measured(sample, device, monkeypatch):
+    """float32 products are PyTorch's and weight gradients torch.mm's, and `explain` says why; "triton" insists."""
+    monkeypatch.setattr(dispatch, "torch_without_question", lambda device_type: None)
+    library = []
+    original = gemm.library_weight_gradient
+    monkeypatch.setattr(gemm, "library_weight_gradient", lambda *a, **k: library.append(1) or original(*a, **k))
+    has_weights = sample in WITH_WEIGHTS
+    for dtype in (torch.float32, torch.bfloat16):
+        tensors = sample.tensors(dtype, device)
+        with fastvit.use_backend("auto"):
+            found = fastvit.explain(sample.op, **tensors, **sample.options)
+            out = sample.run(tensors)
+            gradients(out, tensors, torch.ones_like(out))
+            with torch.no_grad():
+                inference = fastvit.explain(sample.op, **tensors, **sample.options).candidate
+        if sample.op == "layer_norm":
+            want = ("triton", "triton", False)
+        elif dtype == torch.float32:
+            want = ("torch", "torch", False)
+        else:
+            want = ("triton + torch.mm" if has_weights else "triton", "triton", has_weights)
+        assert (found.candidate, inference, bool(library)) == want
+        assert (found.backend == "torch") == (found.candidate == "torch")
+        if found.candidate != "triton":
+            assert "no measurement says" in found.reasons[0]
+        ours = "Function" in type(out.grad_fn).__name__
+        assert ours == (found.backend == "triton")
+        assert fastvit.explain(sample.op, **tensors, **sample.options).candidate == "triton"
+        del library[:]
+        gradients(sample.run(tensors), tensors, torch.ones_like(out))
+        assert not library
 
 
 @every_op
@@ -262,6 +488,63 @@ def test_mixed_devices_are_refused(sample):
     tensors[last] = tensors[last].to("meta")
     with pytest.raises(ValueError, match=f"{last.removeprefix('norm_')} is on meta"):
         sample.run(tensors)
+
+
+@every_op
+def test_none_for_a_required_tensor_is_refused(sample):
+    optional = {"bias", "residual", "layer_scale", "drop_path_scale", "key_padding_mask", "attn_bias"}
+    optional = (optional | {"fc1_bias", "fc2_bias", "pos_embed", "prefix"}) - (
+        {"bias"} if sample.op == "layer_norm" else {"residual"} if sample.op == "linear_residual" else set()
+    )
+    for name in sample.tensors():
+        tensors = {**sample.tensors(), name: None}
+        if name in optional:
+            if name == "prefix":
+                tensors["pos_embed"] = None  # which may have rows for it
+            sample.run(tensors)
+        else:
+            for backend in ("torch", "triton"):
+                with fastvit.use_backend(backend), pytest.raises(TypeError, match=f"{name} must be .*, got NoneType"):
+                    sample.run(tensors)
+
+
+BAD_NUMBERS = [
+    (None, TypeError, "None"),
+    ("1e-6", TypeError, "'1e-6'"),
+    (True, TypeError, "True"),
+    (torch.tensor(1e-6), TypeError, "tensor"),
+    (float("nan"), ValueError, "nan"),
+    (float("inf"), ValueError, "inf"),
+    (0, ValueError, "0"),
+    (-1e-6, ValueError, "-1e-06"),
+]
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("value, error, got", BAD_NUMBERS, ids=[str(row[0]) for row in BAD_NUMBERS])
+def test_what_is_no_number_is_refused(value, error, got, backend):
+    """eps of every norm; the scale and dropout of attention, where None is the default, and 0 is a number; std."""
+    with fastvit.use_backend(backend):
+        for sample in SAMPLES:
+            tensors = sample.tensors()
+            if sample.op.startswith("layer_norm"):
+                name, arguments = "eps", {"eps": value}
+            elif sample.op == "attention" and (value or value is None):
+                name = "scale" if value is not None and value != -1e-6 else "dropout_p"
+                arguments = {name: value}
+            elif sample.op == "patch_embed":
+                name, arguments = "std", {"std": (0.5, 0.5, value)}
+            else:
+                continue
+            with pytest.raises(error, match=f"{sample.op}: {name} must be .*got {got}"):
+                getattr(ops, sample.op)(**tensors, **{**sample.options, **arguments})
+
+
+def test_numpys_numbers_are_numbers(device):
+    x, one = torch.randn(2, 8, device=device), torch.ones(8, device=device)
+    assert torch.equal(
+        ops.layer_norm(x, one, one, np.float32(1e-5)), ops.layer_norm(x, one, one, float(np.float32(1e-5)))
+    )
 
 
 @every_op

@@ -11,7 +11,6 @@ import re
 
 import pytest
 import torch
-from torch._subclasses import FakeTensorMode
 
 import fastvit
 from fastvit.models.registry import MODELS
@@ -265,16 +264,18 @@ def test_position_resampling_of_timm(new_grid):
 @pytest.mark.parametrize("name", MODELS)
 def test_registry_agrees_with_timm(name):
     """Keys, shapes, order, and every fact about the weights and their images."""
-    with FakeTensorMode():  # no storage
-        ours = fastvit.create_model(name)
-    theirs = timm.create_model(name, device="meta")
+    ours, theirs = (library.create_model(name, device="meta") for library in (fastvit, timm))
     shapes = {key: tensor.shape for key, tensor in ours.state_dict().items()}
     assert list(shapes.items()) == [(key, tensor.shape) for key, tensor in theirs.state_dict().items()]
     config, facts = ours.config, theirs.pretrained_cfg
-    assert (config.in_chans, *config.img_size) == facts["input_size"]
     for field in ("num_classes", "mean", "std", "crop_pct", "interpolation"):
         assert getattr(config, field) == facts[field], field
+    assert ours.default_cfg is ours.pretrained_cfg and ours.pretrained_cfg.items() <= facts.items()
+    assert facts.keys() - ours.pretrained_cfg.keys() <= {"url", "custom_load", "license"}
+    for resolve in (timm.data.resolve_data_config, timm.data.resolve_model_data_config):
+        assert resolve(model=ours) == resolve(model=theirs)
     assert MODELS[name].hub_id == facts.get("hf_hub_id")
+    assert ours.feature_info == theirs.feature_info
     assert ours.blocks[0].attn.num_heads == theirs.blocks[0].attn.num_heads
     assert ours.blocks[-1].norm2.eps == theirs.blocks[-1].norm2.eps == config.norm_eps
     assert ours.no_weight_decay() == theirs.no_weight_decay()

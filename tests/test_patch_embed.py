@@ -97,7 +97,7 @@ def test_autocast_projects_in_its_dtype(device):
 def test_fake_gradient_of_a_channels_last_image_has_its_layout(device):
     image = torch.randn(2, 3, 8, 8, device=device).to(memory_format=torch.channels_last)
     dtokens, weight = torch.randn(2, 4, 8, device=device), torch.randn(8, 3, 4, 4, device=device)
-    arguments = (dtokens, image, weight, *[None] * 5, [True, False, False, False, False])
+    arguments = (dtokens, image, weight, *[None] * 5, False, [True, False, False, False, False])
     torch.library.opcheck(torch.ops.fastvit.patch_embed_backward.default, arguments)
 
 
@@ -119,7 +119,7 @@ def test_fake_gradient_of_a_channels_last_image_has_its_layout(device):
         ({"pos_embed": torch.zeros(6, 24)}, ValueError, r"pos_embed must have shape .* got \(6, 24\)"),
         ({"prefix": torch.zeros(1, 23)}, ValueError, r"prefix must have shape \(P, D\) with D = 24"),
         ({"mean": (0.5,)}, ValueError, r"mean must have one value per channel \(3\), got 1"),
-        ({"std": (0.5, 0.0, 0.5)}, ValueError, "std must be positive"),
+        ({"std": (0.5, 0.0, 0.5)}, ValueError, "std must be positive and finite, got 0.0"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -192,7 +192,7 @@ def norm_call(grad=False):
 
 
 def attention_call(grad=False):
-    qkv = torch.randn(2, 21, 3, 2, 16, requires_grad=grad)
+    qkv = torch.randn(2, 21, 3, 2, 16, dtype=torch.bfloat16, requires_grad=grad)
     return tune.Call.like(ops._attention.OP, (qkv, None, None, None, 0.0))
 
 
@@ -270,7 +270,7 @@ def test_a_call_that_fails_is_said_and_the_rest_goes_on(table):
 
 
 def test_attention_is_measured_against_every_back_end_of_sdpa(table):
-    flash = ops._attention.OP.candidates["sdpa flash"]
+    flash = ops._attention.OP.others["sdpa flash"]
     clock = FakeClock(price_of(lambda bound: bound is flash))
     tune.tune_call(attention_call(grad=True), CPU, clock)
     assert {key.split()[0] for key in table.configs} == {
@@ -325,15 +325,12 @@ def test_auto_follows_the_table_and_explain_tells(table, auto, choice, grad, mon
     qkv = record(table, attention_call(grad), choice)[0]
     assert (qkv.requires_grad, tuned.table(CPU)) == (grad, table)
     ran = []
-    for name, function in ops._attention.OP.candidates.items():
-        monkeypatch.setitem(
-            spied := {}, name, functools.partial(lambda n, f, *args: ran.append(n) or f(*args), name, function)
-        )
-        if name in ops._attention.OP.others:
-            monkeypatch.setitem(ops._attention.OP.others, name, spied[name])
+    for name, function in list(ops._attention.OP.others.items()):
+        spied = functools.partial(lambda n, f, *args: ran.append(n) or f(*args), name, function)
+        monkeypatch.setitem(ops._attention.OP.others, name, spied)
     out = ops.attention(qkv)
     assert ran == ([choice] if choice != "torch" else [])
-    torch.testing.assert_close(out, fastvit.reference.attention(qkv))
+    torch.testing.assert_close(out, fastvit.reference.attention(qkv), rtol=0, atol=0.05)
     assert "AttentionFunction" not in str(out.grad_fn)
     found = fastvit.explain("attention", qkv)
     assert (found.backend, found.candidate) == ("torch", choice)
@@ -360,6 +357,21 @@ def test_auto_follows_the_table_and_explain_tells(table, auto, choice, grad, mon
     assert found.candidate == "triton" and "not contiguous" in found.evidence[0]
 
 
+@pytest.mark.parametrize("dtype, unmeasured", [(torch.float32, "torch"), (torch.bfloat16, "triton + torch.mm")])
+def test_a_tie_changes_nothing(table, auto, dtype, unmeasured):
+    """What would run unmeasured stays, in the table too, unless something is measured to be faster."""
+    x, norm, weight = (torch.randn(*shape, dtype=dtype) for shape in ((2, 21, 24), (24,), (40, 24)))
+    arguments = (x, norm, norm, weight.requires_grad_(), None, 1e-6)
+    call = tune.Call.like(ops._layer_norm_linear.OP, arguments)
+    assert fastvit.explain("layer_norm_linear", *arguments[:5]).candidate == unmeasured
+    tune.tune_call(call, CPU, FakeClock(price_of(lambda bound: False)))
+    ((segment, _),) = table.segments.values()
+    assert (segment.choice, segment.incumbent) == (unmeasured, unmeasured)
+    assert set(segment.seconds) == {"triton", "torch", "triton + torch.mm"}
+    # The norm that the library's weight gradient needs is a launch of its own, and tuned.
+    assert {key.split()[0] for key in table.configs} == {"layer_norm_statistics", "layer_norm_forward", "gemm"}
+
+
 def test_the_first_launch_brings_the_table_in(table, monkeypatch, triton_backend):
     monkeypatch.setattr(tuned, "_installed", False)
     configs.set_table(None)
@@ -372,7 +384,7 @@ def test_the_first_launch_brings_the_table_in(table, monkeypatch, triton_backend
 def test_an_unknown_candidate_is_no_candidate(table, auto):
     qkv = record(table, attention_call(), "sdpa magic")[0]
     assert fastvit.explain("attention", qkv).candidate == "triton"
-    torch.testing.assert_close(ops.attention(qkv), fastvit.reference.attention(qkv))
+    torch.testing.assert_close(ops.attention(qkv), fastvit.reference.attention(qkv), rtol=0, atol=0.05)
 
 
 @pytest.mark.parametrize("grad", [False, True])
@@ -397,8 +409,8 @@ def test_compiled_graphs_follow_the_table(table, auto, grad, monkeypatch):
     del graphs[:]
     compiled = torch.compile(lambda x: ops.attention(x), fullgraph=True, backend=look, dynamic=True)
     for batch in (4, 6, 5):  # not the number of heads: equal sizes are taken for one
-        x = torch.randn(batch, 21, 3, 2, 16, requires_grad=grad)
-        torch.testing.assert_close(compiled(x), fastvit.reference.attention(x))
+        x = torch.randn(batch, 21, 3, 2, 16, dtype=torch.bfloat16, requires_grad=grad)
+        torch.testing.assert_close(compiled(x), fastvit.reference.attention(x), rtol=0, atol=0.05)
     assert len(graphs) == 1 and "scaled_dot_product_attention" not in graphs[0]
     torch._dynamo.reset()
 

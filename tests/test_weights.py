@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
+import collections
 import hashlib
 import os
+import re
+import socket
 import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -179,6 +185,7 @@ def test_bad_files(tmp_path, monkeypatch):
     whole = saved(tmp_path / "w.safetensors", model.state_dict()).read_bytes()
     torch.save({"model": {"x": torch.zeros(1), "code": Dangerous()}}, tmp_path / "code.pth")
     torch.save([1, 2], tmp_path / "list.pth")
+    torch.save(torch.zeros(2), tmp_path / "tensor.pth")
     torch.save({"epoch": 1}, tmp_path / "number.pth")
     torch.save(model.state_dict(), tmp_path / "cut.pth")
     for name, content in {
@@ -197,6 +204,7 @@ def test_bad_files(tmp_path, monkeypatch):
         "words.pth": "cannot be read as a torch file of plain tensors",
         "code.pth": "cannot be read as a torch file of plain tensors",
         "list.pth": "holds a list, expected tensors by name",
+        "tensor.pth": "holds a Tensor, expected tensors by name",
         "number.pth": "holds 'epoch', a int, expected dense real tensors by name",
     }.items():
         with pytest.raises(ValueError, match=text) as error:
@@ -271,10 +279,8 @@ for name in sys.argv[1:]:
 """
 
 
-def pretrained(tmp_path, endpoint, *names, **environment):
-    """What create_model(pretrained=True) said of each name, in a process of its own: the client reads its
-    environment when it is imported."""
-    environment = {
+def hub_environment(tmp_path, endpoint):
+    return {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(sys.path),
         "HF_ENDPOINT": endpoint,
@@ -282,9 +288,14 @@ def pretrained(tmp_path, endpoint, *names, **environment):
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "NO_PROXY": "127.0.0.1",
-        **environment,
+        "NO_PROXY": "127.0.0.1,hub.invalid",
     }
+
+
+def pretrained(tmp_path, endpoint, *names, **environment):
+    """What create_model(pretrained=True) said of each name, in a process of its own: the client reads its
+    environment when it is imported."""
+    environment = hub_environment(tmp_path, endpoint) | environment
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, *names], env=environment, capture_output=True, text=True, timeout=120
     )
@@ -361,3 +372,339 @@ def test_the_unused_layer_of_old_files_is_left_out(tmp_path):
     model = small()
     unused = {"pre_logits.fc.weight": torch.zeros(48, 48), "pre_logits.fc.bias": torch.zeros(48)}
     load_checkpoint(model, saved(tmp_path / "w.pth", model.state_dict() | unused))
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_what_training_saves_beside_the_weights(tmp_path, zipped):
+    """Arguments, paths and numpy's numbers stand in the way of plain loading, and are not wanted."""
+    source = small()
+    optimizer = torch.optim.AdamW(source.parameters())
+    source(torch.randn(1, 3, 32, 32)).sum().backward()
+    optimizer.step()
+    extra = argparse.Namespace(
+        output=Path("out"), lr=np.float64(1e-3), seeds=np.arange(3), inner=argparse.Namespace(sizes=[1, (2, 3)])
+    )
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [3, 3, 7])
+    saved_by_training = {
+        "state_dict": source.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "lr_scheduler": scheduler.state_dict(),
+        "rng": {"numpy": np.random.get_state(), "torch": torch.get_rng_state()},
+        "epoch": 3,
+        "best": np.float32(0.5),
+        "args": extra,
+    }
+    torch.save(saved_by_training, tmp_path / "last.pth", _use_new_zipfile_serialization=zipped)
+    model = small()
+    load_checkpoint(model, tmp_path / "last.pth")
+    assert_state(model, source.state_dict())
+
+
+@pytest.mark.parametrize("ema", [True, False])
+def test_training_checkpoints_of_timm(tmp_path, ema):
+    """timm's own saver, and its own loader as the judge of which of the weights are meant."""
+    timm = pytest.importorskip("timm")
+    from timm.utils import CheckpointSaver, ModelEmaV3
+
+    peer, averaged = (timm.create_model("vit_tiny_patch16_224", **SMALL) for _ in range(2))
+    averaged = ModelEmaV3(averaged) if ema else None
+    optimizer = torch.optim.SGD(peer.parameters(), lr=0.1)
+    arguments = argparse.Namespace(model="vit_tiny_patch16_224", opt="sgd", mean=[0.5], opt_kwargs={})
+    saver = CheckpointSaver(peer, optimizer, arguments, averaged, checkpoint_dir=tmp_path, recovery_dir=tmp_path)
+    saver.save_checkpoint(1, 80.0)
+    want = timm.create_model("vit_tiny_patch16_224", **SMALL)
+    timm.models.load_checkpoint(want, str(tmp_path / "last.pth.tar"))
+    model = small()
+    load_checkpoint(model, tmp_path / "last.pth.tar")
+    assert_state(model, want.state_dict())
+    assert torch.equal(model.cls_token, (averaged.module if ema else peer).cls_token)
+
+
+@pytest.mark.parametrize(
+    "first, second",
+    [("state_dict_ema", "state_dict"), ("model_ema", "model"), ("teacher", "student"), ("state_dict", "model")],
+)
+def test_which_of_several_is_taken(tmp_path, first, second):
+    source, other = small(), small()
+    path = saved(tmp_path / "w.pth", {second: other.state_dict(), first: source.state_dict(), "epoch": 1})
+    model = small()
+    load_checkpoint(model, path)
+    assert_state(model, source.state_dict())
+    if second != "student":
+        load_checkpoint(model, saved(path, {second: other.state_dict(), first: None}))
+        assert_state(model, other.state_dict())
+
+
+@pytest.mark.parametrize(
+    "wrappers, prefix, beside",
+    [
+        (["model_state_dict"], "_orig_mod.", ()),
+        (["state_dict"], "model.", ("criterion.weight",)),  # Lightning
+        ([], "module._orig_mod.", ()),
+        (["model"], "_orig_mod.module.", ()),
+        (["model", "state_dict"], "encoder.", ("decoder.0.weight", "mask_token")),
+        (["teacher"], "backbone.", ("head.mlp.0.weight", "head.last_layer.weight_g")),  # DINO
+        (["teacher"], "module.backbone.", ("dino_head.mlp.0.weight",)),
+        (["model_ema"], "module.", ("n_averaged",)),  # torch.optim.swa_utils.AveragedModel
+    ],
+)
+def test_wrappers_and_prefixes(tmp_path, wrappers, prefix, beside):
+    source = small()
+    content = {prefix + name: tensor for name, tensor in source.state_dict().items()}
+    content |= {name: torch.zeros(2) for name in beside}
+    for wrapper in reversed(wrappers):
+        content = {wrapper: content, "epoch": 1}
+    model = small()
+    load_checkpoint(model, saved(tmp_path / "w.pth", content))
+    assert_state(model, source.state_dict())
+
+
+def test_blocks_compiled_one_by_one(tmp_path):
+    source = small()
+    state = {re.sub(r"^(blocks\.\d+)\.", r"\1._orig_mod.", name): v for name, v in source.state_dict().items()}
+    model = small()
+    load_checkpoint(model, saved(tmp_path / "w.safetensors", state))
+    assert_state(model, source.state_dict())
+
+
+def test_two_models_side_by_side(tmp_path):
+    state = {prefix + name: v for prefix in ("online.", "target.") for name, v in small().state_dict().items()}
+    path = saved(tmp_path / "w.pth", state)
+    with pytest.raises(ValueError) as error:
+        load_checkpoint(small(), path)
+    assert str(error.value) == f"{path} holds models under 'online.' and 'target.', expected one: save it alone"
+
+
+@pytest.mark.filterwarnings("ignore:.*TorchScript archive", "ignore:.*torch.jit.script")
+def test_what_torch_refuses_is_named(tmp_path):
+    torch.save({"model": {"x": torch.zeros(1)}, "stats": collections.defaultdict(list)}, tmp_path / "w.pth")
+    torch.save({"model": Dangerous()}, tmp_path / "system.pth")
+    torch.save(torch.nn.Linear(1, 1), tmp_path / "module.pth")
+    torch.jit.script(torch.nn.Linear(1, 1)).save(tmp_path / "script.pth")
+    (tmp_path / "pointer.pth").write_bytes(b"version https://git-lfs.github.com/spec/v1")
+    np.savez(tmp_path / "jax.npz", **{"Transformer/encoderblock_0/x": np.zeros(1)})
+    advice = "; a file of model.state_dict() alone can be read"
+    for name, reason in {
+        "w.pth": "Unsupported global: GLOBAL collections.defaultdict was not an allowed global by default" + advice,
+        "system.pth": f"Trying to load unsupported GLOBAL {os.system.__module__}.system whose module "
+        f"{os.system.__module__} is blocked" + advice,
+        "module.pth": "Unsupported global: GLOBAL torch.nn.modules.linear.Linear was not an allowed global by default"
+        + advice,
+        "script.pth": "Cannot use ``weights_only=True`` with TorchScript archives passed to ``torch.load``",
+        "pointer.pth": "it begins with b'version https://'",
+    }.items():
+        with pytest.raises(ValueError) as error:
+            load_checkpoint(small(), tmp_path / name)
+        assert str(error.value) == f"{tmp_path / name} cannot be read as a torch file of plain tensors: {reason}"
+    with pytest.raises(ValueError, match="jax.npz is a NumPy archive, .* expected a torch or safetensors file"):
+        load_checkpoint(small(), tmp_path / "jax.npz")
+
+
+def foreign_names():
+    """The names in other libraries' state dicts, and what a message should call them."""
+    timm, torchvision, transformers = (pytest.importorskip(n) for n in ("timm", "torchvision", "transformers"))
+    sizes = {"hidden_size": 48, "num_hidden_layers": 1, "num_attention_heads": 3, "intermediate_size": 48}
+    with torch.device("meta"):
+        yield "torchvision's VisionTransformer", torchvision.models.VisionTransformer(32, 8, 1, 3, 48, 48)
+        yield "Swin", torchvision.models.swin_t()
+        yield "ResNet", torchvision.models.resnet18()
+        for name, kind in {
+            "swin_tiny_patch4_window7_224": "Swin",
+            "resnet26": "ResNet",
+            "convnext_atto": "ConvNeXt",
+            "beit_base_patch16_224": "BEiT",
+        }.items():
+            yield kind, timm.create_model(name)
+        for name, kind in {
+            "ViTForImageClassification": "ViT",
+            "DeiTForImageClassificationWithTeacher": "DeiT",
+            "Dinov2ForImageClassification": "Dinov2",
+            "DINOv3ViTModel": "DINOv3",
+            "SwinModel": "Swin",
+            "CLIPVisionModelWithProjection": "CLIP",
+            "SiglipVisionModel": "SigLIP",
+        }.items():
+            model = getattr(transformers, name)
+            config = model.config_class() if name == "SwinModel" else model.config_class(**sizes)
+            yield kind if kind == "Swin" else f"transformers' {kind}", model(config)
+
+
+def test_checkpoints_of_other_libraries_are_named(tmp_path):
+    for kind, peer in foreign_names():
+        path = saved(tmp_path / "w.pth", {name: torch.zeros(1) for name in peer.state_dict()})
+        with pytest.raises(ValueError) as error:
+            load_checkpoint(small(depth=12), path)
+        text = str(error.value)
+        assert text.startswith(f"{path} holds a checkpoint of {kind}"), text
+        assert "expected timm's names: missing " in text and "; unexpected " in text
+        assert len(text) - len(str(path)) < 500 and "\n" not in text
+
+
+@pytest.mark.parametrize(
+    "name, kind",
+    [
+        ("vit.embeddings.patch_embeddings.projection.weight", "transformers' ViT"),
+        ("vision_model.embeddings.class_embedding", "transformers' CLIP"),
+        ("visual.transformer.resblocks.0.attn.in_proj_weight", "CLIP as OpenAI and OpenCLIP release it"),
+        ("blocks.0.gamma_1", "DeiT III"),
+        ("decoder_blocks.0.norm1.weight", "MAE"),
+        ("image_encoder.blocks.0.attn.rel_pos_h", "Segment Anything"),
+        ("storage_tokens", "DINOv3 as Meta releases it"),
+        ("backbone.layers.0.ln1.weight", "mmpretrain"),
+    ],
+)
+def test_telling_names(tmp_path, name, kind):
+    path = saved(tmp_path / "w.pth", {name: torch.zeros(1)})
+    with pytest.raises(ValueError, match=re.escape(f"{path} holds a checkpoint of {kind}")):
+        load_checkpoint(small(), path)
+
+
+def test_long_lists_of_misfits_are_cut(tmp_path):
+    deep, shallow = small(depth=6), small(qkv_bias=False, num_classes=3)
+    path = saved(tmp_path / "w.pth", deep.state_dict())
+    with pytest.raises(ValueError) as error:
+        load_checkpoint(shallow, path)
+    assert str(error.value) == (
+        f"{path} does not fit the model: unexpected blocks.0.attn.qkv.bias (144,); "
+        "unexpected blocks.1.attn.qkv.bias (144,); unexpected blocks.2.norm1.weight (48,); 47 more unexpected; "
+        "head.weight has shape (1000, 48), expected (3, 48); head.bias has shape (1000,), expected (3,)"
+    )
+
+
+@pytest.mark.parametrize("patch_size", [4, 16, (8, 4)])
+def test_weights_for_another_patch_size_as_timm_does_it(tmp_path, patch_size):
+    timm = pytest.importorskip("timm")
+    peer = timm.create_model("vit_tiny_patch16_224", **SMALL)
+    path = saved(tmp_path / "w.safetensors", peer.state_dict())
+    want = timm.create_model("vit_tiny_patch16_224", **{**SMALL, "patch_size": patch_size})
+    timm.models.load_checkpoint(want, path, filter_fn=timm.models.vision_transformer.checkpoint_filter_fn)
+    model = small(patch_size=patch_size)
+    load_checkpoint(model, path)
+    torch.testing.assert_close(dict(model.state_dict()), dict(want.state_dict()), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("in_chans", [1, 2, 4, 7])
+def test_rgb_weights_for_other_channels_as_timm_does_it(tmp_path, in_chans, dtype):
+    timm = pytest.importorskip("timm")
+    path = saved(tmp_path / "w.pth", {name: v.to(dtype) for name, v in small().state_dict().items()})
+    want = timm.create_model(
+        "vit_tiny_patch16_224",
+        pretrained=True,
+        pretrained_cfg_overlay={"file": str(path)},
+        in_chans=in_chans,
+        **SMALL,
+    )
+    model = small(in_chans=in_chans, mean=(0.5,) * in_chans, std=(0.5,) * in_chans)
+    load_checkpoint(model, path)
+    assert_state(model, want.state_dict())
+
+
+def test_only_rgb_weights_are_brought_to_other_channels(tmp_path):
+    path = saved(tmp_path / "w.pth", small(in_chans=2, mean=(0.5,) * 2, std=(0.5,) * 2).state_dict())
+    with pytest.raises(ValueError, match=r"patch_embed.proj.weight has shape \(48, 2, 8, 8\), expected"):
+        load_checkpoint(small(), path)
+
+
+@pytest.mark.parametrize("file, ours", [("token", "avg"), ("avg", "token")])
+@pytest.mark.parametrize("num_classes", [5, 0])
+def test_a_new_classifier_on_another_pool_as_timm_does_it(tmp_path, file, ours, num_classes):
+    """Where the final norm moves behind the pool, or back, timm starts it anew with the classifier."""
+    timm = pytest.importorskip("timm")
+    path = saved(tmp_path / "w.pth", small(global_pool=file).state_dict())
+    overrides = {**SMALL, "global_pool": ours, "num_classes": num_classes}
+    want = timm.create_model(
+        "vit_tiny_patch16_224", pretrained=True, pretrained_cfg_overlay={"file": str(path)}, **overrides
+    ).state_dict()
+    model = fastvit.create_model("vit_tiny_patch16_224", checkpoint=path, **overrides)
+    got = model.state_dict()
+    assert got.keys() == want.keys() and ("fc_norm.weight" in got) == (ours == "avg")
+    for name in got:
+        assert name.startswith("head.") or torch.equal(got[name], want[name]), name
+
+
+@pytest.mark.parametrize(
+    "file, ours, hint",
+    [
+        ("token", "avg", "the file has its norm before the pool, as a model with fc_norm=False"),
+        ("avg", "token", "the file has its norm after the pool, as a model with fc_norm=True"),
+    ],
+)
+def test_a_trained_classifier_on_another_pool_is_refused_as_by_timm(tmp_path, file, ours, hint):
+    source = small(global_pool=file)
+    path = saved(tmp_path / "w.pth", source.state_dict())
+    with pytest.raises(ValueError, match=f"missing .*norm.weight .*unexpected .*norm.weight.*; {hint}$"):
+        load_checkpoint(small(global_pool=ours), path)
+    model = small(global_pool=ours, fc_norm=file == "avg")
+    load_checkpoint(model, path)
+    assert_state(model, source.state_dict())
+
+
+def test_mask_tokens_are_no_misfit(tmp_path):
+    """Only training reads it: original DINOv2 files have one, timm's have none."""
+    source = small(mask_token=True)
+    model = small(mask_token=True)
+    own = model.mask_token.detach().clone()
+    state = source.state_dict()
+    load_checkpoint(model, saved(tmp_path / "w.pth", {name: v for name, v in state.items() if name != "mask_token"}))
+    assert_state(model, state | {"mask_token": own})
+    load_checkpoint(model, saved(tmp_path / "w.pth", state))
+    assert_state(model, state)
+    load_checkpoint(small(), tmp_path / "w.pth")
+
+
+def test_a_model_of_another_library_is_refused(tmp_path):
+    with pytest.raises(TypeError, match=r"^model is a Linear, expected a fastvit.VisionTransformer$"):
+        load_checkpoint(torch.nn.Linear(1, 1), saved(tmp_path / "w.pth", {}))
+
+
+TIMED = """
+import socket, sys, time, fastvit
+from huggingface_hub import hf_hub_download
+if sys.argv[1] == "mute resolver":
+    socket.getaddrinfo = lambda *_, **__: time.sleep(600)
+for name in sys.argv[2:]:
+    start = time.monotonic()
+    try:
+        fastvit.create_model(name, pretrained=True, embed_dim=48, depth=2, num_heads=3)
+        print(time.monotonic() - start, "loaded", flush=True)
+    except RuntimeError as error:
+        print(time.monotonic() - start, error, flush=True)
+"""
+
+
+def test_no_network_is_an_error_within_seconds_and_needless_for_what_is_cached(tmp_path, request):
+    pytest.importorskip("huggingface_hub")
+    cached, absent = "vit_tiny_patch16_224", "deit_tiny_patch16_224"
+    repository = tmp_path / f"hub/hub/models--timm--{cached}.augreg_in21k_ft_in1k"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs/main").write_text("0" * 40)
+    (repository / "snapshots" / ("0" * 40)).mkdir(parents=True)
+    saved(repository / "snapshots" / ("0" * 40) / "model.safetensors", small(patch_size=16, img_size=224).state_dict())
+    with socket.create_server(("127.0.0.1", 0)) as silent, socket.create_server(("127.0.0.1", 0)) as closing:
+        ports = silent.getsockname()[1], closing.getsockname()[1]
+        closing.close()
+        processes = {
+            kind: subprocess.Popen(
+                [sys.executable, "-c", TIMED, kind, cached, cached, absent],
+                env=hub_environment(tmp_path, endpoint),
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            for kind, endpoint in {
+                "silent server": f"http://127.0.0.1:{ports[0]}",
+                "closed port": f"http://127.0.0.1:{ports[1]}",
+                "mute resolver": "http://hub.invalid",
+            }.items()
+        }
+        for process in processes.values():
+            request.addfinalizer(process.kill)
+        for kind, process in processes.items():
+            _, of_cached, of_absent = process.communicate(timeout=120)[0].splitlines()
+            seconds, said = of_cached.split(" ", 1)
+            assert said == "loaded" and float(seconds) < 3, (kind, of_cached)
+            seconds, said = of_absent.split(" ", 1)
+            assert float(seconds) < 5, (kind, of_absent)
+            assert said.startswith(f"could not download model.safetensors of timm/{absent}.fb_in1k: "), (kind, said)
+            assert said.endswith("; a copy from elsewhere can be given as checkpoint"), (kind, said)
+            assert "refused" in said or "no answer within 3 seconds" in said, (kind, said)

@@ -44,7 +44,7 @@ def _block(tokens, dim, dtype, stream=None, scaled=False, activation="gelu", bat
 
     layer_norm.layer_norm_forward(x, *norm, 1e-6)
     qkv, mean, rstd = layer_norm_linear.layer_norm_linear_forward(x, *norm, weight[3], bias[3], 1e-6)
-    layer_norm_linear.layer_norm_linear_backward(qkv, x, mean, rstd, *norm, weight[3], (True,) * 3)
+    layer_norm_linear.layer_norm_linear_backward(qkv, x, mean, rstd, *norm, weight[3], 1e-6, (True,) * 3)
     out = linear_residual.linear_residual_forward(inner, weight[1], bias[1], x, *scales, x.dtype)
     needs = (True, True, True, scaled)
     linear_residual.linear_residual_backward(out, inner, weight[1], bias[1], *scales, needs)
@@ -54,7 +54,7 @@ def _block(tokens, dim, dtype, stream=None, scaled=False, activation="gelu", bat
         )
     needs = (True,) * 5 + (scaled,)
     layer_norm_mlp.layer_norm_mlp_backward(
-        out, x, mean, rstd, preactivation, *norm, weight[4], fc2, bias[1], *scales, activation, True, needs
+        out, x, mean, rstd, preactivation, *norm, weight[4], fc2, bias[1], *scales, 1e-6, activation, True, needs
     )
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fastvit.nn.layers import ACTIVATION_LAYERS
+from fastvit.nn.layers import ACTIVATION_LAYERS, is_integer, is_number
 from fastvit.nn.mlp import Mlp, SwiGLU
 from fastvit.nn.patch_embed import to_pair
 
@@ -13,6 +14,11 @@ AVERAGING_POOLS = ("avg", "avgmax", "max")
 MLPS = {"mlp": Mlp, "swiglu": SwiGLU}
 # How a position table is brought to another grid; see `fastvit.models.weights.resample_position_table`.
 POS_RESAMPLING = ("antialias", "bicubic", "dinov2")
+# Pillow's filters, by timm's names.
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
+_FLAGS = ("qkv_bias", "class_token", "no_embed_class", "distilled", "final_norm")
+_FLAGS += ("dynamic_img_size", "dynamic_img_pad", "mask_token")
+_RATES = ("drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate")
 
 
 @dataclass(frozen=True)
@@ -23,10 +29,13 @@ class ViTConfig:
     classifier. global_pool: "token" (the class token), "avg", "max" or "avgmax" over the patch tokens, "" for none.
     init_values: first value of layer scale (arXiv 2103.17239), None for no layer scale. reg_tokens: registers (arXiv
     2309.16588). no_embed_class: prefix tokens have no position. fc_norm: the last norm comes after pooling; None
-    means it does for the pools over patches. distilled: a second token and head (arXiv 2012.12877). mlp: "mlp" or
-    "swiglu", whose gate has activation "silu". norm_eps: of every LayerNorm. The *_rate fields are dropout rates and
-    the largest drop-path rate. pos_resampling: a policy for position tables of another grid. mean, std, crop_pct,
-    interpolation: how the images were prepared in training; mean and std are per channel, for pixels in [0, 1].
+    means it does for the pools over patches. dynamic_img_size: images of any size that the patch divides, the position
+    table being resampled to each; dynamic_img_pad: and of any other, filled up with zeros at the right and the bottom.
+    distilled: a second token and head (arXiv 2012.12877). mask_token: a learned token for masked patches, as DINOv2
+    and iBOT (arXiv 2111.07832) have it. mlp: "mlp" or "swiglu", whose gate has activation "silu". norm_eps: of every
+    LayerNorm. The *_rate fields are dropout rates, that of whole patches (arXiv 2212.00794) and the largest drop-path
+    rate. pos_resampling: a policy for position tables of another grid. mean, std, crop_pct, interpolation: how the
+    images were prepared in training; mean and std are per channel, for pixels in [0, 1], None for 0.5 in each.
 
     Raises ValueError, or TypeError for a flag that is no bool, naming the field, what came and what was expected.
     """
@@ -50,23 +59,25 @@ class ViTConfig:
     distilled: bool = False
     final_norm: bool = True
     fc_norm: bool | None = None
+    dynamic_img_size: bool = False
+    dynamic_img_pad: bool = False
+    mask_token: bool = False
     norm_eps: float = 1e-6
     drop_rate: float = 0.0
     pos_drop_rate: float = 0.0
+    patch_drop_rate: float = 0.0
     proj_drop_rate: float = 0.0
     attn_drop_rate: float = 0.0
     drop_path_rate: float = 0.0
     pos_resampling: str = "antialias"
-    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
-    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
     crop_pct: float = 0.9
     interpolation: str = "bicubic"
 
     def __post_init__(self):
         for name in ("img_size", "patch_size"):
             object.__setattr__(self, name, to_pair(name, getattr(self, name)))
-        for name in ("mean", "std"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
         for name, least in (
             ("in_chans", 1),
             ("num_classes", 0),
@@ -76,22 +87,32 @@ class ViTConfig:
             ("reg_tokens", 0),
         ):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
+            if not is_integer(value) or value < least:
                 raise ValueError(f"{name} is {value!r}, expected an integer of at least {least}")
-        for name in ("qkv_bias", "class_token", "no_embed_class", "distilled", "final_norm"):
+        for name in _FLAGS:
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} is {getattr(self, name)!r}, expected a bool")
-        for name in ("drop_rate", "pos_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected a rate in [0, 1)")
+        if self.fc_norm is not None and not isinstance(self.fc_norm, bool):
+            raise TypeError(f"fc_norm is {self.fc_norm!r}, expected a bool or None")
+        for name in _RATES:
+            if not (is_number(getattr(self, name)) and 0 <= getattr(self, name) < 1):
+                raise ValueError(f"{name} is {getattr(self, name)!r}, expected a rate in [0, 1)")
         for name in ("mlp_ratio", "norm_eps", "crop_pct"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected a positive number")
+            if not (is_number(getattr(self, name)) and getattr(self, name) > 0):
+                raise ValueError(f"{name} is {getattr(self, name)!r}, expected a positive number")
+        if self.init_values is not None and not is_number(self.init_values):
+            raise ValueError(f"init_values is {self.init_values!r}, expected a number or None")
+        for name in ("mean", "std"):
+            value = (0.5,) * self.in_chans if getattr(self, name) is None else getattr(self, name)
+            if not isinstance(value, Sequence) or len(value) != self.in_chans or not all(map(is_number, value)):
+                raise ValueError(f"{name} is {value!r}, expected one number for each channel, {self.in_chans}")
+            object.__setattr__(self, name, tuple(value))
         for name, known in (
             ("global_pool", POOLS),
             ("mlp", tuple(MLPS)),
             ("activation", tuple(ACTIVATION_LAYERS)),
             ("pos_resampling", POS_RESAMPLING),
+            ("interpolation", INTERPOLATIONS),
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {known}")
@@ -100,9 +121,6 @@ class ViTConfig:
             raise ValueError(f"img_size is {self.img_size}, expected multiples of patch_size, {self.patch_size}")
         if self.embed_dim % self.num_heads:
             raise ValueError(f"num_heads is {self.num_heads}, expected a divisor of embed_dim, {self.embed_dim}")
-        for name in ("mean", "std"):
-            if len(getattr(self, name)) != self.in_chans:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected one number for each channel")
         if any(not value > 0 for value in self.std):
             raise ValueError(f"std is {self.std}, expected positive numbers")
         if self.mlp == "swiglu" and self.activation != "silu":

@@ -7,8 +7,14 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import inspect
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
+import torch
+
+from .backbone import FeatureGetterNet
 from .config import ViTConfig
 from .vision_transformer import VisionTransformer
 from .weights import fetch_pretrained, load_checkpoint
@@ -39,7 +45,8 @@ _FAMILIES = {
 _VIT, _DEIT, _DEIT_DISTILLED, _DINO2, _DINO2_REG = _FAMILIES
 
 _AUGREG = "augreg_in21k_ft_in1k"
-_TABLE = (  # family, size, patch, img, tag of timm's default weights (None: there are none), and what differs
+_UNTRAINED = "untrained"  # timm's tag where there are no weights
+_TABLE = (  # family, size, patch, img, timm's default tag, and what differs
     (_VIT, "tiny", 16, 224, _AUGREG, {}),
     (_VIT, "tiny", 16, 384, _AUGREG, {}),
     (_VIT, "small", 8, 224, "dino", {**_IMAGENET, **_HEADLESS}),
@@ -52,7 +59,7 @@ _TABLE = (  # family, size, patch, img, tag of timm's default weights (None: the
     (_VIT, "base", 16, 384, _AUGREG, {}),
     (_VIT, "base", 32, 224, _AUGREG, {}),
     (_VIT, "base", 32, 384, _AUGREG, {}),
-    (_VIT, "large", 14, 224, None, {}),
+    (_VIT, "large", 14, 224, _UNTRAINED, {}),
     (_VIT, "large", 16, 224, _AUGREG, {}),
     (_VIT, "large", 16, 384, _AUGREG, {}),
     (_VIT, "large", 32, 224, "orig_in21k", _HEADLESS),
@@ -79,20 +86,25 @@ _TABLE = (  # family, size, patch, img, tag of timm's default weights (None: the
 
 @dataclass(frozen=True)
 class ModelEntry:
-    """One known model: its configuration, and the hub repository of its weights or None where there are none."""
+    """One known model: its name, its configuration, and the tag of timm's default weights."""
 
+    name: str
     config: ViTConfig
-    hub_id: str | None
+    tag: str
+
+    @property
+    def hub_id(self) -> str | None:
+        """The hub repository of the weights, or None where there are none."""
+        return None if self.tag == _UNTRAINED else f"timm/{self.name}.{self.tag}"
 
 
-def _entry(family, size, patch, img, tag, differs) -> tuple[str, ModelEntry]:
-    name = family.format(size=size, patch=patch, img=img)
+def _entry(family, size, patch, img, tag, differs) -> ModelEntry:
     crop = {"crop_pct": 1.0} if img == 384 else {}
     config = ViTConfig(**{"img_size": img, "patch_size": patch, **_SIZES[size], **_FAMILIES[family], **crop, **differs})
-    return name, ModelEntry(config, f"timm/{name}.{tag}" if tag else None)
+    return ModelEntry(family.format(size=size, patch=patch, img=img), config, tag)
 
 
-MODELS: dict[str, ModelEntry] = dict(_entry(*row) for row in _TABLE)
+MODELS: dict[str, ModelEntry] = {entry.name: entry for entry in (_entry(*row) for row in _TABLE)}
 
 
 def list_models(pattern: str = "*") -> list[str]:
@@ -101,39 +113,93 @@ def list_models(pattern: str = "*") -> list[str]:
 
 
 def model_entry(name: str) -> ModelEntry:
-    """The table's entry of `name`. Raises ValueError with the nearest names for an unknown one."""
-    if name not in MODELS:
-        near = difflib.get_close_matches(name, MODELS, n=3, cutoff=0.5)
-        hint = f"did you mean {', '.join(near)}?" if near else "fastvit.list_models() has them all"
-        raise ValueError(f"unknown model {name!r}; {hint}")
-    return MODELS[name]
+    """The table's entry of `name`, which may end in "." and timm's default tag.
+
+    Raises TypeError for what is no string, ValueError for an unknown name, with the nearest ones, or another tag.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"name is {name!r}, expected the name of a model, as fastvit.list_models() has them")
+    known, _, tag = name.partition(".")
+    if known not in MODELS:
+        near = difflib.get_close_matches(known, MODELS, n=3, cutoff=0.5)
+        hint = f"did you mean {', '.join(near)}? " if near else ""
+        raise ValueError(f"unknown model {name!r}; {hint}fastvit.list_models() has them all")
+    entry = MODELS[known]
+    if tag not in ("", entry.tag):
+        raise ValueError(f"name is {name!r}, but {known} has only the tag {entry.tag!r} here; checkpoint loads others")
+    return entry
 
 
-def create_model(name: str, pretrained: bool = False, checkpoint=None, **overrides) -> VisionTransformer:
-    """Build the known model `name`, with any field of ViTConfig overridden, on the default device and in its dtype.
+def create_model(
+    name: str,
+    pretrained: bool = False,
+    checkpoint: str | os.PathLike | None = None,
+    *,
+    features_only: bool = False,
+    out_indices: int | Sequence[int] | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    **overrides,
+) -> VisionTransformer | FeatureGetterNet:
+    """Build the known model `name`, with any field of ViTConfig overridden, on `device` and in `dtype`.
 
+    name: one of `list_models()`; timm's default tag may follow it ("vit_tiny_patch16_224.augreg_in21k_ft_in1k").
     pretrained: load timm's default weights of that name from the Hugging Face hub (or its local cache); checkpoint:
     load a .safetensors or .pth file instead. The position table is resampled where img_size asks for another grid. A
     classifier of another width is left at its random start if num_classes is overridden, and is an error if not.
 
+    features_only: a `FeatureGetterNet` over the blocks `out_indices`, the last n for an int, 3 for None. device and
+    dtype default to torch's. An override of None leaves the field as it is. Where in_chans differs from the table's,
+    mean and std are, unless given, the average over the table's channels in each, as in timm's scripts.
+
     Raises ValueError for an unknown name (with the nearest ones), for a field's bad value, where the name has no
-    weights, and for a checkpoint that does not fit; TypeError for an unknown field; and what `fetch_pretrained` does.
+    weights, and for a checkpoint that does not fit; TypeError for an unknown field (with the nearest one) and an
+    argument of another type; and what `fetch_pretrained` does.
     """
     entry = model_entry(name)
+    overrides = {field: value for field, value in overrides.items() if value is not None}
     known = [field.name for field in fields(ViTConfig)]
-    unknown = [field for field in overrides if field not in known]
-    if unknown:
-        raise TypeError(f"create_model got unknown {', '.join(unknown)}; the fields are {', '.join(known)}")
+    for field in overrides:
+        if field not in known:
+            near = difflib.get_close_matches(field, [*inspect.signature(create_model).parameters, *known], n=1)
+            hint = f"did you mean {near[0]}?" if near else f"the fields are {', '.join(known)}"
+            raise TypeError(f"create_model got unknown {field}; {hint}")
+    for option, value in (("pretrained", pretrained), ("features_only", features_only)):
+        if not isinstance(value, bool):
+            raise TypeError(f"{option} is {value!r}, expected a bool")
+    if checkpoint is not None and not isinstance(checkpoint, (str, os.PathLike)):
+        raise TypeError(f"checkpoint is a {type(checkpoint).__name__}, expected a path; load_state_dict takes tensors")
+    if checkpoint is not None and os.path.isdir(checkpoint):
+        raise ValueError(f"checkpoint is {os.fspath(checkpoint)!r}, a directory, expected a .safetensors or .pth file")
+    if out_indices is not None and not features_only:
+        raise ValueError(f"out_indices is {out_indices}, but features_only is False; expected both or neither")
     if pretrained and checkpoint is not None:
         raise ValueError("pretrained=True came together with checkpoint, expected only one of them")
     if pretrained and entry.hub_id is None:
         raise ValueError(f"pretrained is True, but there are no weights of {name}")
-    config = replace(entry.config, **overrides)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"dtype is {dtype!r}, expected a floating-point torch.dtype")
+
+    config = replace(_for_channels(entry.config, overrides.get("in_chans")), **overrides)
     if pretrained:
         checkpoint = fetch_pretrained(entry.hub_id)
-    model = VisionTransformer(config)
+    model = VisionTransformer(config, device=device, dtype=dtype)
+    model.pretrained_cfg.update(architecture=entry.name, tag=entry.tag)
+    if entry.hub_id is not None:
+        model.pretrained_cfg.update(hf_hub_id=entry.hub_id)
     if checkpoint is not None:
         # Only of the hub's own files is it known which grid their position table has.
         grid_size = entry.config.grid_size if pretrained else None
-        load_checkpoint(model, checkpoint, new_classifier="num_classes" in overrides, grid_size=grid_size)
-    return model
+        new_classifier = features_only or "num_classes" in overrides
+        load_checkpoint(model, checkpoint, new_classifier=new_classifier, grid_size=grid_size)
+    if not features_only:
+        return model
+    return FeatureGetterNet(model, 3 if out_indices is None else out_indices)
+
+
+def _for_channels(config: ViTConfig, in_chans: int | None) -> ViTConfig:
+    """`config` for in_chans channels; mean and std, where their number differs, averaged over the channels."""
+    if not isinstance(in_chans, int) or in_chans == config.in_chans:
+        return config
+    mean, std = ((sum(values) / config.in_chans,) * in_chans for values in (config.mean, config.std))
+    return replace(config, in_chans=in_chans, mean=mean, std=std)

@@ -13,35 +13,65 @@ from torch.utils.checkpoint import checkpoint
 
 from fastvit import ops
 from fastvit.nn import Block, PatchEmbed, SwiGLU
-from fastvit.nn.layers import ACTIVATION_LAYERS, LAYER_NORM, bypassable, norm_complete
+from fastvit.nn.block import block_indices
+from fastvit.nn.layers import ACTIVATION_LAYERS, LAYER_NORM, bypassable, norm_complete, traced
 
-from .config import AVERAGING_POOLS, MLPS, ViTConfig
+from .config import AVERAGING_POOLS, MLPS, POOLS, ViTConfig
+from .patches import PatchDropout, fit_positions, normalise_pixels, put_mask_tokens
+from .weights import resample_position_table
+
+# Their control flow depends on the image and the masks: torch.fx records the call instead of looking inside.
+torch.fx.wrap("fit_positions")
+torch.fx.wrap("normalise_pixels")
+torch.fx.wrap("put_mask_tokens")
+
+
+def _from_config(field: str) -> property:
+    return property(lambda model: getattr(model.config, field))
 
 
 class VisionTransformer(nn.Module):
     """A Vision Transformer (arXiv 2010.11929), DeiT (2012.12877) or DINOv2 (2304.07193), as `config` describes it.
 
-    state_dict has timm's keys, shapes and order; the same seed gives the weights that timm's default initialisation
-    gives. Images are (B, C, H, W): floating point ones are taken as normalised already, uint8 ones are normalised
-    with the config's mean and std inside the patch embedding. Wrong images raise as `nn.PatchEmbed.forward` says.
+    state_dict has timm's keys, shapes and order; in float32 the same seed gives the weights that timm's default
+    initialisation gives. Images are (B, C, H, W): floating point ones are taken as normalised already, uint8 ones are
+    normalised with the config's mean and std inside the patch embedding. Wrong images raise as `nn.PatchEmbed.forward`
+    says.
+
+    `pretrained_cfg`, also called `default_cfg`, and `feature_info` are what timm's data and feature tools read, and
+    unlike timm's they follow the config: a model for 384 pixels says 384. `attn_pool` is always None, `norm_pre`
+    nothing until someone puts a module there.
     """
 
-    def __init__(self, config: ViTConfig):
+    def __init__(self, config: ViTConfig, device=None, dtype=None):
         super().__init__()
+        dd = {"device": device, "dtype": dtype}
         self.config = config
         self.grad_checkpointing = False
         self.distilled_training = False
         embed_dim = config.embed_dim
         layer_norm = partial(nn.LayerNorm, eps=config.norm_eps)
 
-        self.patch_embed = PatchEmbed(config.img_size, config.patch_size, config.in_chans, embed_dim)
+        self.patch_embed = PatchEmbed(
+            config.img_size,
+            config.patch_size,
+            config.in_chans,
+            embed_dim,
+            strict_img_size=not config.dynamic_img_size,
+            dynamic_img_pad=config.dynamic_img_pad,
+            **dd,
+        )
         # Tables first, modules after: the order of timm's state_dict.
         table_rows = self.patch_embed.num_patches + (0 if config.no_embed_class else config.num_prefix_tokens)
-        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim)) if config.class_token else None
-        self.reg_token = nn.Parameter(torch.empty(1, config.reg_tokens, embed_dim)) if config.reg_tokens else None
-        self.pos_embed = nn.Parameter(torch.empty(1, table_rows, embed_dim))
-        self.dist_token = nn.Parameter(torch.empty(1, 1, embed_dim)) if config.distilled else None
+        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim, **dd)) if config.class_token else None
+        self.reg_token = nn.Parameter(torch.empty(1, config.reg_tokens, embed_dim, **dd)) if config.reg_tokens else None
+        self.pos_embed = nn.Parameter(torch.empty(1, table_rows, embed_dim, **dd))
+        self.dist_token = nn.Parameter(torch.empty(1, 1, embed_dim, **dd)) if config.distilled else None
+        self.mask_token = nn.Parameter(torch.zeros(1, embed_dim, **dd)) if config.mask_token else None
         self.pos_drop = nn.Dropout(config.pos_drop_rate)
+        dropout = PatchDropout(config.patch_drop_rate, config.num_prefix_tokens)
+        self.patch_drop = dropout if config.patch_drop_rate else nn.Identity()
+        self.norm_pre = nn.Identity()
         # Stochastic depth grows linearly with depth (arXiv 1603.09382, section 3).
         drop_path_rates = [config.drop_path_rate * i / max(config.depth - 1, 1) for i in range(config.depth)]
         self.blocks = nn.Sequential(
@@ -58,16 +88,35 @@ class VisionTransformer(nn.Module):
                     act_layer=ACTIVATION_LAYERS[config.activation],
                     norm_layer=layer_norm,
                     mlp_layer=MLPS[config.mlp],
+                    **dd,
                 )
                 for drop_path in drop_path_rates
             )
         )
         before, after = config.final_norm and not config.norm_after_pool, config.final_norm and config.norm_after_pool
-        self.norm = layer_norm(embed_dim) if before else nn.Identity()
-        self.fc_norm = layer_norm(embed_dim) if after else nn.Identity()
+        self.norm = layer_norm(embed_dim, **dd) if before else nn.Identity()
+        self.fc_norm = layer_norm(embed_dim, **dd) if after else nn.Identity()
+        self.attn_pool = None
         self.head_drop = nn.Dropout(config.drop_rate)
         self._new_heads()
         self.init_weights()
+        self.feature_info = [
+            {"module": f"blocks.{i}", "num_chs": embed_dim, "reduction": self.patch_embed.feat_ratio()}
+            for i in range(config.depth)
+        ]
+        self.pretrained_cfg = self.default_cfg = {
+            "input_size": (config.in_chans, *config.img_size),
+            "fixed_input_size": not config.dynamic_img_size,
+            "interpolation": config.interpolation,
+            "crop_pct": config.crop_pct,
+            "crop_mode": "center",
+            "mean": config.mean,
+            "std": config.std,
+            "num_classes": config.num_classes,
+            "pool_size": None,
+            "first_conv": "patch_embed.proj",
+            "classifier": ("head", "head_dist") if config.distilled else "head",
+        }
 
     def _new_heads(self) -> None:
         """Untrained classifiers as torch initialises a linear layer."""
@@ -90,149 +139,246 @@ class VisionTransformer(nn.Module):
         self.apply(_init_linear)
 
     # The width of what `forward_features` and `forward_head(pre_logits=True)` give, and timm's other two names of it.
-    @property
-    def embed_dim(self) -> int:
-        return self.config.embed_dim
+    embed_dim = num_features = head_hidden_size = _from_config("embed_dim")
+    in_chans = _from_config("in_chans")
+    num_classes = _from_config("num_classes")
+    global_pool = _from_config("global_pool")
+    num_prefix_tokens = _from_config("num_prefix_tokens")
+    num_reg_tokens = _from_config("reg_tokens")
+    has_class_token = _from_config("class_token")
+    no_embed_class = _from_config("no_embed_class")
+    dynamic_img_size = _from_config("dynamic_img_size")
+    pool_include_prefix = False
 
-    num_features = head_hidden_size = embed_dim
+    def embed(self, x: torch.Tensor, masks: torch.Tensor | None = None) -> torch.Tensor:
+        """Images x (B, C, H, W) -> tokens (B, P + N, D) with positions, as the first block takes them.
 
-    @property
-    def num_classes(self) -> int:
-        return self.config.num_classes
-
-    @property
-    def global_pool(self) -> str:
-        return self.config.global_pool
-
-    @property
-    def num_prefix_tokens(self) -> int:
-        return self.config.num_prefix_tokens
-
-    def embed(self, images: torch.Tensor) -> torch.Tensor:
-        """images (B, C, H, W) -> tokens (B, P + N, D) with positions, as the first block takes them."""
+        masks (B, N) bool: True where `mask_token` takes the patch's place, the position staying. In training patch
+        dropout leaves fewer than N patches.
+        """
+        if traced(x):
+            x = normalise_pixels(x, self.config.mean, self.config.std)
         prefix = [token[0] for token in (self.cls_token, self.dist_token, self.reg_token) if token is not None]
-        raw = images.dtype == torch.uint8 if isinstance(images, torch.Tensor) else False
+        raw = x.dtype == torch.uint8 if isinstance(x, torch.Tensor) else False
+        positions = self._positions(x)[0]
         tokens = self.patch_embed(
-            images,
-            pos_embed=self.pos_embed[0],
+            x,
+            pos_embed=positions,
             prefix=torch.cat(prefix) if len(prefix) > 1 else prefix[0] if prefix else None,
             mean=self.config.mean if raw else None,
             std=self.config.std if raw else None,
         )
-        return self.pos_drop(tokens)
+        if masks is not None:
+            tokens = put_mask_tokens(tokens, masks, self.mask_token, positions, self.num_prefix_tokens)
+        return self.norm_pre(self.patch_drop(self.pos_drop(tokens)))
 
-    def _run_block(self, block: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    def _positions(self, x: torch.Tensor) -> torch.Tensor:
+        """The position table for the image's grid."""
+        config = self.config
+        if not config.dynamic_img_size:
+            return self.pos_embed
+        return fit_positions(
+            self.pos_embed, x, config.grid_size, config.patch_size, self._prefix_rows, config.pos_resampling
+        )
+
+    @property
+    def _prefix_rows(self) -> int:
+        """How many rows of the position table are for the prefix."""
+        return 0 if self.config.no_embed_class else self.config.num_prefix_tokens
+
+    def _run_block(self, block: nn.Module, x: torch.Tensor, attn_mask, is_causal) -> torch.Tensor:
+        masks = {"attn_mask": attn_mask, "is_causal": is_causal} if attn_mask is not None or is_causal else {}
         if self.grad_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, x, use_reentrant=False)
-        return block(x)
+            return checkpoint(block, x, use_reentrant=False, **masks)
+        return block(x, **masks)
 
-    def forward_features(self, images: torch.Tensor) -> torch.Tensor:
-        """images (B, C, H, W) -> tokens (B, P + N, D), the prefix first, after `norm` where the model has it."""
-        x = self.embed(images)
-        for block in self.blocks:
-            x = self._run_block(block, x)
-        return _normalise(self.norm, x)
+    def forward_features(
+        self,
+        x: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        is_causal: bool = False,
+        *,
+        masks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Images x (B, C, H, W) -> tokens (B, P + N, D), the prefix first, after `norm` where the model has it.
 
-    def forward_head(self, tokens: torch.Tensor, pre_logits: bool = False):
-        """tokens (B, P + N, D) of `forward_features` -> logits (B, num_classes), or with pre_logits, and where there is
-        no classifier, the pooled features (B, D); for global_pool "" both are per token.
+        attn_mask, broadcastable to (B, H, P + N, P + N), and is_causal: who attends to whom, as `nn.Attention` has
+        them. masks (B, N) bool: patches that `mask_token` stands in for, as in DINOv2 and iBOT. Raises ValueError and
+        TypeError as these say.
+        """
+        tokens = self.embed(x, masks)
+        if attn_mask is None and not is_causal and not self.grad_checkpointing:
+            tokens = self.blocks(tokens)
+        else:
+            for block in self.blocks:
+                tokens = self._run_block(block, tokens, attn_mask, is_causal)
+        return _normalise(self.norm, tokens)
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False):
+        """Tokens x (B, P + N, D) of `forward_features` -> logits (B, num_classes), or with pre_logits, and where there
+        is no classifier, the pooled features (B, D); for global_pool "" both are per token.
 
         A distilled model gives the mean over its two heads, or both apart, as a tuple, in training after
         `set_distilled_training()`.
         """
         if self.config.distilled:
-            x, x_dist = self.head_drop(tokens[:, 0]), self.head_drop(tokens[:, 1])
+            x, x_dist = self.head_drop(x[:, 0]), self.head_drop(x[:, 1])
             if pre_logits:
                 return (x + x_dist) / 2
             x, x_dist = self.head(x), self.head_dist(x_dist)
             return (x, x_dist) if self.distilled_training and self.training else (x + x_dist) / 2
-        x = self.head_drop(_normalise(self.fc_norm, self._pool(tokens)))
+        x = self.head_drop(_normalise(self.fc_norm, self.pool(x)))
         return x if pre_logits else self.head(x)
 
-    def _pool(self, tokens: torch.Tensor) -> torch.Tensor:
-        pool = self.config.global_pool
+    def pool(self, x: torch.Tensor, pool_type: str | None = None) -> torch.Tensor:
+        """Tokens x (B, P + N, D) -> (B, D) by pool_type, the model's global_pool for None; x itself for ""."""
+        pool = self.config.global_pool if pool_type is None else pool_type
+        if pool not in POOLS:
+            raise ValueError(f"pool_type is {pool!r}, expected one of {POOLS}")
         if pool == "token":
-            return tokens[:, 0]
+            return x[:, 0]
         if pool in AVERAGING_POOLS:
-            patches = tokens[:, self.num_prefix_tokens :]
+            patches = x[:, self.num_prefix_tokens :]
             if pool == "avg":
                 return patches.mean(dim=1)
             return patches.amax(dim=1) if pool == "max" else 0.5 * (patches.amax(dim=1) + patches.mean(dim=1))
-        return tokens
+        return x
 
-    def forward(self, images: torch.Tensor):
-        """images (B, C, H, W) -> what `forward_head` gives."""
-        return self.forward_head(self.forward_features(images))
+    def forward(
+        self,
+        x: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        is_causal: bool = False,
+        *,
+        masks: torch.Tensor | None = None,
+    ):
+        """Images x (B, C, H, W) -> what `forward_head` gives; the masks as `forward_features` has them."""
+        return self.forward_head(self.forward_features(x, attn_mask, is_causal, masks=masks))
 
     def forward_intermediates(
         self,
-        images: torch.Tensor,
+        x: torch.Tensor,
         indices: int | Sequence[int] | None = None,
         return_prefix_tokens: bool = False,
         norm: bool = False,
         stop_early: bool = False,
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
+        output_dict: bool = False,
+        attn_mask: torch.Tensor | None = None,
+        is_causal: bool = False,
     ):
         """Outputs of chosen blocks, in order: (forward_features' tokens, list), or the list with intermediates_only.
 
         indices: the last n blocks for an int, every block for None, else block numbers (negative from the end). Each
         item is the patch tokens, (B, D, rows, columns) for output_fmt "NCHW" or (B, N, D) for "NLC", and with
         return_prefix_tokens the tuple (patches, prefix (B, P, D)). norm: apply the final norm to each. stop_early: run
-        no block after the last chosen one. Raises ValueError for an index out of range or another output_fmt.
+        no block after the last chosen one. output_dict: return a dict, the list as "image_intermediates", the prefixes
+        as "image_intermediates_prefix", the tokens as "image_features". attn_mask and is_causal as `forward_features`
+        has them. Raises ValueError for an index out of range, another output_fmt, and "NCHW" where patch dropout leaves
+        no grid.
         """
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt is {output_fmt!r}, expected 'NCHW' or 'NLC'")
-        chosen = self._block_indices(indices)
+        reshape = output_fmt == "NCHW"
+        if reshape and self.training and getattr(self.patch_drop, "prob", 0):
+            raise ValueError("output_fmt is 'NCHW', but in training patch dropout leaves no grid; expected 'NLC'")
+        chosen = block_indices(indices, len(self.blocks))
         last = max(chosen) if stop_early or intermediates_only else len(self.blocks) - 1
-        x = self.embed(images)
+        tokens = self.embed(x)
         taken = []
         for index, block in enumerate(self.blocks[: last + 1]):
-            x = self._run_block(block, x)
+            tokens = self._run_block(block, tokens, attn_mask, is_causal)
             if index in chosen:
-                taken.append(_normalise(self.norm, x) if norm else x)
+                taken.append(_normalise(self.norm, tokens) if norm else tokens)
 
-        rows_columns = self.patch_embed.dynamic_feat_size(images.shape[2:])
-        intermediates = []
-        for tokens in taken:
-            patches = tokens[:, self.num_prefix_tokens :]
-            if output_fmt == "NCHW":
-                patches = patches.transpose(1, 2).unflatten(2, rows_columns).contiguous()
-            with_prefix = return_prefix_tokens and self.num_prefix_tokens
-            intermediates.append((patches, tokens[:, : self.num_prefix_tokens]) if with_prefix else patches)
-        return intermediates if intermediates_only else (_normalise(self.norm, x), intermediates)
-
-    def _block_indices(self, indices: int | Sequence[int] | None) -> set[int]:
-        depth = len(self.blocks)
-        if indices is None or isinstance(indices, int):
-            count = depth if indices is None else indices
-            if not 0 < count <= depth:
-                raise ValueError(f"indices is {indices}, expected a number of blocks from 1 to {depth}")
-            return set(range(depth - count, depth))
-        if not indices or not all(-depth <= index < depth for index in indices):
-            raise ValueError(f"indices is {indices}, expected block numbers from {-depth} to {depth - 1}")
-        return {index % depth for index in indices}
+        intermediates = [y[:, self.num_prefix_tokens :] for y in taken]
+        if reshape:
+            rows_columns = self.patch_embed.dynamic_feat_size(x.shape[2:])
+            intermediates = [y.transpose(1, 2).unflatten(2, rows_columns).contiguous() for y in intermediates]
+        prefixes = []
+        if return_prefix_tokens and self.num_prefix_tokens:
+            prefixes = [y[:, : self.num_prefix_tokens] for y in taken]
+        if output_dict:
+            result = {"image_intermediates": intermediates}
+            if prefixes:
+                result["image_intermediates_prefix"] = prefixes
+            return result if intermediates_only else {**result, "image_features": _normalise(self.norm, tokens)}
+        if prefixes:
+            intermediates = list(zip(intermediates, prefixes, strict=True))
+        return intermediates if intermediates_only else (_normalise(self.norm, tokens), intermediates)
 
     def get_intermediate_layers(
         self,
-        images: torch.Tensor,
+        x: torch.Tensor,
         n: int | Sequence[int] = 1,
         reshape: bool = False,
         return_prefix_tokens: bool = False,
         norm: bool = False,
+        attn_mask: torch.Tensor | None = None,
+        *,
+        return_class_token: bool = False,
     ) -> list:
         """Outputs of the last n blocks, or of the blocks numbered n: `forward_intermediates` under DINO's name.
 
-        Items are (B, N, D), or (B, D, rows, columns) with reshape, or (patches, prefix) with return_prefix_tokens.
+        Items are (B, N, D), or (B, D, rows, columns) with reshape, or with return_prefix_tokens (patches, prefix), or
+        with DINOv2's return_class_token (patches, class token (B, D)); norm is off by default, as in timm, but not in
+        DINOv2. Raises ValueError for both at once, or where there is no class token.
         """
-        return self.forward_intermediates(
-            images,
+        if return_class_token and (return_prefix_tokens or not self.has_class_token):
+            raise ValueError("return_class_token is True, expected a model with one and no return_prefix_tokens")
+        layers = self.forward_intermediates(
+            x,
             n,
-            return_prefix_tokens=return_prefix_tokens,
+            return_prefix_tokens=return_prefix_tokens or return_class_token,
             norm=norm,
             output_fmt="NCHW" if reshape else "NLC",
             intermediates_only=True,
+            attn_mask=attn_mask,
         )
+        return [(patches, prefix[:, 0]) for patches, prefix in layers] if return_class_token else layers
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Cut off what the outputs of the chosen blocks do not need, and return their numbers from 0.
+
+        indices as in `forward_intermediates`. The blocks after the last one go, with prune_norm the final `norm`, with
+        prune_head the pooling, the norm after it and the classifier.
+        """
+        chosen = block_indices(indices, len(self.blocks))
+        self.blocks = self.blocks[: max(chosen) + 1]
+        self.feature_info = self.feature_info[: len(self.blocks)]
+        if prune_norm:
+            self.norm = nn.Identity()
+        if prune_head:
+            self.fc_norm = nn.Identity()
+            self.reset_classifier(0, "")
+        normed = not (isinstance(self.norm, nn.Identity) and isinstance(self.fc_norm, nn.Identity))
+        self.config = replace(self.config, depth=len(self.blocks), final_norm=normed)
+        return chosen
+
+    def set_input_size(
+        self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
+    ) -> None:
+        """Take images of another size from now on, and patches of another size; None leaves one as it is.
+
+        The position table is resampled by the config's policy to the new grid, the patch projection as FlexiViT does.
+        Both are new parameters where they change. Raises ValueError for a size that is none or that the patch does
+        not divide.
+        """
+        old = self.config
+        img_size = old.img_size if img_size is None else img_size
+        self.config = replace(old, img_size=img_size, patch_size=old.patch_size if patch_size is None else patch_size)
+        self.patch_embed.set_input_size(self.config.img_size, self.config.patch_size)
+        if self.config.grid_size != old.grid_size:
+            table = resample_position_table(
+                self.pos_embed.detach(), old.grid_size, self.config.grid_size, self._prefix_rows, old.pos_resampling
+            )
+            self.pos_embed = nn.Parameter(table, requires_grad=self.pos_embed.requires_grad)
+        self.pretrained_cfg["input_size"] = (self.in_chans, *self.config.img_size)
+        for info in self.feature_info:
+            info["reduction"] = self.patch_embed.feat_ratio()
 
     def get_classifier(self):
         """The classifier, or the pair (head, head_dist) of a distilled model."""
@@ -241,14 +387,15 @@ class VisionTransformer(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier by a new one of `num_classes` outputs, 0 for none, and the pooling if one is given.
 
-        The final norm stays where it is. Raises ValueError for an unknown pool or one that the model cannot have.
+        The final norm stays where it is, and a distilled model has no pooling to change. Raises ValueError for an
+        unknown pool or one that the model cannot have.
         """
+        if global_pool is None or (self.config.distilled and global_pool == ""):
+            global_pool = self.config.global_pool
         self.config = replace(
-            self.config,
-            num_classes=num_classes,
-            global_pool=self.config.global_pool if global_pool is None else global_pool,
-            fc_norm=self.config.norm_after_pool,
+            self.config, num_classes=num_classes, global_pool=global_pool, fc_norm=self.config.norm_after_pool
         )
+        self.pretrained_cfg["num_classes"] = num_classes
         self._new_heads()
 
     def set_distilled_training(self, enable: bool = True) -> None:
@@ -268,7 +415,7 @@ class VisionTransformer(nn.Module):
     def group_matcher(self, coarse: bool = False) -> dict:
         """Patterns that sort parameter names by depth, as timm's layer-wise learning-rate decay takes them."""
         return {
-            "stem": r"^(?:cls_token|dist_token|reg_token|pos_embed|patch_embed)",
+            "stem": r"^(?:cls_token|dist_token|reg_token|mask_token|pos_embed|patch_embed|norm_pre)",
             "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
         }
 
@@ -276,7 +423,9 @@ class VisionTransformer(nn.Module):
 def _init_normal(tensor: torch.Tensor) -> None:
     # By inverting the distribution function, which takes one draw an element: torch's own trunc_normal_ draws
     # differently from release to release, and a seed should mean the same weights in all of them and in timm.
-    tensor.uniform_(-1, 1).erfinv_().mul_(0.02 * math.sqrt(2)).clamp_(-2, 2)
+    # In 16 bits one draw in 500 would be rounded to 1 or -1, which is infinitely far out: those are drawn in float32.
+    wide = tensor if tensor.dtype.itemsize > 2 else torch.empty_like(tensor, dtype=torch.float32)
+    tensor.copy_(wide.uniform_(-1, 1).erfinv_().mul_(0.02 * math.sqrt(2)).clamp_(-2, 2))
 
 
 def _init_linear(module: nn.Module) -> None:
@@ -289,6 +438,6 @@ def _init_linear(module: nn.Module) -> None:
 
 
 def _normalise(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    if bypassable((norm, LAYER_NORM)) and norm_complete(norm):
+    if not traced(x) and bypassable((norm, LAYER_NORM)) and norm_complete(norm):
         return ops.layer_norm(x, norm.weight, norm.bias, norm.eps)
     return norm(x)

@@ -7,7 +7,50 @@ from torch import nn
 
 from fastvit import ops
 
-from .layers import dropout_active
+from .layers import check_input, check_positive, check_rate, dropout_active, refuse_scripting, traced
+
+
+def masks(attn_mask, is_causal: bool, batch: int, num_heads: int, tokens: int, like: torch.Tensor):
+    """(key_padding_mask, attn_bias) of `fastvit.ops.attention` for timm's mask arguments, the bias where it has to be
+    made in the dtype and on the device of `like`. Raises as `Attention.forward` says."""
+    if attn_mask is None:
+        if not is_causal:
+            return None, None
+        allowed = torch.ones(tokens, tokens, dtype=torch.bool, device=like.device).tril()
+    elif is_causal:
+        raise ValueError("attn_mask came together with is_causal=True, expected only one of them")
+    else:
+        if not isinstance(attn_mask, torch.Tensor):
+            raise TypeError(f"attn_mask is a {type(attn_mask).__name__}, expected a torch.Tensor or None")
+        full = (batch, num_heads, tokens, tokens)
+        sizes = (1,) * (4 - attn_mask.dim()) + tuple(attn_mask.shape)
+        if attn_mask.dim() > 4 or any(size not in (1, want) for size, want in zip(sizes, full, strict=True)):
+            raise ValueError(f"attn_mask has shape {tuple(attn_mask.shape)}, expected one broadcastable to {full}")
+        if attn_mask.dtype != torch.bool:
+            if not attn_mask.is_floating_point():
+                raise TypeError(f"attn_mask has dtype {attn_mask.dtype}, expected bool or floating point")
+            return None, attn_mask
+        if sizes == (batch, 1, 1, tokens):  # who may be attended to does not depend on who asks
+            return attn_mask.reshape(batch, tokens), None
+        allowed = attn_mask
+    return None, torch.zeros(allowed.shape, dtype=like.dtype, device=like.device).masked_fill_(~allowed, float("-inf"))
+
+
+@torch.fx.wrap
+def attend(
+    qkv: torch.Tensor, num_heads: int, scale: float, attn_mask: torch.Tensor | None, is_causal: bool, dropout_p: float
+) -> torch.Tensor:
+    """softmax(q k^T * scale + mask) v of packed rows: qkv (B, N, 3 * H * d) -> (B, N, H * d). One node of a graph that
+    torch.fx traces, so that its masks are looked at, and its back end is chosen, when the graph runs."""
+    batch, tokens, width = qkv.shape
+    key_padding_mask, attn_bias = masks(attn_mask, is_causal, batch, num_heads, tokens, qkv)
+    return ops.attention(
+        qkv.reshape(batch, tokens, 3, num_heads, width // (3 * num_heads)),
+        scale=scale,
+        key_padding_mask=key_padding_mask,
+        attn_bias=attn_bias,
+        dropout_p=dropout_p,
+    )
 
 
 class Attention(nn.Module):
@@ -19,8 +62,11 @@ class Attention(nn.Module):
     `attn_drop` module only holds the rate and is never called; proj_drop: of the output. norm_layer is accepted for
     timm's sake and has no use without qk_norm or scale_norm.
 
-    Raises ValueError when num_heads does not divide dim, and for qk_norm, scale_norm and gated, which it has not.
+    Raises ValueError for sizes that are no positive integers, rates that are none, a num_heads that does not divide
+    dim, and for qk_norm, scale_norm and gated, which it has not.
     """
+
+    __prepare_scriptable__ = refuse_scripting
 
     def __init__(
         self,
@@ -43,7 +89,14 @@ class Attention(nn.Module):
         for name, value in (("qk_norm", qk_norm), ("scale_norm", scale_norm), ("gated", gated)):
             if value:
                 raise ValueError(f"{name} is {value}, but fastvit.nn.Attention supports only {name}=False")
-        if num_heads < 1 or (attn_head_dim is None and dim % num_heads):
+        check_positive("dim", dim)
+        check_positive("num_heads", num_heads)
+        for name, value in (("attn_head_dim", attn_head_dim), ("dim_out", dim_out)):
+            if value is not None:
+                check_positive(name, value)
+        for name, value in (("attn_drop", attn_drop), ("proj_drop", proj_drop)):
+            check_rate(name, value)
+        if attn_head_dim is None and dim % num_heads:
             raise ValueError(f"num_heads is {num_heads}, expected a divisor of dim, {dim}")
         self.dim = dim
         self.num_heads = num_heads
@@ -56,18 +109,8 @@ class Attention(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
 
     def attend(self, qkv: torch.Tensor, attn_mask: torch.Tensor | None, is_causal: bool) -> torch.Tensor:
-        """softmax(q k^T * scale + mask) v of packed rows: qkv (B, N, 3 * H * d) -> (B, N, H * d)."""
-        batch, tokens, _ = qkv.shape
-        key_padding_mask = attn_bias = None
-        if attn_mask is not None or is_causal:
-            key_padding_mask, attn_bias = self._masks(attn_mask, is_causal, batch, tokens, qkv)
-        return ops.attention(
-            qkv.reshape(batch, tokens, 3, self.num_heads, self.head_dim),
-            scale=self.scale,
-            key_padding_mask=key_padding_mask,
-            attn_bias=attn_bias,
-            dropout_p=self._dropout_p(),
-        )
+        """`attend` with this module's heads, scale and dropout."""
+        return attend(qkv, self.num_heads, self.scale, attn_mask, is_causal, self._dropout_p())
 
     def _dropout_p(self) -> float:
         """The rate that the op applies in attn_drop's stead. Raises TypeError for a module it cannot stand in for."""
@@ -75,35 +118,13 @@ class Attention(nn.Module):
             raise TypeError(f"attn_drop is {type(self.attn_drop).__name__}, expected nn.Dropout or nn.Identity")
         return self.attn_drop.p if type(self.attn_drop) is nn.Dropout and dropout_active(self.attn_drop) else 0.0
 
-    def _masks(self, attn_mask, is_causal, batch, tokens, like):
-        """(key_padding_mask, attn_bias) of `fastvit.ops.attention` for timm's mask arguments."""
-        if attn_mask is None:
-            allowed = torch.ones(tokens, tokens, dtype=torch.bool, device=like.device).tril()
-        elif is_causal:
-            raise ValueError("attn_mask came together with is_causal=True, expected only one of them")
-        else:
-            full = (batch, self.num_heads, tokens, tokens)
-            sizes = (1,) * (4 - attn_mask.dim()) + tuple(attn_mask.shape)
-            if attn_mask.dim() > 4 or any(size not in (1, want) for size, want in zip(sizes, full, strict=True)):
-                raise ValueError(f"attn_mask has shape {tuple(attn_mask.shape)}, expected one broadcastable to {full}")
-            if attn_mask.dtype != torch.bool:
-                if not attn_mask.is_floating_point():
-                    raise TypeError(f"attn_mask has dtype {attn_mask.dtype}, expected bool or floating point")
-                return None, attn_mask
-            if sizes == (batch, 1, 1, tokens):  # who may be attended to does not depend on who asks
-                return attn_mask.reshape(batch, tokens), None
-            allowed = attn_mask
-        return None, torch.zeros(allowed.shape, dtype=like.dtype, device=like.device).masked_fill_(
-            ~allowed, float("-inf")
-        )
-
     def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False) -> torch.Tensor:
         """x (B, N, D) -> (B, N, dim_out).
 
         attn_mask, broadcastable to (B, H, N, N): bool, True = attend, or floating point, added to the scaled scores.
         is_causal: token i attends to tokens 0 to i. Raises ValueError for a wrong shape or both masks at once, and
-        TypeError for a mask of another dtype.
+        TypeError for no tensor or one of another dtype.
         """
-        if x.dim() != 3 or x.shape[-1] != self.dim:
-            raise ValueError(f"x has shape {tuple(x.shape)}, expected (batch, tokens, {self.dim})")
+        if not traced(x):
+            check_input(x, self.dim)
         return self.proj_drop(self.proj(self.attend(self.qkv(x), attn_mask, is_causal)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 
@@ -19,9 +21,16 @@ from .layers import (
     branch_end,
     build_layer_norm,
     bypassable,
+    check_input,
+    check_positive,
+    check_rate,
     dropout_active,
+    is_integer,
+    is_number,
     norm_complete,
+    refuse_scripting,
     timm_layer,
+    traced,
     vit_layer_norm,
 )
 from .mlp import Mlp, SwiGLU
@@ -37,7 +46,24 @@ def _ours(argument: str, layer, replaced: dict[str, type]) -> type:
         if layer is our_class or (layer is not None and layer is timm_layer(timm_name)):
             return our_class
     names = ", ".join(f"fastvit.nn.{c.__name__} or timm.layers.{name}" for name, c in replaced.items())
-    raise TypeError(f"{argument} is {layer}, expected {names}")
+    raise TypeError(f"{argument} is {layer!r}, expected {names}")
+
+
+def block_indices(indices: int | Iterable[int] | None, depth: int) -> list[int]:
+    """Numbers, from 0, of the chosen ones of `depth` blocks: all for None, the last n for an int, else those given,
+    negative ones from the end. Raises ValueError for numbers that there are not, TypeError for anything else."""
+    if indices is None:
+        return list(range(depth))
+    if is_integer(indices):
+        if not 0 < indices <= depth:
+            raise ValueError(f"indices is {indices}, expected a number of blocks from 1 to {depth}")
+        return list(range(depth - indices, depth))
+    numbers = list(indices) if isinstance(indices, Iterable) else [None]
+    if not all(is_integer(number) for number in numbers):
+        raise TypeError(f"indices is {indices!r}, expected None, a number of blocks, or block numbers")
+    if not numbers or not all(-depth <= number < depth for number in numbers):
+        raise ValueError(f"indices is {indices}, expected block numbers from {-depth} to {depth - 1}")
+    return [number % depth for number in numbers]
 
 
 class Block(nn.Module):
@@ -48,13 +74,17 @@ class Block(nn.Module):
 
     Each line runs on fused ops (LayerNorm + linear; attention; linear + scales + residual; LayerNorm + MLP + scales +
     residual) as long as no one could tell it from calling the submodules, as `layers.bypassable` defines that; where
-    a submodule has hooks or was replaced, or dropout after a linear layer is active, the line calls its submodules.
+    a submodule has hooks or was replaced, dropout after a linear layer is active, or torch.fx traces, the line calls
+    its submodules.
 
     Parameters: norm1, attn.qkv, attn.proj, ls1.gamma, norm2, mlp.fc1, mlp.fc2, ls2.gamma, the `ls*` only where
     init_values, their first value, is given. mlp_layer is Mlp or SwiGLU; timm's own Attention, Mlp and SwiGLUPacked
     are taken to mean ours. depth, which timm passes, means nothing to the attention here. Raises TypeError for other
-    layer classes, ValueError for what the layers do not have (qk_norm, scale_attn_norm, scale_mlp_norm).
+    layer classes, ValueError for sizes and rates that are none, and for what the layers do not have (qk_norm,
+    scale_attn_norm, scale_mlp_norm).
     """
+
+    __prepare_scriptable__ = refuse_scripting
 
     def __init__(
         self,
@@ -82,6 +112,10 @@ class Block(nn.Module):
         dd = {"device": device, "dtype": dtype}
         if scale_mlp_norm:
             raise ValueError("scale_mlp_norm is True, but fastvit.nn.Block supports only scale_mlp_norm=False")
+        check_positive("dim", dim)
+        if not is_number(mlp_ratio) or mlp_ratio <= 0:
+            raise ValueError(f"mlp_ratio is {mlp_ratio!r}, expected a positive number")
+        check_rate("drop_path", drop_path)
         attn_class = _ours("attn_layer", attn_layer, {"Attention": Attention})
         mlp_class = _ours("mlp_layer", mlp_layer, {"Mlp": Mlp, "SwiGLUPacked": SwiGLU})
 
@@ -145,11 +179,12 @@ class Block(nn.Module):
 
     def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False) -> torch.Tensor:
         """x (B, N, D) -> (B, N, D). For attn_mask and is_causal, and what they raise, see `Attention.forward`."""
-        if x.dim() != 3 or x.shape[-1] != self.dim:
-            raise ValueError(f"x has shape {tuple(x.shape)}, expected (batch, tokens, {self.dim})")
+        tracing = traced(x)
+        if not tracing:
+            check_input(x, self.dim)
         own = self._modules
         norm, attn = own["norm1"], own["attn"]
-        if self.attention_fusible():
+        if not tracing and self.attention_fusible():
             qkv, proj = attn.qkv, attn.proj
             packed = ops.layer_norm_linear(x, norm.weight, norm.bias, qkv.weight, qkv.bias, eps=norm.eps)
             x = ops.linear_residual(
@@ -161,6 +196,6 @@ class Block(nn.Module):
             )
         else:
             x = x + self.drop_path1(self.ls1(attn(norm(x), attn_mask=attn_mask, is_causal=is_causal)))
-        if self.mlp_fusible():
+        if not tracing and self.mlp_fusible():
             return own["mlp"].fused(x, own["norm2"], **branch_end(own["ls2"], own["drop_path2"], x))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))

@@ -1,9 +1,12 @@
-"""Small layers of the residual branches, and the one predicate that says when a fused op may stand in for modules."""
+"""Small layers of the residual branches, the one predicate that says when a fused op may stand in for modules, and the
+checks that modules share."""
 
 from __future__ import annotations
 
+import math
 import sys
 from functools import partial
+from numbers import Integral, Real
 
 import torch
 from torch import nn
@@ -33,6 +36,54 @@ def bypassable(*roles: tuple[nn.Module, tuple[type, ...]]) -> bool:
     return True
 
 
+def traced(x) -> bool:
+    """Whether x is torch.fx's stand-in for a tensor: it has no values to check, and only calls of modules, of torch and
+    of functions under `torch.fx.wrap` can be recorded with it."""
+    return isinstance(x, torch.fx.Proxy)
+
+
+def refuse_scripting(module: nn.Module):
+    """The `__prepare_scriptable__` of modules that cannot be scripted. Raises RuntimeError."""
+    # A trace of the kernels would run, but cannot be saved: their autograd.Functions are Python.
+    raise RuntimeError(
+        f"torch.jit.script cannot compile fastvit.nn.{type(module).__name__}, which chooses its kernels as it runs: "
+        "use torch.compile, torch.export.export, or torch.jit.trace under fastvit.use_backend('torch')"
+    )
+
+
+def is_integer(value) -> bool:
+    """Whether it is an integer, Python's or numpy's, and no bool."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def is_number(value) -> bool:
+    """Whether it is a finite real number and no bool."""
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def check_positive(name: str, value) -> None:
+    """Raise ValueError unless `value` is a positive integer."""
+    if not is_integer(value) or value < 1:
+        raise ValueError(f"{name} is {value!r}, expected a positive integer")
+
+
+def check_rate(name: str, value) -> None:
+    """Raise ValueError unless `value` is a probability."""
+    if not is_number(value) or not 0 <= value <= 1:
+        raise ValueError(f"{name} is {value!r}, expected a number from 0 to 1")
+
+
+def check_input(x: torch.Tensor, dim: int, tokens: str = "tokens") -> None:
+    """Raise TypeError unless x is a floating-point tensor, ValueError unless its shape is (batch, tokens, dim), or with
+    "..." for tokens (batch, ..., dim)."""
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"x is a {type(x).__name__}, expected a torch.Tensor (batch, {tokens}, {dim})")
+    if x.dim() < 2 or (x.dim() != 3 and tokens != "...") or x.shape[-1] != dim:
+        raise ValueError(f"x has shape {tuple(x.shape)}, expected (batch, {tokens}, {dim})")
+    if not x.is_floating_point():
+        raise TypeError(f"x has dtype {x.dtype}, expected floating point")
+
+
 def dropout_active(dropout: nn.Dropout) -> bool:
     """Whether calling `dropout` would change its input."""
     return dropout.training and dropout.p > 0
@@ -52,8 +103,15 @@ def timm_layer(name: str):
 vit_layer_norm = partial(nn.LayerNorm, eps=1e-6)
 
 
+def check_layer(name: str, layer, example: str) -> None:
+    """Raise TypeError unless `layer` is something that builds a module: a class, or a partial or function."""
+    if not callable(layer) or isinstance(layer, nn.Module):
+        raise TypeError(f"{name} is {layer!r}, expected a class such as {example}")
+
+
 def build_layer_norm(norm_layer, dim: int, device=None, dtype=None) -> nn.LayerNorm:
     """The LayerNorm that `norm_layer(dim)` describes. Raises TypeError for any other kind of normalisation."""
+    check_layer("norm_layer", norm_layer, "torch.nn.LayerNorm")
     norm = norm_layer(dim, device=device, dtype=dtype)
     if type(norm) not in (nn.LayerNorm, timm_layer("LayerNorm")) or norm.weight is None or norm.bias is None:
         raise TypeError(f"norm_layer builds {norm}, expected a torch or timm LayerNorm with weight and bias")
@@ -62,10 +120,16 @@ def build_layer_norm(norm_layer, dim: int, device=None, dtype=None) -> nn.LayerN
 
 
 class LayerScale(nn.Module):
-    """x * gamma, one learned factor per channel, `init_values` at first (arXiv 2103.17239). x (..., D)."""
+    """x * gamma, one learned factor per channel, `init_values` at first (arXiv 2103.17239). x (..., D).
+
+    Raises ValueError for a dim that is no positive integer and init_values that are no finite number.
+    """
 
     def __init__(self, dim: int, init_values: float = 1e-5, device=None, dtype=None):
         super().__init__()
+        check_positive("dim", dim)
+        if not is_number(init_values):
+            raise ValueError(f"init_values is {init_values!r}, expected a finite number")
         self.init_values = init_values
         self.gamma = nn.Parameter(torch.empty(dim, device=device, dtype=dtype))
         self.reset_parameters()
@@ -80,27 +144,34 @@ class LayerScale(nn.Module):
         return f"{self.gamma.shape[0]}, init_values={self.init_values}"
 
 
+def sample_scale(x: torch.Tensor, drop_prob: float) -> torch.Tensor:
+    """A draw for each sample of x (B, ...), 0 with probability `drop_prob` and else 1 / (1 - drop_prob): (B,)."""
+    keep_prob = 1 - drop_prob
+    scale = x.new_empty(x.shape[0]).bernoulli_(keep_prob)
+    return scale.div_(keep_prob) if keep_prob > 0 else scale
+
+
+@torch.fx.wrap
+def drop_path(x: torch.Tensor, drop_prob: float) -> torch.Tensor:
+    """x (B, ...) by `sample_scale`."""
+    return x * sample_scale(x, drop_prob).reshape(-1, *[1] * (x.dim() - 1))
+
+
 class DropPath(nn.Module):
     """Stochastic depth: in training, zero a whole sample with probability `drop_prob` and divide the kept ones by
     1 - drop_prob (arXiv 1603.09382). x (B, ...). Raises ValueError for a probability outside [0, 1]."""
 
     def __init__(self, drop_prob: float = 0.0):
         super().__init__()
-        if not 0 <= drop_prob <= 1:
-            raise ValueError(f"drop_prob is {drop_prob}, expected a probability in [0, 1]")
+        check_rate("drop_prob", drop_prob)
         self.drop_prob = drop_prob
 
     def sample_scale(self, x: torch.Tensor) -> torch.Tensor | None:
         """A draw of the factor of each sample, (B,) in x's dtype, or None where `forward` changes nothing."""
-        if not self.training or self.drop_prob == 0:
-            return None
-        keep_prob = 1 - self.drop_prob
-        scale = x.new_empty(x.shape[0]).bernoulli_(keep_prob)
-        return scale.div_(keep_prob) if keep_prob > 0 else scale
+        return sample_scale(x, self.drop_prob) if self.training and self.drop_prob > 0 else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        scale = self.sample_scale(x)
-        return x if scale is None else x * scale.reshape(-1, *[1] * (x.dim() - 1))
+        return drop_path(x, self.drop_prob) if self.training and self.drop_prob > 0 else x
 
     def extra_repr(self) -> str:
         return f"drop_prob={self.drop_prob:.3f}"

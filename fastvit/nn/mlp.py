@@ -20,10 +20,21 @@ from .layers import (
     branch_end,
     build_layer_norm,
     bypassable,
+    check_input,
+    check_layer,
+    check_positive,
+    check_rate,
     dropout_active,
     norm_complete,
+    refuse_scripting,
+    traced,
     vit_layer_norm,
 )
+
+
+def _each(value) -> tuple:
+    """One value for both layers, or the pair that it is, as timm's layers take it."""
+    return tuple(value) if isinstance(value, (tuple, list)) and len(value) == 2 else (value, value)
 
 
 class _TwoLayers(nn.Module):
@@ -38,24 +49,30 @@ class _TwoLayers(nn.Module):
         out_features: int | None = None,
         act_layer=nn.GELU,
         norm_layer=None,
-        bias: bool = True,
-        drop: float = 0.0,
+        bias: bool | tuple[bool, bool] = True,
+        drop: float | tuple[float, float] = 0.0,
         device=None,
         dtype=None,
     ):
         super().__init__()
         if norm_layer is not None:
             raise ValueError(f"norm_layer is {norm_layer}, but fastvit's MLP supports only norm_layer=None")
-        hidden_features = hidden_features or in_features
+        check_positive("in_features", in_features)
+        hidden_features = in_features if hidden_features is None else hidden_features
+        out_features = in_features if out_features is None else out_features
+        check_positive("hidden_features", hidden_features)
+        check_positive("out_features", out_features)
         if hidden_features % self.packed:
             raise ValueError(f"hidden_features is {hidden_features}, expected a multiple of {self.packed}")
-        self.fc1 = nn.Linear(in_features, hidden_features, bias=bias, device=device, dtype=dtype)
+        (bias1, bias2), (rate1, rate2) = _each(bias), _each(drop)
+        check_rate("drop", rate1)
+        check_rate("drop", rate2)
+        check_layer("act_layer", act_layer, "torch.nn.GELU")
+        self.fc1 = nn.Linear(in_features, hidden_features, bias=bias1, device=device, dtype=dtype)
         self.act = act_layer()
-        self.drop1 = nn.Dropout(drop)
-        self.fc2 = nn.Linear(
-            hidden_features // self.packed, out_features or in_features, bias=bias, device=device, dtype=dtype
-        )
-        self.drop2 = nn.Dropout(drop)
+        self.drop1 = nn.Dropout(rate1)
+        self.fc2 = nn.Linear(hidden_features // self.packed, out_features, bias=bias2, device=device, dtype=dtype)
+        self.drop2 = nn.Dropout(rate2)
 
     def fusible(self) -> bool:
         """Whether `fused` gives what calling this module's submodules would."""
@@ -76,7 +93,8 @@ class Mlp(_TwoLayers):
     """fc2(act(fc1(x))) with dropout after each layer, a drop-in for timm's `Mlp`. x (..., in_features).
 
     Parameters: fc1.weight (hidden_features, in_features), fc2.weight (out_features, hidden_features), and biases.
-    Raises ValueError for a norm_layer, which it has not.
+    bias and drop are for both layers, or a pair. Raises ValueError for sizes and rates that are none and for a
+    norm_layer, which it has not, TypeError for an act_layer that is no class.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -108,13 +126,20 @@ class SwiGLU(_TwoLayers):
     """fc2(act(gate) * value), fc1(x) being [gate; value] (arXiv 2002.05202), a drop-in for timm's `SwiGLUPacked`.
 
     Parameters: fc1.weight (hidden_features, in_features), fc2.weight (out_features, hidden_features / 2), and biases.
-    Raises ValueError for an odd hidden_features and for a norm_layer, which it has not.
+    bias and drop are for both layers, or a pair. Raises as Mlp, and ValueError for an odd hidden_features.
     """
 
     packed = 2
 
-    def __init__(self, in_features: int, hidden_features: int | None = None, act_layer=nn.SiLU, **kwargs):
-        super().__init__(in_features, hidden_features, act_layer=act_layer, **kwargs)
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int | None = None,
+        out_features: int | None = None,
+        act_layer=nn.SiLU,
+        **kwargs,
+    ):
+        super().__init__(in_features, hidden_features, out_features, act_layer, **kwargs)
 
     def init_weights(self) -> None:
         """Start as the identity of gating, as timm does: values of 1 whatever the input."""
@@ -143,8 +168,11 @@ class LayerNormMLP(nn.Module):
     Parameters: norm.weight, norm.bias (D,); fc1.weight (hidden_features, D), fc2.weight (D, hidden_features) and,
     with `bias`, their biases; ls.gamma (D,) where init_values, its first value, is given.
     hidden_features defaults to 4 * dim. act_layer: nn.GELU (exact by default), nn.SiLU, fastvit.nn.QuickGELU are
-    fused, any other runs unfused. residual=False leaves out the sum and returns the branch alone.
+    fused, any other runs unfused. residual=False leaves out the sum and returns the branch alone. Raises ValueError for
+    sizes and rates that are none, TypeError for layers that are no classes.
     """
+
+    __prepare_scriptable__ = refuse_scripting
 
     def __init__(
         self,
@@ -161,7 +189,11 @@ class LayerNormMLP(nn.Module):
     ):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
+        check_positive("dim", dim)
         hidden_features = 4 * dim if hidden_features is None else hidden_features
+        check_positive("hidden_features", hidden_features)
+        check_rate("drop_path", drop_path)
+        check_layer("act_layer", act_layer, "torch.nn.GELU")
         self.dim = dim
         self.residual = residual
         self.norm = build_layer_norm(norm_layer, dim, **dd)
@@ -183,10 +215,11 @@ class LayerNormMLP(nn.Module):
         ) and norm_complete(self.norm)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x (B, ..., D) -> (B, ..., D). Raises ValueError for another width."""
-        if x.dim() < 2 or x.shape[-1] != self.dim:
-            raise ValueError(f"x has shape {tuple(x.shape)}, expected (batch, ..., {self.dim})")
-        if not self.fusible():
+        """x (B, ..., D) -> (B, ..., D). Raises ValueError for another width, TypeError for another dtype."""
+        tracing = traced(x)
+        if not tracing:
+            check_input(x, self.dim, "...")
+        if tracing or not self.fusible():
             branch = self.drop_path(self.ls(self.fc2(self.act(self.fc1(self.norm(x))))))
             return x + branch if self.residual else branch
         return ops.layer_norm_mlp(

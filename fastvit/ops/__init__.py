@@ -34,19 +34,26 @@ linear_residual = _linear_residual.linear_residual
 patch_embed = _patch_embed.patch_embed
 
 
-def _explainer(module):
-    signature = inspect.signature(getattr(module, module.OP.name))
-
-    def explain(*args, **kwargs):
-        bound = signature.bind(*args, **kwargs)
-        bound.apply_defaults()
-        return module.OP.explain(*bound.arguments.values())
-
-    return explain
+def _positional(name: str, args, kwargs) -> tuple:
+    """The arguments of op `name` as its `_common.Op` takes them: all, in order."""
+    bound = inspect.signature(getattr(_MODULES[name], name)).bind(*args, **kwargs)
+    bound.apply_defaults()
+    return tuple(bound.arguments.values())
 
 
-# What `fastvit.explain` asks: for each op, a function of the op's own arguments.
-OPS = {name: _explainer(module) for name, module in _MODULES.items()}
+def explain(name: str, *args, **kwargs):
+    """What `fastvit.explain` says of op `name` with the op's own arguments."""
+    return _MODULES[name].OP.explain(*_positional(name, args, kwargs))
+
+
+def run_candidate(name: str, candidate: str, *args, **kwargs):
+    """Op `name` by one of the candidates that `explain` may name, whatever the back end asked for."""
+    op, given = _MODULES[name].OP, _positional(name, args, kwargs)
+    op.check(*given)
+    return op.candidates(given)[candidate](*given)
+
+
+OPS = tuple(sorted(_MODULES))
 
 __all__ = [
     "AttentionFunction",
@@ -55,5 +62,5 @@ __all__ = [
     "LayerNormMLPFunction",
     "LinearResidualFunction",
     "PatchEmbedFunction",
-    *sorted(OPS),
+    *OPS,
 ]

@@ -2,22 +2,30 @@
 
 import contextlib
 import importlib
+import math
+import numbers
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from fastvit import dispatch, tuned
 
+# The candidate that is all kernels, and the one whose weight gradients are the library's.
+KERNELS, LIBRARY_GRADIENTS = "triton", "triton + torch.mm"
+
 
 @dataclass(frozen=True)
 class Op:
-    """One op: four functions of the same arguments.
+    """One op: functions of the same arguments.
 
     check raises ValueError or TypeError for arguments that no back end takes; unsupported lists every reason why the
-    kernels cannot take them; torch and triton run it. others: further ways to run it in PyTorch, by name, that may be
-    measured against these two.
+    kernels cannot take them; torch and triton run it. product, of an op that makes matrix products: their dtype, and
+    the weights whose gradients are such products; where there are any, triton takes by_library=True, to have those by
+    the library. others: further ways to run it in PyTorch, by name, that may be measured against the rest.
     """
 
     name: str
@@ -25,12 +33,26 @@ class Op:
     unsupported: Callable[..., list[str]]
     torch: Callable[..., torch.Tensor]
     triton: Callable[..., torch.Tensor]
+    product: Callable[..., tuple[torch.dtype, tuple[torch.Tensor, ...]]] | None = None
     others: dict[str, Callable[..., torch.Tensor]] = field(default_factory=dict)
 
-    @property
-    def candidates(self) -> dict[str, Callable[..., torch.Tensor]]:
-        """Every way to run it, by name, ours first."""
-        return {"triton": self.triton, "torch": self.torch, **self.others}
+    def candidates(self, args) -> dict[str, Callable[..., torch.Tensor]]:
+        """Every way to run a call, by name, ours first."""
+        found = {KERNELS: self.triton, "torch": self.torch, **self.others}
+        if self.product is not None and needs_grad(*self.product(*args)[1]):
+            found[LIBRARY_GRADIENTS] = partial(self.triton, by_library=True)
+        return found
+
+    def unmeasured(self, args) -> tuple[str, str]:
+        """The candidate under "auto" where nothing was measured, and why it is not all kernels."""
+        if self.product is None:
+            return KERNELS, ""
+        dtype, weights = self.product(*args)
+        if dtype == torch.float32:
+            return "torch", "no measurement says that the kernels' products are faster in float32"
+        if needs_grad(*weights):
+            return LIBRARY_GRADIENTS, "no measurement says that the kernels' weight gradients are faster"
+        return KERNELS, ""
 
     def __call__(self, *args):
         self.check(*args)
@@ -41,7 +63,11 @@ class Op:
         if not dispatch.wants_triton(self.name, self.unsupported(*args)):
             return self.torch(*args)
         name = self._choice(args, measure=True)
-        return self.triton(*args) if name == "triton" else self.candidates[name](*args)
+        if name == KERNELS:
+            return self.triton(*args)
+        if name == LIBRARY_GRADIENTS:
+            return self.triton(*args, by_library=True)
+        return self.torch(*args) if name == "torch" else self.others[name](*args)
 
     def _choice(self, args, measure: bool = False) -> str:
         """The candidate to run where the kernels can: under "auto", the one that was measured to be the fastest, if any
@@ -50,15 +76,16 @@ class Op:
         tracing = torch.compiler.is_compiling() or isinstance(args[0], FakeTensor)
         if measure and tuned.mode() == "measure" and not tracing and dispatch.can_measure(device):
             importlib.import_module("fastvit.tune").tune_missing(self, args)
-        if dispatch.requested_backend() != "auto" or tuned.mode() == "off":
-            return "triton"
+        if dispatch.requested_backend() != "auto":
+            return KERNELS
+        unmeasured, _ = self.unmeasured(args)
         # Tables are read while tracing too, but by `measured_candidate` alone, which the compiler does not look into.
-        if not tracing and self.name not in tuned.table(device).lost:
-            return "triton"
+        if tuned.mode() == "off" or not (tracing or tuned.table(device).choices.get(self.name, set()) - {unmeasured}):
+            return unmeasured
         if self._strided(args) or (tracing and not self._static(args)):
-            return "triton"
+            return unmeasured
         name = dispatch.measured_candidate(device, self.key(args))
-        return name if name in self.candidates else "triton"
+        return name if name in self.candidates(args) else unmeasured
 
     def _strided(self, args) -> bool:
         """Whether a tensor is not dense, as all that were measured are."""
@@ -99,14 +126,16 @@ class Op:
         if reasons := ([at_once] if at_once else []) + self.unsupported(*args):
             return dispatch.Explanation(self.name, "torch", tuple(reasons), "torch", ())
         if dispatch.requested_backend() != "auto":
-            return dispatch.Explanation(self.name, "triton", (), "triton", ())
+            return dispatch.Explanation(self.name, KERNELS, (), KERNELS, ())
         if self._strided(args):
             evidence = ("nothing for tensors that are not contiguous: heuristics decide",)
         else:
             evidence = dispatch.evidence(device, self.key(args))
-        if (name := self._choice(args)) == "triton":
-            return dispatch.Explanation(self.name, "triton", (), "triton", evidence)
-        return dispatch.Explanation(self.name, "torch", (f"{name} was measured to be faster",), name, evidence)
+        name, (unmeasured, why) = self._choice(args), self.unmeasured(args)
+        if name != unmeasured:
+            why = f"{name} was measured to be faster"
+        backend = KERNELS if name in (KERNELS, LIBRARY_GRADIENTS) else "torch"
+        return dispatch.Explanation(self.name, backend, () if name == KERNELS else (why,), name, evidence)
 
 
 _watcher: Callable[[Op, tuple], None] | None = None
@@ -123,11 +152,12 @@ def watching(callback: Callable[[Op, tuple], None]) -> Iterator[None]:
         _watcher = before
 
 
-def check_tensors(op: str, **tensors: torch.Tensor | None) -> None:
-    """Raise TypeError unless each is a floating-point tensor (or None), ValueError unless all are on one device."""
+def check_tensors(op: str, optional: tuple[str, ...] = (), **tensors: torch.Tensor | None) -> None:
+    """Raise TypeError unless each is a floating-point tensor (or None, those that are optional), ValueError unless all
+    are on one device."""
     device = first = None
     for name, tensor in tensors.items():
-        if tensor is None:
+        if tensor is None and name in optional:
             continue
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(tensor).__name__}")
@@ -137,6 +167,15 @@ def check_tensors(op: str, **tensors: torch.Tensor | None) -> None:
             device, first = tensor.device, name
         elif tensor.device != device:
             raise ValueError(f"{op}: {name} is on {tensor.device}, but {first} is on {device}")
+
+
+def check_number(op: str, name: str, value: float, positive: bool = False) -> None:
+    """Raise TypeError unless value is a number, ValueError unless it is finite (and positive)."""
+    known = type(value) is float or isinstance(value, (numbers.Real, torch.SymInt, torch.SymFloat))
+    if not known or isinstance(value, bool):
+        raise TypeError(f"{op}: {name} must be a number, got {value!r}")
+    if not -math.inf < value < math.inf or (positive and value <= 0):
+        raise ValueError(f"{op}: {name} must be {'positive and ' if positive else ''}finite, got {value}")
 
 
 def check_shape(op: str, name: str, tensor: torch.Tensor | None, expected: tuple[int, ...], letters: str) -> None:
@@ -221,10 +260,14 @@ def dense(tensor: torch.Tensor | None) -> torch.Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
+_one_at_a_time = threading.RLock()
+
+
 def on_device_of(tensor: torch.Tensor):
-    """Context in which Triton launches on the tensor's device, with the configs that were measured for it."""
+    """Context in which Triton launches on the tensor's device, with the configs that were measured for it; in the
+    interpreter, which knows one launch only, other threads wait."""
     tuned.install()
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else _one_at_a_time
 
 
 def gradients(values, likes) -> tuple[torch.Tensor, ...]:
@@ -242,6 +285,30 @@ def fake_gradients(likes, needed) -> tuple[torch.Tensor, ...]:
     return tuple(
         like.new_empty(like.shape) if need else likes[0].new_empty(0) for like, need in zip(likes, needed, strict=True)
     )
+
+
+def differentiating_again(dout: torch.Tensor) -> bool:
+    """Whether a backward pass runs with create_graph=True, or with a batch of upstream gradients in one, where
+    gradients have to come from `again_differentiable`. A compiled graph has no such pass."""
+    if torch.compiler.is_compiling():
+        return False
+    batched = torch._C._functorch.is_legacy_batchedtensor(dout)  # of torch.autograd.grad(is_grads_batched=True)
+    return torch.is_grad_enabled() or batched or dispatch.transforming()
+
+
+def again_differentiable(function: Callable, inputs: tuple, needs, dout: torch.Tensor) -> list[torch.Tensor | None]:
+    """The gradients of function(*inputs) for dout by PyTorch's own operators, which can be differentiated again where
+    gradients are on; None for each that is not needed."""
+    if not any(needs):
+        return [None for _ in needs]
+    again = torch.is_grad_enabled()
+    with torch.enable_grad(), torch.autocast(dout.device.type, enabled=False):
+        # Views, so that the gradient of one input does not go on through what the other inputs were made of.
+        inputs = [value if value is None else value.view_as(value) for value in inputs]
+        out = function(*inputs).to(dout.dtype)
+        wanted = [value for value, need in zip(inputs, needs, strict=True) if need]
+        found = iter(torch.autograd.grad(out, wanted, dout, create_graph=again))
+    return [next(found) if need else None for need in needs]
 
 
 def or_none(values, needed) -> tuple[torch.Tensor | None, ...]:

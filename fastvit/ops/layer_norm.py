@@ -1,5 +1,7 @@
 """LayerNorm as an op; see `fastvit.reference.layer_norm` for the formula and `fastvit.kernels.layer_norm`."""
 
+from functools import partial
+
 import torch
 
 from fastvit import dispatch, reference
@@ -46,19 +48,25 @@ class LayerNormFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, eps):
-        flat = rows(x)
-        y, mean, rstd = layer_norm_forward(flat, weight, bias, eps)
-        ctx.save_for_backward(flat, mean, rstd, weight, bias)
+        y, mean, rstd = layer_norm_forward(rows(x), weight, bias, eps)
+        ctx.save_for_backward(x, mean, rstd, weight, bias)
+        ctx.eps = eps
         return y.view(x.shape)
 
     @staticmethod
     def backward(ctx, dy):
-        dx, dweight, dbias = layer_norm_backward(rows(dy), *ctx.saved_tensors)
-        return *or_none((dx.view(dy.shape), dweight, dbias), ctx.needs_input_grad[:3]), None
+        x, mean, rstd, weight, bias = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:3]
+        if _common.differentiating_again(dy):
+            norm = partial(reference.layer_norm, eps=ctx.eps)
+            return *_common.again_differentiable(norm, (x, weight, bias), needs, dy), None
+        dx, dweight, dbias = layer_norm_backward(rows(dy), rows(x), mean, rstd, weight, bias)
+        return *or_none((dx.view(dy.shape), dweight, dbias), needs), None
 
 
-def check_norm(op: str, x, weight, bias) -> None:
-    """Raise ValueError unless x, norm weight and norm bias fit together."""
+def check_norm(op: str, x, weight, bias, eps) -> None:
+    """Raise ValueError unless x, norm weight and norm bias fit together, and eps is one; TypeError for no number."""
+    _common.check_number(op, "eps", eps, positive=True)
     if x.dim() < 2:
         raise ValueError(f"{op}: x must have at least 2 dimensions, (..., D), got shape {tuple(x.shape)}")
     _common.check_shape(op, "norm weight", weight, x.shape[-1:], "(D,)")
@@ -77,7 +85,7 @@ def unsupported_norm(x) -> list[str]:
 
 def _check(x, weight, bias, eps):
     _common.check_tensors("layer_norm", x=x, weight=weight, bias=bias)
-    check_norm("layer_norm", x, weight, bias)
+    check_norm("layer_norm", x, weight, bias, eps)
 
 
 def _unsupported(x, weight, bias, eps):
@@ -108,7 +116,9 @@ def layer_norm(x, weight, bias, eps=1e-6):
     """LayerNorm over the last axis (arXiv 1607.06450): (x - mean) / sqrt(var + eps) * weight + bias.
 
     x (..., D) of any strides, weight and bias (D,), floating-point; statistics in float32. Returns (..., D) in x's
-    dtype (float32 under CUDA autocast, as torch's own). Raises TypeError for a dtype, ValueError for a shape or device
-    that does not fit, before any launch.
+    dtype (float32 under CUDA autocast, as torch's own). On the kernels a constant row gives exactly the bias. The
+    variance has to be a float32 number: where |x| reaches about 1e18 its squares overflow, and such a row comes out as
+    the bias or as NaN, as torch's own does, which of them being up to the back end. Raises TypeError for a dtype or an
+    eps that is no number, ValueError for a shape, device or eps that does not fit, before any launch.
     """
     return OP(x, weight, bias, eps)

@@ -1,6 +1,8 @@
 """linear(layer_norm(x)) as one op; see `fastvit.reference.layer_norm_linear` and
 `fastvit.kernels.layer_norm_linear`."""
 
+from functools import partial
+
 import torch
 
 from fastvit import dispatch, reference
@@ -41,6 +43,8 @@ def layer_norm_linear_backward(
     norm_bias: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
+    eps: float,
+    by_library: bool,
     needs_norm: bool,
     needs_weight: bool,
     needs_bias: bool,
@@ -48,42 +52,49 @@ def layer_norm_linear_backward(
     from fastvit.kernels import layer_norm_linear as kernels
 
     with on_device_of(x):
+        needs = (needs_norm, needs_weight, needs_bias)
         grads = kernels.layer_norm_linear_backward(
-            dy, x, mean, rstd, norm_weight, norm_bias, weight, (needs_norm, needs_weight, needs_bias)
+            dy, x, mean, rstd, norm_weight, norm_bias, weight, eps, needs, by_library=by_library
         )
         return _common.gradients(grads, (x, norm_weight, norm_bias, weight, bias))
 
 
 @layer_norm_linear_backward.register_fake
-def _(dy, x, mean, rstd, norm_weight, norm_bias, weight, bias, needs_norm, needs_weight, needs_bias):
+def _(dy, x, mean, rstd, norm_weight, norm_bias, weight, bias, eps, by_library, needs_norm, needs_weight, needs_bias):
     likes = (x, norm_weight, norm_bias, weight, bias)
     needed = (needs_norm, needs_norm, needs_norm, needs_weight, needs_bias)
     return _common.fake_gradients(likes, needed)
 
 
 class LayerNormLinearFunction(torch.autograd.Function):
-    """layer_norm_linear on the kernels: (x (..., D), norm_weight, norm_bias, weight (O, D), bias, eps) -> (..., O)."""
+    """layer_norm_linear on the kernels: (x (..., D), norm_weight, norm_bias, weight (O, D), bias, eps, by_library) ->
+    (..., O). by_library: the gradient of weight by torch.mm."""
 
     @staticmethod
-    def forward(ctx, x, norm_weight, norm_bias, weight, bias, eps):
-        flat = rows(x)
-        y, mean, rstd = layer_norm_linear_forward(flat, norm_weight, norm_bias, weight, bias, eps)
-        ctx.save_for_backward(flat, mean, rstd, norm_weight, norm_bias, weight, bias)
-        ctx.x_shape = x.shape
+    def forward(ctx, x, norm_weight, norm_bias, weight, bias, eps, by_library=False):
+        y, mean, rstd = layer_norm_linear_forward(rows(x), norm_weight, norm_bias, weight, bias, eps)
+        ctx.save_for_backward(x, mean, rstd, norm_weight, norm_bias, weight, bias)
+        ctx.eps, ctx.by_library = eps, by_library
         return y.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     def backward(ctx, dy):
+        x, mean, rstd, *parameters = ctx.saved_tensors
         needs = ctx.needs_input_grad[:5]
-        dx, *grads = layer_norm_linear_backward(rows(dy), *ctx.saved_tensors, any(needs[:3]), *needs[3:])
-        dx = dx.view(ctx.x_shape) if needs[0] else dx
-        return *or_none((dx, *grads), needs), None
+        if _common.differentiating_again(dy):
+            function = partial(reference.layer_norm_linear, eps=ctx.eps)
+            return *_common.again_differentiable(function, (x, *parameters), needs, dy), None, None
+        dx, *grads = layer_norm_linear_backward(
+            rows(dy), rows(x), mean, rstd, *parameters, ctx.eps, ctx.by_library, any(needs[:3]), *needs[3:]
+        )
+        dx = dx.view(x.shape) if needs[0] else dx
+        return *or_none((dx, *grads), needs), None, None
 
 
 def _check(x, norm_weight, norm_bias, weight, bias, eps):
     name = "layer_norm_linear"
-    _common.check_tensors(name, x=x, norm_weight=norm_weight, norm_bias=norm_bias, weight=weight, bias=bias)
-    check_norm(name, x, norm_weight, norm_bias)
+    _common.check_tensors(name, ("bias",), x=x, norm_weight=norm_weight, norm_bias=norm_bias, weight=weight, bias=bias)
+    check_norm(name, x, norm_weight, norm_bias, eps)
     _common.check_matrix(name, "weight", weight, "(O, D)", inputs=x.shape[-1])
     _common.check_shape(name, "bias", bias, weight.shape[:1], "(O,)")
     _common.check_operands(name, x, weight=weight, bias=bias)
@@ -101,12 +112,18 @@ def _torch(x, norm_weight, norm_bias, weight, bias, eps):
     return reference.layer_norm_linear(x, norm_weight, norm_bias, weight, bias, eps=eps)
 
 
-def _triton(x, norm_weight, norm_bias, weight, bias, eps):
+def _triton(x, norm_weight, norm_bias, weight, bias, eps, by_library=False):
     weight, bias = _common.cast(x, weight, bias)
-    return LayerNormLinearFunction.apply(x, dense(norm_weight), dense(norm_bias), dense(weight), dense(bias), eps)
+    return LayerNormLinearFunction.apply(
+        x, dense(norm_weight), dense(norm_bias), dense(weight), dense(bias), eps, by_library
+    )
 
 
-OP = Op("layer_norm_linear", _check, _unsupported, _torch, _triton)
+def _product(x, norm_weight, norm_bias, weight, bias, eps):
+    return _common.compute_dtype(x, weight), (weight,)
+
+
+OP = Op("layer_norm_linear", _check, _unsupported, _torch, _triton, _product)
 
 
 def layer_norm_linear(x, norm_weight, norm_bias, weight, bias=None, *, eps=1e-6):

@@ -92,8 +92,10 @@ def layer_norm_mlp_backward(
     fc2_bias: torch.Tensor | None,
     layer_scale: torch.Tensor | None,
     drop_path_scale: torch.Tensor | None,
+    eps: float,
     activation: str,
     residual_is_x: bool,
+    by_library: bool,
     needs: list[bool],
 ) -> tuple[
     torch.Tensor,
@@ -121,9 +123,11 @@ def layer_norm_mlp_backward(
             fc2_bias,
             layer_scale,
             drop_path_scale,
+            eps,
             activation,
             residual_is_x,
             needs,
+            by_library,
         )
         likes = (x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale)
         return _common.gradients(grads, likes)
@@ -144,8 +148,10 @@ def _(
     fc2_bias,
     layer_scale,
     drop_path_scale,
+    eps,
     activation,
     residual_is_x,
+    by_library,
     needs,
 ):
     likes = (x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale)
@@ -155,10 +161,10 @@ def _(
 class LayerNormMLPFunction(torch.autograd.Function):
     """layer_norm_mlp on the kernels: (x (B, ..., D), norm_weight, norm_bias, fc1_weight (M, D), fc1_bias, fc2_weight
     (O, M), fc2_bias, residual (B, ..., O) or None, layer_scale (O,), drop_path_scale (B,), residual_is_x, eps,
-    activation, keep_preactivation) -> (B, ..., O).
+    activation, keep_preactivation, by_library) -> (B, ..., O).
 
     residual_is_x: the residual is x itself, and `residual` is None; the sum of both gradients of x is then fused.
-    keep_preactivation: a backward pass may come.
+    keep_preactivation: a backward pass may come. by_library: the gradients of the weights by torch.mm.
     """
 
     @staticmethod
@@ -178,10 +184,10 @@ class LayerNormMLPFunction(torch.autograd.Function):
         eps,
         activation,
         keep_preactivation,
+        by_library=False,
     ):
-        flat = rows(x)
         out, mean, rstd, preactivation = layer_norm_mlp_forward(
-            flat,
+            rows(x),
             norm_weight,
             norm_bias,
             fc1_weight,
@@ -197,7 +203,7 @@ class LayerNormMLPFunction(torch.autograd.Function):
             keep_preactivation,
         )
         ctx.save_for_backward(
-            flat,
+            x,
             mean,
             rstd,
             preactivation,
@@ -210,7 +216,7 @@ class LayerNormMLPFunction(torch.autograd.Function):
             layer_scale,
             drop_path_scale,
         )
-        ctx.x_shape, ctx.activation, ctx.residual_is_x = x.shape, activation, residual_is_x
+        ctx.eps, ctx.activation, ctx.residual_is_x, ctx.by_library = eps, activation, residual_is_x, by_library
         ctx.residual_dtype = None if residual is None else residual.dtype
         return out.view(*x.shape[:-1], fc2_weight.shape[0])
 
@@ -218,12 +224,31 @@ class LayerNormMLPFunction(torch.autograd.Function):
     def backward(ctx, dout):
         by_input = ctx.needs_input_grad
         needed = (*by_input[:7], by_input[8])
-        needs = [any(needed[:3]), *needed[3:]]
-        dx, *grads = layer_norm_mlp_backward(rows(dout), *ctx.saved_tensors, ctx.activation, ctx.residual_is_x, needs)
-        dx = dx.view(ctx.x_shape) if needed[0] else dx
-        *first, dlayer_scale = or_none((dx, *grads), needed)
+        x, *saved = ctx.saved_tensors
+        _, _, _, *parameters, layer_scale, drop_path_scale = saved
+        if _common.differentiating_again(dout):
+
+            def mlp(x, *parameters_and_scale):
+                *parameters, layer_scale = parameters_and_scale
+                return reference.layer_norm_mlp(
+                    x,
+                    *parameters,
+                    eps=ctx.eps,
+                    activation=ctx.activation,
+                    residual=x if ctx.residual_is_x else None,
+                    layer_scale=layer_scale,
+                    drop_path_scale=drop_path_scale,
+                )
+
+            grads = _common.again_differentiable(mlp, (x, *parameters, layer_scale), needed, dout)
+        else:
+            how = (ctx.eps, ctx.activation, ctx.residual_is_x, ctx.by_library, [any(needed[:3]), *needed[3:]])
+            grads = layer_norm_mlp_backward(rows(dout), rows(x), *saved, *how)
+            grads = or_none(grads, needed)
+        dx, *first, dlayer_scale = grads
+        dx = dx.view(x.shape) if needed[0] else None
         dresidual = dout.to(ctx.residual_dtype) if by_input[7] else None
-        return *first, dresidual, dlayer_scale, None, None, None, None, None
+        return dx, *first, dresidual, dlayer_scale, *[None] * 6
 
 
 def _check(
@@ -245,6 +270,7 @@ def _check(
         raise ValueError(f"{name}: unknown activation {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
     _common.check_tensors(
         name,
+        ("fc1_bias", "fc2_bias", "residual", "layer_scale", "drop_path_scale"),
         x=x,
         norm_weight=norm_weight,
         norm_bias=norm_bias,
@@ -256,7 +282,7 @@ def _check(
         layer_scale=layer_scale,
         drop_path_scale=drop_path_scale,
     )
-    check_norm(name, x, norm_weight, norm_bias)
+    check_norm(name, x, norm_weight, norm_bias, eps)
     _common.check_matrix(name, "fc1_weight", fc1_weight, "(M, D)", inputs=x.shape[-1])
     hidden = fc1_weight.shape[0]
     _common.check_matrix(name, "fc2_weight", fc2_weight, "(O, M)", inputs=hidden)
@@ -335,6 +361,7 @@ def _triton(
     residual,
     layer_scale,
     drop_path_scale,
+    by_library=False,
 ):
     keep = _common.needs_grad(
         x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual, layer_scale
@@ -356,10 +383,15 @@ def _triton(
         eps,
         activation,
         keep,
+        by_library,
     )
 
 
-OP = Op("layer_norm_mlp", _check, _unsupported, _torch, _triton)
+def _product(x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, *others):
+    return _common.compute_dtype(x, fc1_weight), (fc1_weight, fc2_weight)
+
+
+OP = Op("layer_norm_mlp", _check, _unsupported, _torch, _triton, _product)
 
 
 def layer_norm_mlp(

@@ -44,6 +44,7 @@ def linear_residual_backward(
     bias: torch.Tensor | None,
     layer_scale: torch.Tensor | None,
     drop_path_scale: torch.Tensor | None,
+    by_library: bool,
     needs_x: bool,
     needs_weight: bool,
     needs_bias: bool,
@@ -53,43 +54,66 @@ def linear_residual_backward(
 
     needs = (needs_x, needs_weight, needs_bias, needs_layer_scale)
     with on_device_of(x):
-        grads = kernels.linear_residual_backward(dout, x, weight, bias, layer_scale, drop_path_scale, needs)
+        grads = kernels.linear_residual_backward(dout, x, weight, bias, layer_scale, drop_path_scale, needs, by_library)
         return _common.gradients(grads, (x, weight, bias, layer_scale))
 
 
 @linear_residual_backward.register_fake
-def _(dout, x, weight, bias, layer_scale, drop_path_scale, needs_x, needs_weight, needs_bias, needs_layer_scale):
+def _(
+    dout,
+    x,
+    weight,
+    bias,
+    layer_scale,
+    drop_path_scale,
+    by_library,
+    needs_x,
+    needs_weight,
+    needs_bias,
+    needs_layer_scale,
+):
     needed = (needs_x, needs_weight, needs_bias, needs_layer_scale)
     return _common.fake_gradients((x, weight, bias, layer_scale), needed)
 
 
 class LinearResidualFunction(torch.autograd.Function):
     """linear_residual on the kernels: (x (..., K), weight (O, K), bias, residual (..., O), layer_scale (O,),
-    drop_path_scale (B,)) -> (..., O)."""
+    drop_path_scale (B,), by_library) -> (..., O). by_library: the gradient of weight by torch.mm."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, residual, layer_scale, drop_path_scale):
-        flat = rows(x)
-        out = linear_residual_forward(flat, weight, bias, rows(residual), layer_scale, drop_path_scale)
-        ctx.save_for_backward(flat, weight, bias, layer_scale, drop_path_scale)
-        ctx.x_shape, ctx.residual_dtype = x.shape, residual.dtype
+    def forward(ctx, x, weight, bias, residual, layer_scale, drop_path_scale, by_library=False):
+        out = linear_residual_forward(rows(x), weight, bias, rows(residual), layer_scale, drop_path_scale)
+        ctx.save_for_backward(x, weight, bias, layer_scale, drop_path_scale)
+        ctx.residual_dtype, ctx.by_library = residual.dtype, by_library
         return out.view(residual.shape)
 
     @staticmethod
     def backward(ctx, dout):
-        needs_x, needs_weight, needs_bias, needs_residual, needs_layer_scale, _ = ctx.needs_input_grad
+        x, *saved = ctx.saved_tensors
+        weight, bias, layer_scale, drop_path_scale = saved
+        needs_x, needs_weight, needs_bias, needs_residual, needs_layer_scale, *_ = ctx.needs_input_grad
         needs = (needs_x, needs_weight, needs_bias, needs_layer_scale)
-        grads = linear_residual_backward(rows(dout), *ctx.saved_tensors, *needs)
-        dx, dweight, dbias, dlayer_scale = or_none(grads, needs)
-        dx = dx.view(ctx.x_shape) if needs_x else None
+        if _common.differentiating_again(dout):
+
+            def branch(x, weight, bias, layer_scale):
+                scales = {"layer_scale": layer_scale, "drop_path_scale": drop_path_scale}
+                return reference.linear_residual(x, weight, bias, weight.new_zeros(()), **scales)
+
+            grads = _common.again_differentiable(branch, (x, weight, bias, layer_scale), needs, dout)
+        else:
+            grads = linear_residual_backward(rows(dout), rows(x), *saved, ctx.by_library, *needs)
+            grads = or_none(grads, needs)
+        dx, dweight, dbias, dlayer_scale = grads
+        dx = dx.view(x.shape) if needs_x else None
         dresidual = dout.to(ctx.residual_dtype) if needs_residual else None
-        return dx, dweight, dbias, dresidual, dlayer_scale, None
+        return dx, dweight, dbias, dresidual, dlayer_scale, None, None
 
 
 def _check(x, weight, bias, residual, layer_scale, drop_path_scale):
     name = "linear_residual"
     _common.check_tensors(
         name,
+        ("bias", "layer_scale", "drop_path_scale"),
         x=x,
         weight=weight,
         bias=bias,
@@ -120,14 +144,18 @@ def _torch(x, weight, bias, residual, layer_scale, drop_path_scale):
     )
 
 
-def _triton(x, weight, bias, residual, layer_scale, drop_path_scale):
+def _triton(x, weight, bias, residual, layer_scale, drop_path_scale, by_library=False):
     weight, bias = _common.cast(x, weight, bias)
     return LinearResidualFunction.apply(
-        x, dense(weight), dense(bias), residual, dense(layer_scale), dense(drop_path_scale)
+        x, dense(weight), dense(bias), residual, dense(layer_scale), dense(drop_path_scale), by_library
     )
 
 
-OP = Op("linear_residual", _check, _unsupported, _torch, _triton)
+def _product(x, weight, bias, residual, layer_scale, drop_path_scale):
+    return _common.compute_dtype(x, weight), (weight,)
+
+
+OP = Op("linear_residual", _check, _unsupported, _torch, _triton, _product)
 
 
 def linear_residual(x, weight, bias, residual, *, layer_scale=None, drop_path_scale=None):

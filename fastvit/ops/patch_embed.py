@@ -52,6 +52,7 @@ def patch_embed_backward(
     prefix: torch.Tensor | None,
     mean: list[float] | None,
     std: list[float] | None,
+    by_library: bool,
     needs: list[bool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     from fastvit.kernels import patch_embed as kernels
@@ -60,7 +61,7 @@ def patch_embed_backward(
     needs_image, needs_weight, needs_bias, needs_position, needs_prefix = needs
     with on_device_of(image):
         dimage, dweight, by_token = kernels.patch_embed_backward(
-            dtokens, image, weight, prefix_rows, mean, std, (needs_image, needs_weight, any(needs[2:]))
+            dtokens, image, weight, prefix_rows, mean, std, (needs_image, needs_weight, any(needs[2:])), by_library
         )
         dbias = by_token[prefix_rows:].sum(dim=0) if needs_bias else None
         # Clones: what an op returns must not share memory.
@@ -71,31 +72,43 @@ def patch_embed_backward(
 
 
 @patch_embed_backward.register_fake
-def _(dtokens, image, weight, bias, pos_embed, prefix, mean, std, needs):
+def _(dtokens, image, weight, bias, pos_embed, prefix, mean, std, by_library, needs):
     dimage, *rest = _common.fake_gradients((image, weight, bias, pos_embed, prefix), needs)
     return torch.empty_like(image) if needs[0] else dimage, *rest
 
 
 class PatchEmbedFunction(torch.autograd.Function):
-    """patch_embed on the kernels: (image (B, C, H, W), weight (D, C, ph, pw), bias, pos_embed, prefix, mean, std) ->
-    (B, P + N, D)."""
+    """patch_embed on the kernels: (image (B, C, H, W), weight (D, C, ph, pw), bias, pos_embed, prefix, mean, std,
+    by_library) -> (B, P + N, D). by_library: the gradient of weight by torch.mm."""
 
     @staticmethod
-    def forward(ctx, image, weight, bias, pos_embed, prefix, mean, std):
+    def forward(ctx, image, weight, bias, pos_embed, prefix, mean, std, by_library=False):
         ctx.save_for_backward(image, weight, bias, pos_embed, prefix)
-        ctx.normalisation = mean, std
+        ctx.normalisation, ctx.by_library = (mean, std), by_library
         return patch_embed_forward(image, weight, bias, pos_embed, prefix, mean, std)
 
     @staticmethod
     def backward(ctx, dtokens):
         needs = ctx.needs_input_grad[:5]
-        grads = patch_embed_backward(dtokens.contiguous(), *ctx.saved_tensors, *ctx.normalisation, list(needs))
-        return *or_none(grads, needs), None, None
+        if _common.differentiating_again(dtokens):
+
+            def embed(image, weight, bias, pos_embed, prefix):
+                mean, std = ctx.normalisation
+                return reference.patch_embed(
+                    image, weight, bias, pos_embed=pos_embed, prefix=prefix, mean=mean, std=std
+                )
+
+            return *_common.again_differentiable(embed, ctx.saved_tensors, needs, dtokens), None, None, None
+        grads = patch_embed_backward(
+            dtokens.contiguous(), *ctx.saved_tensors, *ctx.normalisation, ctx.by_library, list(needs)
+        )
+        return *or_none(grads, needs), None, None, None
 
 
 def _check(image, weight, bias, pos_embed, prefix, mean, std):
     name = "patch_embed"
-    _common.check_tensors(name, weight=weight, bias=bias, pos_embed=pos_embed, prefix=prefix)
+    optional = ("bias", "pos_embed", "prefix")
+    _common.check_tensors(name, optional, weight=weight, bias=bias, pos_embed=pos_embed, prefix=prefix)
     if not isinstance(image, torch.Tensor):
         raise TypeError(f"{name}: image must be a torch.Tensor, got {type(image).__name__}")
     if not image.is_floating_point() and image.dtype != torch.uint8:
@@ -127,10 +140,14 @@ def _check(image, weight, bias, pos_embed, prefix, mean, std):
             f"got {tuple(pos_embed.shape)}"
         )
     for label, values in (("mean", mean), ("std", std)):
-        if values is not None and len(values) != channels:
+        if values is None:
+            continue
+        if not isinstance(values, (tuple, list)):
+            raise TypeError(f"{name}: {label} must be a tuple or list of {channels} numbers, got {values!r}")
+        if len(values) != channels:
             raise ValueError(f"{name}: {label} must have one value per channel ({channels}), got {len(values)}")
-    if std is not None and not all(value > 0 for value in std):
-        raise ValueError(f"{name}: std must be positive, got {tuple(std)}")
+        for value in values:
+            _common.check_number(name, label, value, positive=label == "std")
     if image.device != weight.device:
         raise ValueError(f"{name}: weight is on {weight.device}, but image is on {image.device}")
 
@@ -151,7 +168,7 @@ def _torch(image, weight, bias, pos_embed, prefix, mean, std):
     return reference.patch_embed(image, weight, bias, pos_embed=pos_embed, prefix=prefix, mean=mean, std=std)
 
 
-def _triton(image, weight, bias, pos_embed, prefix, mean, std):
+def _triton(image, weight, bias, pos_embed, prefix, mean, std, by_library=False):
     weight, bias = _common.cast(weight, weight, bias)
     return PatchEmbedFunction.apply(
         image,
@@ -161,10 +178,15 @@ def _triton(image, weight, bias, pos_embed, prefix, mean, std):
         dense(prefix),
         None if mean is None else [float(value) for value in mean],
         None if std is None else [float(value) for value in std],
+        by_library,
     )
 
 
-OP = Op("patch_embed", _check, _unsupported, _torch, _triton)
+def _product(image, weight, bias, pos_embed, prefix, mean, std):
+    return _common.compute_dtype(weight, weight), (weight,)
+
+
+OP = Op("patch_embed", _check, _unsupported, _torch, _triton, _product)
 
 
 def patch_embed(image, weight, bias=None, *, pos_embed=None, prefix=None, mean=None, std=None):

@@ -62,15 +62,21 @@ def attention(qkv, *, scale=None, key_padding_mask=None, attn_bias=None, dropout
     Returns (B, N, H * d).
     """
     q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, N, d)
-    scores = q @ k.transpose(-2, -1) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    probabilities = F.dropout(attention_probabilities(q, k, scale, key_padding_mask, attn_bias), dropout_p)
+    return (probabilities @ v).transpose(1, 2).flatten(2)
+
+
+def attention_probabilities(q, k, scale, key_padding_mask=None, attn_bias=None):
+    """softmax(q k^T * scale + bias) over the keys, of q and k (B, H, N, d); zeros for a query that may attend to none.
+    Returns (B, H, N, N)."""
+    scores = q @ k.transpose(-2, -1) * scale
     if attn_bias is not None:
         scores = scores + attn_bias
     if key_padding_mask is not None:
         scores = scores.masked_fill(~key_padding_mask[:, None, None, :], float("-inf"))
-    alive = (scores > float("-inf")).any(dim=-1, keepdim=True)
-    probabilities = torch.where(alive, scores, 0).softmax(dim=-1) * alive
-    probabilities = F.dropout(probabilities, dropout_p)
-    return (probabilities @ v).transpose(1, 2).flatten(2)
+    alive = (scores != float("-inf")).any(dim=-1, keepdim=True)
+    return torch.where(alive, scores, 0).softmax(dim=-1) * alive
 
 
 def layer_norm(x, weight, bias, eps=1e-6):

@@ -99,5 +99,8 @@ if __name__ == "__main__":
     stub_gpu.install_driver()
     dispatch.missing_requirements = lambda tensor: []
     what, *arguments = sys.argv[1:]
-    with use_backend("triton"):
-        print(json.dumps({"launches": report_launches, "variants": report_variants}[what](*arguments), default=str))
+    if what == "auto":
+        dispatch.torch_without_question = lambda device_type: None
+    reports = {"launches": report_launches, "auto": report_launches, "variants": report_variants}
+    with use_backend("auto" if what == "auto" else "triton"):
+        print(json.dumps(reports[what](*arguments), default=str))
