@@ -9,6 +9,8 @@ imported by the commands, not here, so that `fastvit --help` answers at once.
 from __future__ import annotations
 
 import argparse
+import codecs
+import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -17,6 +19,7 @@ import os
 import shlex
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -38,11 +41,15 @@ class UsageError(Exception):
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit status."""
+    if argv is None:  # run from a shell, not from Python
+        for name in ("stdout", "stderr"):
+            if getattr(sys, name) is None:  # closed before we came, as some services do: what we say is not asked for
+                setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        codecs.register_error("fastvit", _encode_anyway)
+        sys.stdout.reconfigure(errors="fastvit")
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill ends a command as Ctrl-C does
     arguments = _parser().parse_args(argv)
     arguments.typed = sys.argv[1:] if argv is None else argv
-    if argv is None:  # run from a shell, not from Python: a polite kill ends a command as Ctrl-C does, work kept
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-        sys.stdout.reconfigure(errors="surrogateescape")  # file names that are not UTF-8 come out as they are
     try:
         status = arguments.run(arguments)
         sys.stdout.flush()  # here, where what goes wrong with it is caught
@@ -72,6 +79,26 @@ def _complain(arguments: argparse.Namespace, error: object, status: int) -> int:
 
 def _note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
+
+
+def _encode_anyway(error: UnicodeEncodeError) -> tuple[str | bytes, int]:
+    """File names that are not UTF-8 come out as they are; what the terminal's encoding lacks, as \\u and its number."""
+    error.end = error.start + 1
+    surrogate = 0xDC80 <= ord(error.object[error.start]) <= 0xDCFF
+    return codecs.lookup_error("surrogateescape" if surrogate else "backslashreplace")(error)
+
+
+@contextlib.contextmanager
+def _undisturbed():
+    """Ctrl-C and polite kills are ignored in the `with` body."""
+    # Python hands signals to its main thread only, and lets only that one say what becomes of them.
+    numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -145,7 +172,7 @@ def _parser() -> argparse.ArgumentParser:
         description="What changed between two results files. Exit status 1 if any of ours got slower or wrong; 2 if "
         "the runs cannot be compared: files that do not fit, or peers that moved against each other by 1.5 or more.",
     )
-    sub.set_defaults(run=bench_compare)
+    sub.set_defaults(run=bench_compare, command="bench compare")
     sub.add_argument("before", type=Path, metavar="A.json")
     sub.add_argument("after", type=Path, metavar="B.json")
     sub.add_argument(
@@ -172,7 +199,7 @@ def _parser() -> argparse.ArgumentParser:
     _model_arguments(sub)
     sub.add_argument("--batch-size", type=_positive(int), default=32)
 
-    sub = command(classify, "the five likeliest ImageNet classes of images")
+    sub = command(classify, "the five likeliest classes of images: ImageNet's, or those of a checkpoint, by number")
     sub.add_argument("images", type=Path, nargs="+", metavar="IMAGE")
     sub.add_argument("--json", action="store_true", help="print JSON")
     _model_arguments(sub)
@@ -239,9 +266,13 @@ def _dtypes(names: tuple[str, ...]) -> tuple:
 
 
 def _device(asked: str) -> str:
-    """The device to use, checked: raises UsageError where it is not there."""
+    """The device to use, checked: raises UsageError where it is not there, and for a back end that is none."""
     import torch
 
+    try:
+        importlib.import_module(f"{__package__}.dispatch")
+    except ValueError as error:  # of an environment variable
+        raise UsageError(error) from None
     if asked == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -263,10 +294,11 @@ def _writable(path: Path, what: str) -> Path:
     """Fail before the work, not after it, where the result could not be written."""
     if path.exists() and not path.is_file():  # /dev/null too: what is written takes the place of what was there
         raise UsageError(f"{what} {path} is {'a folder' if path.is_dir() else 'no regular file'}, expected a file")
-    if not path.parent.is_dir():
-        raise UsageError(f"{what} {path}: no such folder as {path.parent}")
-    if not os.access(path.parent, os.W_OK):
-        raise UsageError(f"{what} {path}: the folder {path.parent} cannot be written to")
+    parent = Path(os.path.realpath(path)).parent if path.is_symlink() else path.parent
+    if not parent.is_dir():
+        raise UsageError(f"{what} {path}: no such folder as {parent}")
+    if not os.access(parent, os.W_OK):
+        raise UsageError(f"{what} {path}: the folder {parent} cannot be written to")
     return path
 
 
@@ -628,15 +660,30 @@ def _config(arguments: argparse.Namespace):
 def _model(arguments: argparse.Namespace, device: str, **overrides):
     import torch
 
-    from . import create_model
+    from . import create_model, load_checkpoint
 
     if arguments.img_size is not None:
         overrides["img_size"] = arguments.img_size
     try:
-        model = create_model(arguments.model, arguments.pretrained, arguments.checkpoint, **overrides)
+        model = create_model(arguments.model, arguments.pretrained, **overrides)
+        if arguments.checkpoint:  # create_model would leave a classifier that does not fit as it was drawn
+            load_checkpoint(model, arguments.checkpoint, new_classifier=overrides.get("num_classes") == 0)
     except (ValueError, OSError) as error:
         raise UsageError(error) from None
     return model.to(device, getattr(torch, DTYPES[arguments.dtype])).eval()
+
+
+def _classes(arguments: argparse.Namespace, config) -> int:
+    """How many classes there are: those of the checkpoint's classifier if it has one, else the model's own."""
+    if arguments.pretrained:
+        return config.num_classes
+    from .models.weights import read_state_dict
+
+    try:
+        head = read_state_dict(arguments.checkpoint).get("head.weight")
+    except (ValueError, OSError) as error:
+        raise UsageError(error) from None
+    return len(head) if head is not None and head.dim() else config.num_classes
 
 
 def _weights(arguments: argparse.Namespace) -> str:
@@ -760,8 +807,11 @@ def embed(arguments: argparse.Namespace) -> int:
         if table.rows:
             table.save()
     except BaseException:
-        if save_partial():
-            _note(f"Stopped: {len(table.rows)} images are kept in {table.partial}; the same command goes on.")
+        with _undisturbed():
+            if table.rows:
+                _note(f"Saving {len(table.rows)} images; another Ctrl-C does not stop that.")
+            if save_partial():
+                _note(f"Stopped: {len(table.rows)} images are kept in {table.partial}; the same command goes on.")
         raise
     if not table.rows:
         raise ValueError("no image gave features; nothing written")
@@ -772,22 +822,23 @@ def embed(arguments: argparse.Namespace) -> int:
 def classify(arguments: argparse.Namespace) -> int:
     device = _device(arguments.device)
     config = _config(arguments)
-    if not config.num_classes:
+    num_classes = _classes(arguments, config)
+    if not num_classes:
         raise UsageError(f"{arguments.model} has no classifier")
     from . import images
 
     _quiet_about_large_images()
-    model = _model(arguments, device)
+    model = _model(arguments, device, num_classes=num_classes)
     import torch
 
-    labels = imagenet_classes() if config.num_classes == 1000 else range(config.num_classes)
+    labels = imagenet_classes() if num_classes == 1000 else range(num_classes)
     skip = _Skipped()
     results = []
     try:
         with torch.inference_mode():
             for paths, pixels in images.read_batches(arguments.images, config, arguments.batch_size, skip):
                 paths, logits = _finite(arguments, model, paths, model(pixels.to(device)).float(), skip)
-                scores, classes = logits.softmax(dim=-1).topk(5)
+                scores, classes = logits.softmax(dim=-1).topk(min(5, num_classes))
                 for path, chances, indices in zip(paths, scores.tolist(), classes.tolist(), strict=True):
                     top = [
                         {"class": i, "label": str(labels[i]), "probability": p}

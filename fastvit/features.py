@@ -20,9 +20,9 @@ FORMATS = (".npz", ".safetensors")
 
 def check_format(path: Path) -> None:
     """Raise ValueError for a name of no known format, ImportError where its library is missing."""
-    if path.suffix not in FORMATS:
+    if path.suffix.lower() not in FORMATS:
         raise ValueError(f"{path}: unknown format {path.suffix!r}, expected {' or '.join(FORMATS)}")
-    if path.suffix == ".safetensors":
+    if path.suffix.lower() == ".safetensors":
         try:
             import safetensors.numpy  # noqa: F401
         except ImportError as error:
@@ -76,7 +76,7 @@ class Features:
     def save(self) -> None:
         """Write the output and remove the partial file."""
         names, rows = self._table()
-        write = self._npz if self.path.suffix == ".npz" else self._safetensors
+        write = self._npz if self.path.suffix.lower() == ".npz" else self._safetensors
         write_atomically(self.path, write(names, rows))
         self.partial.unlink(missing_ok=True)
 

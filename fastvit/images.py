@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import math
 import os
+import queue
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, wait
 from pathlib import Path
 
 import numpy as np
@@ -41,26 +44,34 @@ class ImageError(ValueError):
 def find_images(folder: str | Path, on_error: Callable[[ImageError], None] | None = None) -> list[Path]:
     """All files under `folder`, at any depth and behind links, whose names end like an image's, sorted.
 
-    Those of a kind that is not read are among them: `load_image` says so. A folder inside that cannot be listed goes to
-    `on_error`, or is raised as ImageError. Raises NotADirectoryError for a `folder` that is none.
+    Those of a kind that is not read are among them: `load_image` says so. A folder inside that cannot be listed, and a
+    pipe, socket or device, which may never end, go to `on_error`, or are raised as ImageError. Raises
+    NotADirectoryError for a `folder` that is none.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise NotADirectoryError(f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}")
 
-    def refuse(error: OSError) -> None:
-        problem = ImageError(f"{error.filename}: {error.strerror}")
+    def refuse(path: str | Path, reason: str) -> None:
+        problem = ImageError(f"{path}: {reason}")
         if on_error is None:
-            raise problem from error
+            raise problem
         on_error(problem)
 
+    def not_listed(error: OSError) -> None:
+        refuse(error.filename, error.strerror)
+
     found = []
-    for root, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+    for root, folders, names in os.walk(folder, onerror=not_listed, followlinks=True):
         links = [name for name in folders if os.path.islink(os.path.join(root, name))]
         if links:
             above = {parent.resolve() for parent in (Path(root), *Path(root).absolute().parents)}
             folders[:] = [name for name in folders if name not in links or Path(root, name).resolve() not in above]
-        found += [Path(root, name) for name in names if Path(name).suffix.lower() in EXTENSIONS]
+        for path in (Path(root, name) for name in names if Path(name).suffix.lower() in EXTENSIONS):
+            if os.path.isfile(path) or not os.path.exists(path):  # a link to nothing is for `load_image` to name
+                found.append(path)
+            else:
+                refuse(path, "no regular file")
     return sorted(found)
 
 
@@ -144,32 +155,48 @@ def read_batches(
     """Batches of (paths, uint8 images (B, 3, H, W)), in order; an unreadable file goes to `on_error` and is left out.
 
     While the caller works on one batch, threads read the next. A batch is smaller than `batch_size` where files in it
-    were unreadable, and never empty.
+    were unreadable, and never empty. A thread that waits for a file which gives nothing keeps nobody from ending: not
+    the caller who is interrupted, nor the process.
     """
     paths = [Path(path) for path in paths]
+    chunks = [paths[start : start + batch_size] for start in range(0, len(paths), batch_size)]
+    tasks, stopped = queue.SimpleQueue(), threading.Event()
 
-    def attempt(path: Path) -> torch.Tensor | ImageError:
-        try:
-            return read(path, config)
-        except ImageError as error:
-            return error
+    def work() -> None:
+        while (task := tasks.get()) and not stopped.is_set():
+            path, future = task
+            try:
+                future.set_result(read(path, config))
+            except BaseException as error:
+                future.set_exception(error)
 
-    with ThreadPoolExecutor(workers) as pool:
-        chunks = [paths[start : start + batch_size] for start in range(0, len(paths), batch_size)]
-        ahead = [pool.submit(attempt, path) for path in chunks[0]] if chunks else []
-        try:
-            for i, chunk in enumerate(chunks):
-                results = [future.result() for future in ahead]
-                ahead = [pool.submit(attempt, path) for path in chunks[i + 1]] if i + 1 < len(chunks) else []
-                good = [
-                    (path, result)
-                    for path, result in zip(chunk, results, strict=False)
-                    if isinstance(result, torch.Tensor)
-                ]
-                for result in results:
-                    if isinstance(result, ImageError):
-                        on_error(result)
-                if good:
-                    yield [path for path, _ in good], torch.stack([image for _, image in good])
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+    def submit(chunk: list[Path]) -> list[Future]:
+        futures = [Future() for _ in chunk]
+        for task in zip(chunk, futures, strict=True):
+            tasks.put(task)
+        return futures
+
+    # No ThreadPoolExecutor: Python waits for its threads as it ends.
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(workers)]
+    for thread in threads:
+        thread.start()
+    try:
+        ahead = submit(chunks[0]) if chunks else []
+        for i, chunk in enumerate(chunks):
+            wait(ahead)
+            done, ahead = ahead, submit(chunks[i + 1]) if i + 1 < len(chunks) else []
+            good = []
+            for path, future in zip(chunk, done, strict=True):
+                try:
+                    good.append((path, future.result()))
+                except ImageError as error:
+                    on_error(error)
+            if good:
+                yield [path for path, _ in good], torch.stack([image for _, image in good])
+    finally:
+        stopped.set()
+        for _ in threads:
+            tasks.put(None)
+        deadline = time.monotonic() + 1  # whoever is at work, and not stuck, should not be cut off inside of PyTorch
+        for thread in threads:
+            thread.join(max(0, deadline - time.monotonic()))

@@ -43,8 +43,8 @@ class Table:
 
 
 def write_atomically(path: str | Path, data: bytes) -> None:
-    """Write `data` to `path` by way of a file beside it, so that no reader ever sees half of it."""
-    path = Path(path)
+    """Write `data` to `path`, or what it links to, by way of a file beside it: no reader ever sees half of it."""
+    path = Path(os.path.realpath(path))
     handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:

@@ -9,6 +9,7 @@ import socket
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -179,6 +180,27 @@ def test_classify_needs_a_classifier(tmp_path, capsys):
     assert "has no classifier" in one_line(capsys)
 
 
+@pytest.mark.parametrize(("name", "classes"), [(MODEL, 3), (MODEL, 12), ("vit_small_patch8_224", 7)])
+def test_classify_takes_the_classes_of_a_fine_tuned_checkpoint(name, classes, tmp_path, capsys):
+    """Fewer than five, more, and of a model that has no classifier of its own; in a wrapper and under a prefix."""
+    from fastvit import images
+
+    model = fastvit.create_model(name, img_size=32, num_classes=classes).eval()
+    with torch.no_grad():
+        model.head.weight.normal_()
+    state = {f"module.{key}": tensor for key, tensor in model.state_dict().items()}
+    torch.save({"epoch": 3, "state_dict": state}, tmp_path / "tuned.pth")
+    arguments = ["--device", "cpu", "--model", name, "--checkpoint", tmp_path / "tuned.pth", "--img-size", "32"]
+    assert run("classify", PHOTOS / "chelsea.jpg", "--json", *arguments) == 0
+    (result,) = strict_json(capsys.readouterr().out)
+    logits = model(images.read(PHOTOS / "chelsea.jpg", model.config)[None])
+    expected = logits.softmax(-1).topk(min(5, classes))
+    assert [entry["class"] for entry in result["top5"]] == expected.indices[0].tolist()
+    assert [entry["label"] for entry in result["top5"]] == [str(i) for i in expected.indices[0].tolist()]
+    got = [entry["probability"] for entry in result["top5"]]
+    assert got == pytest.approx(expected.values[0].tolist(), rel=1e-4)
+
+
 @pytest.mark.parametrize("command", ["classify", "embed", "attention"])
 @pytest.mark.parametrize("content", [None, b"not a checkpoint"])
 def test_bad_checkpoint(content, command, folder, tmp_path, capsys):
@@ -206,6 +228,10 @@ def usage_errors(tmp_path: Path) -> dict[str, tuple[list, str]]:
     os.mkfifo(tmp_path / "pipe")
     fine = [*tiny, "--checkpoint", tmp_path / "w.pth"]
     torch.save(fastvit.create_model(MODEL).state_dict(), tmp_path / "w.pth")
+    without_bias = fastvit.create_model(MODEL, num_classes=7).state_dict()
+    del without_bias["head.bias"]
+    torch.save(without_bias, tmp_path / "b.pth")
+    (tmp_path / "link.npz").symlink_to("absent/x.npz")
     other = [*fine[:2], "--model", "vit_small_patch16_224", *fine[4:]]
     bench = ["bench", "--device", "cpu", "--quick"]
     return {
@@ -231,6 +257,9 @@ def usage_errors(tmp_path: Path) -> dict[str, tuple[list, str]]:
         "head": (["attention", photo, "-o", png, *fine, "--head", "3"], "--head is 3, expected one of"),
         "picture": (["attention", photo, "-o", tmp_path / "x.txt", *fine], "unknown format '.txt'"),
         "picture folder": (["attention", photo, "-o", tmp_path / "absent" / "x.png", *fine], "no such folder"),
+        "link": (["embed", PHOTOS, "-o", tmp_path / "link.npz", *fine], f"no such folder as {tmp_path / 'absent'}"),
+        "no bias": (["classify", photo, *tiny, "--checkpoint", tmp_path / "b.pth"], "missing head.bias (7,)"),
+        "compare": (["bench", "compare", tmp_path / "a", tmp_path / "b"], "fastvit bench compare: error: "),
     }
 
 
@@ -288,6 +317,24 @@ def test_embed_npz(checkpoint, folder, tmp_path, capsys):
         expected = model.forward_head(model.forward_features(pixels), pre_logits=True)
     np.testing.assert_allclose(rows, expected.numpy(), rtol=1e-4, atol=1e-4)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "out.npz"]
+
+
+@pytest.mark.parametrize("name", ["OUT.NPZ", "Out.SafeTensors"])
+def test_embed_takes_its_format_in_any_case(name, checkpoint, folder, tmp_path):
+    pytest.importorskip("safetensors")
+    assert run("embed", folder, "-o", tmp_path / name, "--img-size", "32", *weights(checkpoint)) == 0
+    assert (tmp_path / name).read_bytes().startswith(b"PK") == (name == "OUT.NPZ")
+
+
+def test_embed_writes_to_what_its_output_links_to(checkpoint, folder, tmp_path):
+    (tmp_path / "disk").mkdir()
+    output, target = tmp_path / "out.npz", tmp_path / "disk" / "real.npz"
+    output.symlink_to("disk/real.npz")
+    for _ in range(2):  # a link to nothing yet, and to a file
+        assert run("embed", folder, "-o", output, "--img-size", "32", *weights(checkpoint)) == 0
+        assert output.is_symlink() and not target.is_symlink()
+        assert len(read_npz(target)[0]) == 3
+        assert list((tmp_path / "disk").iterdir()) == [target]
 
 
 def test_embed_safetensors(checkpoint, folder, tmp_path):
@@ -367,6 +414,26 @@ def test_embed_keeps_what_it_has_and_goes_on_from_there(stop, resume, checkpoint
     assert not partial.exists()
     assert read_npz(output)[0] == read_npz(whole)[0]
     assert np.array_equal(read_npz(output)[1], read_npz(whole)[1])
+
+
+def test_a_second_ctrl_c_does_not_stop_the_saving(checkpoint, folder, tmp_path, capsys, stop_after, monkeypatch):
+    from fastvit import features
+
+    right, before = features.write_atomically, signal.getsignal(signal.SIGTERM)
+
+    def interrupted(path, data):
+        assert "Saving 1 images" in capsys.readouterr().err
+        os.kill(os.getpid(), signal.SIGINT)
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+        right(path, data)
+
+    monkeypatch.setattr(features, "write_atomically", interrupted)
+    stop_after(1)
+    assert run("embed", folder, "-o", tmp_path / "x.npz", "--batch-size", "1", *weights(checkpoint)) == 130
+    assert "Stopped: 1 images are kept in" in capsys.readouterr().err
+    assert read_npz(tmp_path / "x.npz.partial")[0] == ["chelsea.jpg"]
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_embed_recomputes_what_is_gone_or_has_changed_and_keeps_the_order(
@@ -460,8 +527,9 @@ def test_a_full_disk_costs_no_row(checkpoint, folder, tmp_path, capsys, monkeypa
     assert calls == ["out.npz.partial"] * 3 + ["out.npz", "out.npz.partial"]
     error = capsys.readouterr().err.splitlines()
     assert error[0] == f"{tmp_path / 'out.npz.partial'} could not be written and is as it was: No space left on device"
-    assert error[1].startswith("Stopped: 3 images are kept in")
-    assert error[2] == "fastvit embed: error: [Errno 28] No space left on device"
+    assert error[1].startswith("Saving 3 images")
+    assert error[2].startswith("Stopped: 3 images are kept in")
+    assert error[3] == "fastvit embed: error: [Errno 28] No space left on device"
     assert run("embed", *arguments) == 0
     assert "Resuming: 3 of 3" in capsys.readouterr().err
 
@@ -638,6 +706,30 @@ def test_classify_prints_what_it_has_when_it_is_interrupted(checkpoint, folder, 
     assert capsys.readouterr().out.startswith(f"{files[0]}\n")
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_file_that_gives_nothing_does_not_keep_an_interrupted_run(number, checkpoint, folder, tmp_path):
+    pipe = tmp_path / "pipe.jpg"
+    os.mkfifo(pipe)
+    command = [sys.executable, "-m", "fastvit", "classify", folder / "chelsea.jpg", pipe, "--batch-size", "1"]
+    command += ["--img-size", "32", *weights(checkpoint), "--json"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        writer = None
+        while writer is None:
+            with contextlib.suppress(OSError):  # until somebody reads
+                writer = os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
+            assert process.poll() is None
+            time.sleep(0.05)
+        time.sleep(0.5)  # for the image before it
+        process.send_signal(number)
+        try:
+            out, error = process.communicate(timeout=20)
+        finally:
+            process.kill()
+            os.close(writer)
+    assert (process.returncode, error) == (130, "fastvit classify: error: interrupted\n")
+    assert [result["image"] for result in strict_json(out)] == [str(folder / "chelsea.jpg")]
+
+
 def attention_picture(output: Path):
     """The size of a written picture, and what is in it."""
     image = pytest.importorskip("PIL.Image").open(output)
@@ -793,6 +885,35 @@ def test_output_is_flushed_where_it_can_fail_and_names_come_out_as_they_are():
     os.close(read)
     assert done(write) == (1, None, b"")
     os.close(write)
+
+
+def run_elsewhere(info: str, redirect: str = "", **environment) -> tuple[int, bytes, bytes]:
+    """Exit status, stdout and stderr of `fastvit info` in a process of its own, with `info` as its function's body."""
+    code = f"import sys\nfrom fastvit import cli\ndef info(a): {info}\n"
+    code += "cli.info = info\nsys.argv = ['fastvit', 'info']\nsys.exit(cli.main())"
+    command = ["sh", "-c", f'exec "$@" {redirect}', "sh", sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_a_name_that_the_terminal_cannot_show_stops_nothing():
+    done = run_elsewhere("print('ü\\udce9\\udce9ü.jpg'); return 0", PYTHONIOENCODING="ascii")
+    assert done == (0, b"\\xfc\xe9\xe9\\xfc.jpg\n", b"")
+
+
+@pytest.mark.parametrize(
+    ("redirect", "shown"), [(">&-", (b"", b"note\n")), ("2>&-", (b"result\n", b"")), ("<&- >&- 2>&-", (b"", b""))]
+)
+def test_closed_streams_are_as_devnull(redirect, shown):
+    assert run_elsewhere("print('result'); cli._note('note'); return 0", redirect) == (0, *shown)
+
+
+@pytest.mark.parametrize("variable", ["FASTVIT_BACKEND", "FASTVIT_TUNING"])
+def test_a_setting_that_is_none_is_wrong_usage(variable):
+    command = [sys.executable, "-m", "fastvit", "info", "--device", "cpu"]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {variable: "foo"}, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.stderr.startswith(f"fastvit info: error: {variable}")
 
 
 def test_results_have_the_permissions_of_the_umask(tmp_path):

@@ -90,6 +90,19 @@ def test_triton_without_gpu_or_interpreter_is_one_clear_error():
     assert "TRITON_INTERPRET is not set" in error
 
 
+def test_the_interpreter_needs_its_variable_alone():
+    """Its numbers are the repaired ones: in bfloat16, stock, they are not."""
+    code = (
+        "import torch, fastvit\n"
+        "x = torch.randn(4, 64).bfloat16(); one = torch.ones(64).bfloat16()\n"
+        "want = fastvit.ops.layer_norm(x, one, one)\n"
+        "with fastvit.use_backend('triton'): got = fastvit.ops.layer_norm(x, one, one)\n"
+        "print((got.float() - want.float()).abs().max().item() <= 2**-6)"
+    )
+    done = run(code, TRITON_INTERPRET="1")
+    assert done.stdout.strip() == "True", done.stderr
+
+
 @pytest.mark.parametrize(("major", "reasons"), [(7, 1), (8, 0), (9, 0)])
 def test_gpus_before_ampere_are_a_reason(major, reasons, monkeypatch):
     properties = types.SimpleNamespace(major=major, minor=5)

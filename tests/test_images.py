@@ -1,5 +1,6 @@
 """Image files: timm's transform exactly, every mode and orientation, and nothing but one clear error for a bad file."""
 
+import os
 import struct
 import zlib
 from dataclasses import dataclass
@@ -224,6 +225,19 @@ def test_find_images_names_a_folder_that_cannot_be_listed(tmp_path, monkeypatch)
     assert images.find_images(tmp_path, errors.append) == [tmp_path / "a.png"]
     assert [str(error) for error in errors] == [f"{tmp_path / 'locked'}: Permission denied"]
     with pytest.raises(images.ImageError, match="locked: Permission denied"):
+        images.find_images(tmp_path)
+
+
+def test_find_images_names_what_is_no_regular_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "null.jpg").symlink_to("/dev/null")
+    (tmp_path / "nothing.jpg").symlink_to("absent")
+    (tmp_path / "a.png").touch()
+    errors = []
+    found = images.find_images(tmp_path, errors.append)
+    assert [path.name for path in found] == ["a.png", "nothing.jpg"]
+    assert sorted(map(str, errors)) == [f"{tmp_path / name}: no regular file" for name in ("null.jpg", "pipe.jpg")]
+    with pytest.raises(images.ImageError, match="no regular file"):
         images.find_images(tmp_path)
 
 

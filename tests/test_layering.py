@@ -36,7 +36,9 @@ LAYERS = {
     "fastvit.dispatch": Layer(("fastvit.tuned",), ("fastvit.ops",), others=("torch",)),
     # An op that nobody measured yet may call the tuner, which stands above and runs the ops.
     "fastvit.ops": Layer(
-        ("fastvit.dispatch", "fastvit.tuned", "fastvit.reference"), ("fastvit.kernels", "fastvit.tune"), ("torch",)
+        ("fastvit.dispatch", "fastvit.tuned", "fastvit.reference"),
+        ("fastvit.kernels", "fastvit.interpret", "fastvit.tune"),
+        ("torch",),
     ),
     "fastvit.nn": Layer(("fastvit.dispatch", "fastvit.ops"), others=("torch",)),
     "fastvit.models": Layer(("fastvit.dispatch", "fastvit.ops", "fastvit.nn")),

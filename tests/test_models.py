@@ -189,6 +189,13 @@ def test_list_models():
     assert names == sorted(names) and "vit_base_patch16_224" in names
     assert fastvit.list_models("deit_*_384") == ["deit_base_distilled_patch16_384", "deit_base_patch16_384"]
     assert fastvit.list_models("resnet*") == []
+    tiny = fastvit.list_models(["deit_tiny_*", "vit_tiny_*", "*_tiny_*"])
+    assert tiny == [name for name in names if "tiny" in name]
+    assert fastvit.list_models(filter="*tiny*", exclude_filters="vit_*") == [n for n in tiny if n.startswith("deit")]
+    assert fastvit.list_models(exclude_filters=["vit_*", "deit_*"]) == []
+    for name, value in (("filter", 3), ("filter", ["*", None]), ("exclude_filters", None)):
+        with pytest.raises(TypeError, match=f"^{name} is .*, expected a shell pattern or a list of them$"):
+            fastvit.list_models(**{name: value})
 
 
 def test_config_is_frozen_and_complete():
@@ -257,9 +264,13 @@ def test_bad_configs(overrides, error, text):
         ({"name": 5}, TypeError, "name is 5, expected the name of a model"),
         ({"num_clases": 3}, TypeError, r"create_model got unknown num_clases; did you mean num_classes\?"),
         ({"checkpoint_path": "x"}, TypeError, r"unknown checkpoint_path; did you mean checkpoint\?"),
-        ({"zzz": 3}, TypeError, "unknown zzz; the fields are img_size, "),
+        ({"zzz": 3}, TypeError, "unknown zzz; the fields are those of fastvit.ViTConfig$"),
         ({"pretrained": "yes"}, TypeError, "pretrained is 'yes', expected a bool"),
         ({"features_only": 1}, TypeError, "features_only is 1, expected a bool"),
+        ({"dtype": torch.float8_e4m3fn}, TypeError, "dtype is torch.float8_e4m3fn, expected a floating-point"),
+        ({"dtype": "float32"}, TypeError, "dtype is 'float32', expected a floating-point"),
+        ({"features_only": True, "out_indices": 13}, ValueError, "out_indices is 13, expected .* 1 to 12"),
+        ({"features_only": True, "out_indices": [12]}, ValueError, r"out_indices is \[12\], expected .* to 11"),
         ({"checkpoint": {}}, TypeError, "checkpoint is a dict, expected a path"),
         ({"checkpoint": os.curdir}, ValueError, r"checkpoint is '\.', a directory, expected a \.safetensors or"),
         ({"pretrained": True, "checkpoint": "x.pth"}, ValueError, "expected only one of them"),

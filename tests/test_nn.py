@@ -423,6 +423,14 @@ def test_another_patch_size_resamples_the_projection_as_timm_does():
     assert torch.equal(ours.proj.weight, before.proj.weight) and ours.patch_size == before.patch_size
 
 
+def test_a_projection_of_other_channels_in_its_place():
+    module, image = patch_embed(), torch.randn(2, 4, 16, 24)
+    module.proj = nn.Conv2d(4, D, (8, 4), (8, 4))
+    torch.testing.assert_close(module(image), module.proj(image).flatten(2).mT, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=r"expected \(batch, 4, H, W\)"):
+        module(IMAGE)
+
+
 @pytest.mark.parametrize("change", [{"stride": (4, 4)}, {"padding": (2, 2)}, {"dilation": (2, 2)}])
 def test_a_projection_that_overlaps_is_called(change):
     """As dense feature extractors change it in place."""

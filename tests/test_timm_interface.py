@@ -307,7 +307,8 @@ def test_arguments_are_timms(method):
         for cls in (fastvit.VisionTransformer, timm.models.VisionTransformer)
     )
     positional = [(p.name, p.default) for p in ours if p.kind is not p.KEYWORD_ONLY]
-    assert positional == [(p.name, p.default) for p in theirs]
+    own = [("masks", None)] if method in ("forward", "forward_features") else []
+    assert positional == [(p.name, p.default) for p in theirs] + own
 
 
 @pytest.mark.parametrize("name", [NAME, REGISTERS])
@@ -382,7 +383,8 @@ def test_backbone_facts():
     assert backbone.out_indices == [0, 1, 2] and backbone.in_chans == 1
     assert timm.data.resolve_data_config(model=backbone)["input_size"] == (1, 32, 32)
     assert not {"num_classes", "classifier"} & backbone.default_cfg.keys()
-    with pytest.raises(ValueError, match=r"indices is \[3\], expected block numbers"):
+    assert backbone.feature_info.info == list(backbone.feature_info) and backbone.feature_info.get("index") == [0, 1, 2]
+    with pytest.raises(ValueError, match=r"^out_indices is \[3\], expected block numbers"):
         fastvit.create_model(NAME, **SMALL, features_only=True, out_indices=[3])
     with pytest.raises(ValueError, match="out_indices is 2, but features_only is False"):
         fastvit.create_model(NAME, **SMALL, out_indices=2)
@@ -492,6 +494,48 @@ def test_attributes_are_timms(name, overrides):
         assert (ours is None) == (theirs is None)
     assert model.patch_embed.grid_size == peer.patch_embed.grid_size
     assert model.no_weight_decay() == peer.no_weight_decay()
+
+
+@pytest.mark.parametrize("name", [NAME, REGISTERS, "vit_giant_patch14_reg4_dinov2"])
+def test_init_weights_draws_what_timms_draws(name):
+    """In memory that nothing wrote, and over weights; but not what the constructor has drawn already."""
+    states = []
+    for library in (fastvit, timm):
+        model = library.create_model(name, **SMALL, device="meta").to_empty(device="cpu")
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.fill_(float("nan"))
+        for needs_reset in (True, False):
+            torch.manual_seed(3)
+            model.init_weights(needs_reset=needs_reset)
+            states.append({key: tensor.clone() for key, tensor in model.state_dict().items()})
+    torch.testing.assert_close(states[:2], states[2:], rtol=0, atol=0)
+    model = fastvit.create_model(NAME, **SMALL, mask_token=True, device="meta").to_empty(device="cpu")
+    model.init_weights()
+    assert not model.mask_token.any()
+
+
+@pytest.mark.parametrize("name", [NAME, REGISTERS, DISTILLED])
+def test_a_patch_embedding_that_someone_watches(name):
+    """Fused, called plainly and by timm's steps: the same numbers, with positions, masks and pixels in uint8."""
+    images, masks = torch.randn(2, 3, 32, 32), torch.rand(2, 16) < 0.5
+    if name != DISTILLED:
+        model, peer = pair(name)
+        close(model._pos_embed(model.patch_embed(images)), peer._pos_embed(peer.patch_embed(images)))
+    model = fastvit.create_model(name, **SMALL, dynamic_img_size=True, mask_token=True).eval()
+    pixels = torch.randint(256, (2, 3, 48, 24), dtype=torch.uint8)
+    want = model(images, masks=masks), model(pixels)
+    seen = []
+    model.patch_embed.register_forward_hook(lambda module, arguments, output: seen.append((arguments, output)))
+    close((model(images, masks=masks), model(pixels)), want)
+    ((first,), tokens), ((second,), _) = seen
+    assert torch.equal(first, images) and tokens.shape == (2, 16, 48)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (model.config.mean, model.config.std))
+    close(second, (pixels / 255 - mean) / std)
+    with pytest.raises(TypeError, match="image is a NoneType"):
+        model(None)
+    with pytest.raises(ValueError, match="_pos_embed cannot tell the grid"):
+        model._pos_embed(tokens)
 
 
 @pytest.mark.parametrize("pool", ["", "token", "avg", "max", "avgmax", None])

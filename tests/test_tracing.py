@@ -196,6 +196,41 @@ def test_what_works_in_its_stead(name, way):
         torch.testing.assert_close(other(inputs), module(inputs), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_a_jit_trace_of_uint8_images_refuses_floats():
+    """Which may be normalised already, and the graph would do it once more."""
+    model = fastvit.create_model("vit_tiny_patch16_224", **SMALL).eval()
+    pixels = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
+    traced = by_jit_trace(model, pixels[:1])
+    torch.testing.assert_close(traced(pixels), model(pixels), rtol=1e-4, atol=1e-5)
+    with pytest.raises(RuntimeError, match="not implemented for 'Float'"):
+        traced(pixels.float())
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_export_without_a_gradient_or_with_takes_every_size(strict):
+    model = fastvit.create_model("vit_tiny_patch16_224", **SMALL, dynamic_img_size=True).eval()
+    height, width = (torch.export.Dim(side, min=2, max=9) for side in ("height", "width"))
+    shapes = {"x": {2: 8 * height, 3: 8 * width}}
+    with torch.set_grad_enabled(strict):
+        exported = torch.export.export(model, (torch.randn(1, 3, 32, 32),), dynamic_shapes=shapes, strict=strict)
+        for size in ((32, 32), (48, 24)):
+            images = torch.randn(1, 3, *size)
+            torch.testing.assert_close(exported.module()(images), model(images), rtol=1e-4, atol=1e-5)
+
+
+def test_compiled_for_every_size_at_once_without_gradients():
+    """Only PyTorch's backward of the resampling needs a graph for each."""
+    model = fastvit.create_model("vit_tiny_patch16_224", **SMALL, dynamic_img_size=True).eval()
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(model, backend=counter, dynamic=True)
+    with torch.no_grad():
+        for size in ((48, 24), (16, 40), (24, 64)):
+            images = torch.randn(1, 3, *size)
+            torch.testing.assert_close(compiled(images), model(images), rtol=1e-4, atol=1e-5)
+    assert counter.frame_count == 1
+
+
 def test_a_traced_model_normalises_uint8_images():
     model = fastvit.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3)
     graph = torch.fx.symbolic_trace(model.eval())

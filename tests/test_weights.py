@@ -654,8 +654,29 @@ def test_mask_tokens_are_no_misfit(tmp_path):
 
 
 def test_a_model_of_another_library_is_refused(tmp_path):
-    with pytest.raises(TypeError, match=r"^model is a Linear, expected a fastvit.VisionTransformer$"):
+    with pytest.raises(TypeError, match=r"^model is a torch\.nn\..*\.Linear, expected a fastvit.VisionTransformer$"):
         load_checkpoint(torch.nn.Linear(1, 1), saved(tmp_path / "w.pth", {}))
+
+
+@pytest.mark.parametrize("entry", ["net", "weights", "params", "ema_state_dict"])
+def test_the_only_entry_that_is_a_model_is_taken(entry, tmp_path):
+    state = small().state_dict()
+    optimizer = {"state": {0: {"exp_avg": torch.ones(1)}}, "param_groups": [{"lr": 1e-3}]}
+    prefixed = {f"module.{name}": tensor for name, tensor in state.items()}
+    saved(tmp_path / "w.pth", {"optimizer": optimizer, "epoch": 3, entry: prefixed, "metrics": {"top1": 0.5}})
+    model = small()
+    load_checkpoint(model, tmp_path / "w.pth")
+    assert_state(model, state)
+    saved(tmp_path / "w.pth", {entry: state, "other": state})
+    with pytest.raises(ValueError, match=f"w.pth holds models as '{entry}' and 'other', expected one"):
+        load_checkpoint(model, tmp_path / "w.pth")
+
+
+def test_what_is_no_path_is_refused():
+    with pytest.raises(TypeError, match="^path is a dict, expected a path; load_state_dict takes tensors$"):
+        load_checkpoint(small(), {})
+    with pytest.raises(ValueError, match=r"^path is '\.', a directory, expected"):
+        load_checkpoint(small(), ".")
 
 
 TIMED = """

@@ -46,6 +46,12 @@ def install(guard: str = "race") -> None:
     _installed = guard
 
 
+def repaired() -> None:
+    """Repair the interpreter, without a guard, unless that is done: what a launch there needs. Raises as `install`."""
+    if _installed is None:
+        install("off")
+
+
 @contextlib.contextmanager
 def poison_empty():
     """Inside the `with` body, fill what `torch.empty` and its kin return with NaN, or the largest integer.

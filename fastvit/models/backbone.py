@@ -13,7 +13,14 @@ class FeatureInfo(list):
 
     def __init__(self, info: Sequence[dict], out_indices: Sequence[int]):
         super().__init__(info)
+        for index, facts in enumerate(self):
+            facts.setdefault("index", index)
         self.out_indices = tuple(out_indices)
+
+    @property
+    def info(self) -> list[dict]:
+        """The dicts, under timm's name."""
+        return self
 
     def get(self, key: str, idx: int | Sequence[int] | None = None):
         """`key` of the block numbered idx, or a list: of the blocks in idx, or for None of those in out_indices."""

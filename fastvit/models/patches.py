@@ -33,10 +33,11 @@ class PatchDropout(nn.Module):
         return drop_patches(x, self.prob, self.num_prefix_tokens) if self.training and self.prob else x
 
 
-def normalise_pixels(x: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
-    """Images x, uint8 ones normalised: in a graph of torch.fx, which cannot ask for the dtype before it runs."""
-    like = torch.empty((), dtype=torch.float32, device=x.device)
-    return prepare_image(x, like, mean, std, (1, 1)) if x.dtype == torch.uint8 else x
+def normalise_pixels(
+    x: torch.Tensor, like: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]
+) -> torch.Tensor:
+    """Images x, uint8 ones normalised, in the dtype of `like`; torch.fx cannot ask for x's dtype before it runs."""
+    return prepare_image(x, like, mean, std, (1, 1)) if getattr(x, "dtype", None) == torch.uint8 else x
 
 
 def fit_positions(

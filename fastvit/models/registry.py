@@ -14,10 +14,14 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 
+from fastvit.nn.block import block_indices
+
 from .backbone import FeatureGetterNet
 from .config import ViTConfig
 from .vision_transformer import VisionTransformer
-from .weights import fetch_pretrained, load_checkpoint
+from .weights import check_path, fetch_pretrained, load_checkpoint
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 _SIZES = {  # arXiv 2010.11929 (B, L, H), 2012.12877 (Ti, S), 2304.07193 (g)
     "tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3},
@@ -107,9 +111,18 @@ def _entry(family, size, patch, img, tag, differs) -> ModelEntry:
 MODELS: dict[str, ModelEntry] = {entry.name: entry for entry in (_entry(*row) for row in _TABLE)}
 
 
-def list_models(pattern: str = "*") -> list[str]:
-    """Names of the known models that match a shell pattern ("vit_*_384"), sorted."""
-    return sorted(fnmatch.filter(MODELS, pattern))
+def list_models(filter: str | Sequence[str] = "*", exclude_filters: str | Sequence[str] = ()) -> list[str]:
+    """Names of the known models, sorted: those that match a shell pattern ("vit_*_384") or any of a list of them, less
+    those that match one of exclude_filters. Raises TypeError for anything else."""
+    chosen, excluded = _matching("filter", filter), _matching("exclude_filters", exclude_filters)
+    return sorted(chosen - excluded)
+
+
+def _matching(name: str, patterns: str | Sequence[str]) -> set[str]:
+    several = [patterns] if isinstance(patterns, str) else patterns
+    if not isinstance(several, (list, tuple, set)) or not all(isinstance(pattern, str) for pattern in several):
+        raise TypeError(f"{name} is {patterns!r}, expected a shell pattern or a list of them")
+    return {model for pattern in several for model in fnmatch.filter(MODELS, pattern)}
 
 
 def model_entry(name: str) -> ModelEntry:
@@ -162,25 +175,25 @@ def create_model(
     for field in overrides:
         if field not in known:
             near = difflib.get_close_matches(field, [*inspect.signature(create_model).parameters, *known], n=1)
-            hint = f"did you mean {near[0]}?" if near else f"the fields are {', '.join(known)}"
+            hint = f"did you mean {near[0]}?" if near else "the fields are those of fastvit.ViTConfig"
             raise TypeError(f"create_model got unknown {field}; {hint}")
     for option, value in (("pretrained", pretrained), ("features_only", features_only)):
         if not isinstance(value, bool):
             raise TypeError(f"{option} is {value!r}, expected a bool")
-    if checkpoint is not None and not isinstance(checkpoint, (str, os.PathLike)):
-        raise TypeError(f"checkpoint is a {type(checkpoint).__name__}, expected a path; load_state_dict takes tensors")
-    if checkpoint is not None and os.path.isdir(checkpoint):
-        raise ValueError(f"checkpoint is {os.fspath(checkpoint)!r}, a directory, expected a .safetensors or .pth file")
+    if checkpoint is not None:
+        check_path("checkpoint", checkpoint)
     if out_indices is not None and not features_only:
         raise ValueError(f"out_indices is {out_indices}, but features_only is False; expected both or neither")
     if pretrained and checkpoint is not None:
         raise ValueError("pretrained=True came together with checkpoint, expected only one of them")
     if pretrained and entry.hub_id is None:
         raise ValueError(f"pretrained is True, but there are no weights of {name}")
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise TypeError(f"dtype is {dtype!r}, expected a floating-point torch.dtype")
+    if dtype is not None and dtype not in _DTYPES:
+        raise TypeError(f"dtype is {dtype!r}, expected a floating-point torch.dtype of 16 to 64 bits")
 
     config = replace(_for_channels(entry.config, overrides.get("in_chans")), **overrides)
+    if features_only:
+        out_indices = block_indices(3 if out_indices is None else out_indices, config.depth, "out_indices")
     if pretrained:
         checkpoint = fetch_pretrained(entry.hub_id)
     model = VisionTransformer(config, device=device, dtype=dtype)
@@ -192,9 +205,7 @@ def create_model(
         grid_size = entry.config.grid_size if pretrained else None
         new_classifier = features_only or "num_classes" in overrides
         load_checkpoint(model, checkpoint, new_classifier=new_classifier, grid_size=grid_size)
-    if not features_only:
-        return model
-    return FeatureGetterNet(model, 3 if out_indices is None else out_indices)
+    return FeatureGetterNet(model, out_indices) if features_only else model
 
 
 def _for_channels(config: ViTConfig, in_chans: int | None) -> ViTConfig:

@@ -15,12 +15,14 @@ from fastvit import ops
 from fastvit.nn import Block, PatchEmbed, SwiGLU
 from fastvit.nn.block import block_indices
 from fastvit.nn.layers import ACTIVATION_LAYERS, LAYER_NORM, bypassable, norm_complete, traced
+from fastvit.nn.patch_embed import assemble_tokens
 
 from .config import AVERAGING_POOLS, MLPS, POOLS, ViTConfig
 from .patches import PatchDropout, fit_positions, normalise_pixels, put_mask_tokens
 from .weights import resample_position_table
 
 # Their control flow depends on the image and the masks: torch.fx records the call instead of looking inside.
+torch.fx.wrap("assemble_tokens")
 torch.fx.wrap("fit_positions")
 torch.fx.wrap("normalise_pixels")
 torch.fx.wrap("put_mask_tokens")
@@ -99,7 +101,7 @@ class VisionTransformer(nn.Module):
         self.attn_pool = None
         self.head_drop = nn.Dropout(config.drop_rate)
         self._new_heads()
-        self.init_weights()
+        self.init_weights(needs_reset=False)
         self.feature_info = [
             {"module": f"blocks.{i}", "num_chs": embed_dim, "reduction": self.patch_embed.feat_ratio()}
             for i in range(config.depth)
@@ -127,16 +129,18 @@ class VisionTransformer(nn.Module):
             setattr(self, name, head.train(self.training))
 
     @torch.no_grad()
-    def init_weights(self) -> None:
+    def init_weights(self, needs_reset: bool = True) -> None:
         """timm's default start: linear weights and positions normal with std 0.02, cut at 2; biases 0; tokens about 0;
-        the patch projection as torch initialises a convolution."""
+        and with needs_reset all other layers by their own `reset_parameters`, as after `to_empty`."""
         if self.dist_token is not None:
             _init_normal(self.dist_token)
         _init_normal(self.pos_embed)
         for token in (self.cls_token, self.reg_token):
             if token is not None:
                 nn.init.normal_(token, std=1e-6)
-        self.apply(_init_linear)
+        if self.mask_token is not None:
+            nn.init.zeros_(self.mask_token)
+        self.apply(partial(_init_layer, needs_reset=needs_reset))
 
     # The width of what `forward_features` and `forward_head(pre_logits=True)` give, and timm's other two names of it.
     embed_dim = num_features = head_hidden_size = _from_config("embed_dim")
@@ -154,23 +158,34 @@ class VisionTransformer(nn.Module):
         """Images x (B, C, H, W) -> tokens (B, P + N, D) with positions, as the first block takes them.
 
         masks (B, N) bool: True where `mask_token` takes the patch's place, the position staying. In training patch
-        dropout leaves fewer than N patches.
+        dropout leaves fewer than N patches. All in one op where nobody can tell; else `patch_embed`, which may be any
+        module from normalised images to tokens (B, N, D), is called as timm's is.
         """
-        if traced(x):
-            x = normalise_pixels(x, self.config.mean, self.config.std)
-        prefix = [token[0] for token in (self.cls_token, self.dist_token, self.reg_token) if token is not None]
-        raw = x.dtype == torch.uint8 if isinstance(x, torch.Tensor) else False
-        positions = self._positions(x)[0]
-        tokens = self.patch_embed(
-            x,
-            pos_embed=positions,
-            prefix=torch.cat(prefix) if len(prefix) > 1 else prefix[0] if prefix else None,
-            mean=self.config.mean if raw else None,
-            std=self.config.std if raw else None,
-        )
+        mean, std = self.config.mean, self.config.std
+        if torch.jit.is_tracing() and x.dtype == torch.uint8 and not torch.onnx.is_in_onnx_export():
+            x = x.bitwise_and(255)  # the graph will normalise what it gets: floats, which may be already, are refused
+        positions, prefix = self._positions(x)[0], self._prefix()
+        if traced(x) or not bypassable((self.patch_embed, (PatchEmbed,))):
+            tokens = self.patch_embed(normalise_pixels(x, self.pos_embed, mean, std))
+            tokens = assemble_tokens(tokens, positions, prefix)
+        else:
+            if not isinstance(x, torch.Tensor) or x.dtype != torch.uint8:
+                mean = std = None
+            tokens = self.patch_embed(x, positions, prefix, mean, std)
         if masks is not None:
             tokens = put_mask_tokens(tokens, masks, self.mask_token, positions, self.num_prefix_tokens)
         return self.norm_pre(self.patch_drop(self.pos_drop(tokens)))
+
+    def _pos_embed(self, x: torch.Tensor) -> torch.Tensor:
+        """What timm's model does after `patch_embed`: patch tokens x (B, N, D) -> (B, P + N, D) with positions."""
+        if self.dynamic_img_size:
+            raise ValueError("_pos_embed cannot tell the grid from tokens, expected dynamic_img_size=False, or `embed`")
+        return self.pos_drop(assemble_tokens(x, self.pos_embed[0], self._prefix()))
+
+    def _prefix(self) -> torch.Tensor | None:
+        """Class, distillation and register tokens (P, D), or None."""
+        tokens = [token[0] for token in (self.cls_token, self.dist_token, self.reg_token) if token is not None]
+        return torch.cat(tokens) if len(tokens) > 1 else tokens[0] if tokens else None
 
     def _positions(self, x: torch.Tensor) -> torch.Tensor:
         """The position table for the image's grid."""
@@ -197,7 +212,6 @@ class VisionTransformer(nn.Module):
         x: torch.Tensor,
         attn_mask: torch.Tensor | None = None,
         is_causal: bool = False,
-        *,
         masks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Images x (B, C, H, W) -> tokens (B, P + N, D), the prefix first, after `norm` where the model has it.
@@ -249,7 +263,6 @@ class VisionTransformer(nn.Module):
         x: torch.Tensor,
         attn_mask: torch.Tensor | None = None,
         is_causal: bool = False,
-        *,
         masks: torch.Tensor | None = None,
     ):
         """Images x (B, C, H, W) -> what `forward_head` gives; the masks as `forward_features` has them."""
@@ -428,13 +441,15 @@ def _init_normal(tensor: torch.Tensor) -> None:
     tensor.copy_(wide.uniform_(-1, 1).erfinv_().mul_(0.02 * math.sqrt(2)).clamp_(-2, 2))
 
 
-def _init_linear(module: nn.Module) -> None:
+def _init_layer(module: nn.Module, needs_reset: bool) -> None:
     if isinstance(module, nn.Linear):
         _init_normal(module.weight)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
     elif isinstance(module, SwiGLU):  # `apply` comes here after its linear layers
         module.init_weights()
+    elif needs_reset and hasattr(module, "reset_parameters"):
+        module.reset_parameters()
 
 
 def _normalise(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import os
 import queue
 import re
@@ -19,7 +20,7 @@ from .config import ViTConfig
 _HEADS = ("head.", "head_dist.")
 _PATCH_WEIGHT = "patch_embed.proj.weight"
 # Entries of training files that hold the weights. The first one wins: averaged weights before raw ones, as in timm, and
-# DINO's teacher before its student.
+# DINO's teacher before its student. An entry of another name is taken where only that one has a patch projection.
 _WRAPPERS = ("state_dict_ema", "model_ema", "teacher", "state_dict", "model", "model_state_dict")
 # Objects that training files hold beside the tensors, and that weights_only stops at.
 _BESIDE_TENSORS = (
@@ -62,8 +63,9 @@ def load_checkpoint(
 
     The file is .safetensors, or of torch.save and readable without running code; names are timm's or those of the
     original DINOv2. From a training checkpoint the first of these entries is taken: state_dict_ema, model_ema, teacher,
-    state_dict, model, model_state_dict. A prefix that the whole model has ("module.", "_orig_mod.", "backbone.",
-    "model.") is removed, and what lies outside of it is left out, as DINO's projection head is.
+    state_dict, model, model_state_dict; else the only one that holds a model of such names. A prefix that the whole
+    model has ("module.", "_orig_mod.", "backbone.", "model.") is removed, and what lies outside of it is left out, as
+    DINO's projection head is.
 
     A position table of another grid is resampled by the config's policy; that grid is `grid_size` (rows, columns) if
     given, else the model's own if the rows agree, else a square. So is a projection of patches of another size. RGB
@@ -76,10 +78,12 @@ def load_checkpoint(
 
     Raises ValueError for a file that cannot be read, and where tensors are missing, unexpected or of another shape,
     with the first few of each and the format if it is a known one of another library; FileNotFoundError; ImportError
-    where safetensors is not installed; and TypeError for a model of another class.
+    where safetensors is not installed; and TypeError for a model of another class and a path that is none.
     """
     if not isinstance(getattr(model, "config", None), ViTConfig):
-        raise TypeError(f"model is a {type(model).__name__}, expected a fastvit.VisionTransformer")
+        name = f"{type(model).__module__}.{type(model).__qualname__}"
+        raise TypeError(f"model is a {name}, expected a fastvit.VisionTransformer")
+    check_path("path", path)
     state = convert_names(read_state_dict(path))
     wanted = model.state_dict()
     if any(tensor.is_meta for tensor in wanted.values()):
@@ -102,6 +106,14 @@ def load_checkpoint(
     if misfit := _misfit(state, wanted):
         raise ValueError(f"{os.fspath(path)} {misfit}")
     model.load_state_dict(state)
+
+
+def check_path(name: str, path) -> None:
+    """Raise TypeError unless `path` is a path, ValueError for a directory."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"{name} is a {type(path).__name__}, expected a path; load_state_dict takes tensors")
+    if os.path.isdir(path):
+        raise ValueError(f"{name} is {os.fspath(path)!r}, a directory, expected a .safetensors or .pth file")
 
 
 def _misfit(state, wanted):
@@ -148,7 +160,13 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     while isinstance(state, dict):
         inner = next((entry for entry in map(state.get, _WRAPPERS) if isinstance(entry, dict) and entry), None)
         if inner is None:
-            break
+            named = [name for name, entry in state.items() if isinstance(entry, dict) and _model_prefixes(entry)]
+            if len(named) > 1:
+                entries = " and ".join(map(repr, named))
+                raise ValueError(f"{path} holds models as {entries}, expected one: save it alone")
+            if not named:
+                break
+            inner = state[named[0]]
         state = inner
     if not isinstance(state, dict):
         raise ValueError(f"{path} holds a {type(state).__name__}, expected tensors by name")
@@ -158,12 +176,17 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, torch.Tensor]:
             raise ValueError(f"{path} holds {name!r}, a {type(tensor).__name__}, expected dense real tensors by name")
 
     state = {name.replace("_orig_mod.", ""): tensor for name, tensor in state.items()}  # torch.compile's, anywhere
-    prefixes = [name.removesuffix(_PATCH_WEIGHT) for name in state if f".{name}".endswith(f".{_PATCH_WEIGHT}")]
+    prefixes = _model_prefixes(state)
     if "" in prefixes or not prefixes:
         return state
     if len(prefixes) > 1:
         raise ValueError(f"{path} holds models under {' and '.join(map(repr, prefixes))}, expected one: save it alone")
     return {name.removeprefix(prefixes[0]): v for name, v in state.items() if name.startswith(prefixes[0])}
+
+
+def _model_prefixes(state):
+    """What stands before the patch projection's name in `state`: a prefix for each model that is in it."""
+    return [name.removesuffix(_PATCH_WEIGHT) for name in map(str, state) if f".{name}".endswith(f".{_PATCH_WEIGHT}")]
 
 
 def _read_safetensors(path):
@@ -279,8 +302,13 @@ def resample_position_table(
     DINOv2 with registers) does; "bicubic" without antialiasing, as Hugging Face's Dinov2; "dinov2" as the original
     DINOv2 without registers, whose sampling step is old / (new + 0.1), not antialiased.
     """
-    if tuple(old_grid) == tuple(new_grid):
+    # To compare the grids would tie an exported graph to its example. "dinov2" has to: it would change an equal grid.
+    exporting = torch.compiler.is_exporting() and policy != "dinov2"
+    if not exporting and tuple(old_grid) == tuple(new_grid):
         return table
+    if policy == "antialias" and not exporting and torch.compiler.is_compiling() and torch.is_grad_enabled():
+        # A graph for each grid, as PyTorch's backward fails in one for all of them.
+        new_grid = [operator.index(side) for side in new_grid]
     prefix, grid = table[:, :prefix_rows], table[:, prefix_rows:].float()
     grid = grid.reshape(1, *old_grid, -1).permute(0, 3, 1, 2)
     if policy == "dinov2":

@@ -49,20 +49,20 @@ def _ours(argument: str, layer, replaced: dict[str, type]) -> type:
     raise TypeError(f"{argument} is {layer!r}, expected {names}")
 
 
-def block_indices(indices: int | Iterable[int] | None, depth: int) -> list[int]:
+def block_indices(indices: int | Iterable[int] | None, depth: int, name: str = "indices") -> list[int]:
     """Numbers, from 0, of the chosen ones of `depth` blocks: all for None, the last n for an int, else those given,
     negative ones from the end. Raises ValueError for numbers that there are not, TypeError for anything else."""
     if indices is None:
         return list(range(depth))
     if is_integer(indices):
         if not 0 < indices <= depth:
-            raise ValueError(f"indices is {indices}, expected a number of blocks from 1 to {depth}")
+            raise ValueError(f"{name} is {indices}, expected a number of blocks from 1 to {depth}")
         return list(range(depth - indices, depth))
     numbers = list(indices) if isinstance(indices, Iterable) else [None]
     if not all(is_integer(number) for number in numbers):
-        raise TypeError(f"indices is {indices!r}, expected None, a number of blocks, or block numbers")
+        raise TypeError(f"{name} is {indices!r}, expected None, a number of blocks, or block numbers")
     if not numbers or not all(-depth <= number < depth for number in numbers):
-        raise ValueError(f"indices is {indices}, expected block numbers from {-depth} to {depth - 1}")
+        raise ValueError(f"{name} is {indices}, expected block numbers from {-depth} to {depth - 1}")
     return [number % depth for number in numbers]
 
 

@@ -171,7 +171,6 @@ class PatchEmbed(nn.Module):
     def forward(
         self,
         image: torch.Tensor,
-        *,
         pos_embed: torch.Tensor | None = None,
         prefix: torch.Tensor | None = None,
         mean: tuple[float, ...] | None = None,
@@ -187,7 +186,8 @@ class PatchEmbed(nn.Module):
         ph, pw = self.patch_size
         fused = not traced(image) and self.fusible()
         size = self.img_size if self.strict_img_size else None
-        image = check_image(image, self.in_chans, size, (1, 1) if self.dynamic_img_pad else self.patch_size)
+        in_chans = getattr(self.proj, "in_channels", self.in_chans)
+        image = check_image(image, in_chans, size, (1, 1) if self.dynamic_img_pad else self.patch_size)
         if not fused or image.shape[2] % ph or image.shape[3] % pw:
             image = prepare_image(image, next(self.proj.parameters()), mean, std, self.patch_size)
             mean = std = None

@@ -265,9 +265,15 @@ _one_at_a_time = threading.RLock()
 
 def on_device_of(tensor: torch.Tensor):
     """Context in which Triton launches on the tensor's device, with the configs that were measured for it; in the
-    interpreter, which knows one launch only, other threads wait."""
+    interpreter, repaired, which knows one launch only, other threads wait."""
     tuned.install()
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else _one_at_a_time
+    if tensor.is_cuda:
+        return torch.cuda.device(tensor.device)
+    if dispatch.interpreting():
+        from fastvit import interpret
+
+        interpret.repaired()
+    return _one_at_a_time
 
 
 def gradients(values, likes) -> tuple[torch.Tensor, ...]:
