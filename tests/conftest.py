@@ -7,9 +7,14 @@ it, or in the interpreter as well where TRITON_INTERPRET=1 is set.
 from __future__ import annotations
 
 import os
+import signal
 
 import pytest
 import torch
+
+# What a shell starts in the background ignores Ctrl-C, and so would the commands that tests interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"

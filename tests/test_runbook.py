@@ -224,6 +224,18 @@ def test_without_a_gpu_it_says_so(capsys, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_archive_writes_nowhere_else(results, out, tmp_path):
+    with tarfile.open(out.archive, "w:gz") as tar:
+        for name in ("../../outside.json", "links/a.json"):
+            member = tarfile.TarInfo(f"{out._name}/{name}")
+            tar.addfile(member)
+    again = tmp_path / "again"
+    again.mkdir()
+    with pytest.raises(ValueError, match="outside.json' lies outside of it"):
+        out.unpack(again, None)
+    assert not list(tmp_path.rglob("outside.json"))
+
+
 def test_make_hands_its_variables_on():
     command = ["make", "-n", "gpu", "OUT=o", "FROM=f.tgz", "COMMIT=c", "BUDGET=9", "MODELS=m", "BATCH=2", "STEPS=a b"]
     root = Path(__file__).parents[1]
