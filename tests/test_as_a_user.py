@@ -133,7 +133,7 @@ def by_timm(model, path):
 
 
 def test_classify_with_the_checkpoint_of_a_training_script(trained, tmp_path):
-    """Issue items 2 and 5: the file is read without running code, and prepared and classified as in timm."""
+    """The file is read without running code, and prepared and classified as in timm."""
     paths = [shutil.copy(PHOTOS / "chelsea.jpg", tmp_path / "my cat, große Ansicht.jpg"), PHOTOS / "coffee.jpg"]
     done = run("classify", *paths, "--json", *small_images(trained))
     assert (done.returncode, done.stderr) == (0, "")
@@ -179,7 +179,7 @@ def kept(path: Path) -> list[str]:
 
 
 def test_embed_a_folder_that_changes_between_interruptions(trained, tmp_path):
-    """Issue item 3: Ctrl-C twice, an image overwritten, one deleted, one more; then every row is of timm's features."""
+    """Ctrl-C twice, an image overwritten, one deleted, one more; then every row is of timm's features."""
     folder, output, partial = tmp_path / "my photos", tmp_path / "f.npz", tmp_path / "f.npz.partial"
     photos_of_a_user(folder)
     command = ["embed", folder, "-o", output, "--batch-size", "4", *small_images(trained)]
@@ -214,7 +214,7 @@ def test_embed_a_folder_that_changes_between_interruptions(trained, tmp_path):
 
 
 def test_a_diverged_model_is_found_out(trained, tmp_path):
-    """Issue item 4: no "nan%", no JSON that is none, no exit status 0."""
+    """No "nan%", no JSON that is none, no exit status 0."""
     state = trained[0].state_dict()
     state["blocks.3.mlp.fc1.bias"] = torch.full_like(state["blocks.3.mlp.fc1.bias"], math.nan)
     torch.save({"state_dict": state}, tmp_path / "diverged.pth")
@@ -246,7 +246,7 @@ def results_with(path: Path, change) -> Path:
     ],
 )
 def test_compare_with_last_weeks_bench(factors, status, text, tmp_path):
-    """Issue item 6: peers that moved against each other leave nothing to conclude."""
+    """Peers that moved against each other leave nothing to conclude."""
     after = results_with(tmp_path / "after.json", lambda name: factors.get(name, 1.0))
     done = run("bench", "compare", RESULTS, after)
     assert done.returncode == status
@@ -464,7 +464,7 @@ def test_padded_and_causal_sequences(backend, images):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("shape", [(), (6,), (6, 1), (6, 6), (2, 1, 6), (3, 2, 6, 6), (3, 1, 1, 6)])
 def test_a_position_bias_of_any_shape(shape, backend):
-    """Issue item 1; each shape that broadcasts, with its gradient, as in scaled_dot_product_attention."""
+    """Each shape that broadcasts, with its gradient, as in scaled_dot_product_attention."""
     qkv = torch.randn(3, 6, 3, 2, 8, requires_grad=True)
     bias = torch.randn(shape, requires_grad=True)
     upstream = torch.randn(3, 6, 16)
@@ -482,7 +482,7 @@ def test_a_position_bias_of_any_shape(shape, backend):
 @on_kernels
 @pytest.mark.usefixtures("triton_backend")
 def test_threads_of_a_service_share_a_model(images):
-    """Issue item 7: no false fault, no mixed-up answer."""
+    """No false fault, no mixed-up answer."""
     model, peer = pair()
 
     def answer(image):
@@ -496,7 +496,7 @@ def test_threads_of_a_service_share_a_model(images):
 @on_kernels
 @pytest.mark.usefixtures("as_on_a_gpu")
 def test_gradients_of_each_sample_and_an_ensemble(images):
-    """Issue item 8: torch.func, where an ordinary call of the same model takes the kernels."""
+    """torch.func, where an ordinary call of the same model takes the kernels."""
     from torch.func import functional_call, grad, jvp, stack_module_state, vmap
 
     model, peer = pair()
@@ -540,7 +540,7 @@ def test_a_gradient_penalty(backend, images):
 
 @pytest.mark.filterwarnings("ignore:NOTE. The nodes obtained by tracing", "ignore::DeprecationWarning")
 def test_features_of_a_timm_model_with_our_blocks(images):
-    """Issue item 9: torch.fx sees into them; scripting says in one sentence what to do."""
+    """torch.fx sees into them; scripting says in one sentence what to do."""
     arguments = {**SMALL, "drop_path_rate": 0.1}
     peer = randomised(timm.create_model("deit3_small_patch16_224", **arguments))
     model = timm.create_model("deit3_small_patch16_224", block_fn=fastvit.nn.Block, **arguments).eval()
@@ -554,7 +554,7 @@ def test_features_of_a_timm_model_with_our_blocks(images):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_black_borders_under_a_tiny_eps(backend):
-    """Issue item 10: tokens without any variance are the bias, with transformers' 1e-12 too."""
+    """Tokens without any variance are the bias, with transformers' 1e-12 too."""
     norm = randomised(nn.LayerNorm(48, eps=1e-12))
     x = torch.randn(2, 5, 48)
     x[0, 2], x[1] = 0.1, 3e3
@@ -568,7 +568,7 @@ def test_black_borders_under_a_tiny_eps(backend):
 @pytest.mark.usefixtures("triton_backend")
 @pytest.mark.parametrize("layout", ["contiguous", "channels last", "transposed", "every other"])
 def test_half_precision_is_as_accurate_in_every_layout(layout):
-    """Issue item 11: a bfloat16 block's output and gradient against float64, beside timm's block in bfloat16."""
+    """A bfloat16 block's output and gradient against float64, beside timm's block in bfloat16."""
     block = randomised(fastvit.nn.Block(64, 2, qkv_bias=True))
     peer = timm.models.vision_transformer.Block(64, 2, qkv_bias=True).eval()
     peer.load_state_dict(block.state_dict())
@@ -594,7 +594,7 @@ def test_half_precision_is_as_accurate_in_every_layout(layout):
 
 
 def test_what_auto_takes_on_a_gpu(monkeypatch):
-    """Issue item 12, asked with tensors that only claim to be on one."""
+    """Asked with tensors that only claim to be on one."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     properties = types.SimpleNamespace(major=9, minor=0, name="Imaginary GPU", multi_processor_count=132)
