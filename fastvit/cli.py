@@ -717,12 +717,15 @@ class _Skipped(list):
 def _finite(arguments: argparse.Namespace, model, paths: list[Path], rows, skip: _Skipped) -> tuple[list[Path], object]:
     """paths and rows (B, n) of those images whose numbers are all finite; the others are skipped, with the reason."""
     finite = rows.isfinite().all(dim=1)
+    if finite.all():
+        return paths, rows
+    reason = _not_finite(arguments, model)
     good = []
     for path, is_finite in zip(paths, finite.tolist(), strict=True):
         if is_finite:
             good.append(path)
         else:
-            skip(f"{path}: {_not_finite(arguments, model)}")
+            skip(f"{path}: {reason}")
     return good, rows[finite]
 
 
