@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -122,6 +123,30 @@ SAMPLES = [
     Sample("patch_embed", "patch_embed", _patch_embed, _NORMALISED),
     Sample("patch_embed-uint8", "patch_embed", _patch_embed_uint8, _NORMALISED),
 ]
+
+
+def timm_masks(tokens: int, heads: int) -> dict[str, dict]:
+    """Arguments of timm's attention for two images, by the kind of mask."""
+    return {
+        "padding": {"attn_mask": (torch.arange(tokens) < torch.tensor([[tokens // 2], [tokens]]))[:, None, None, :]},
+        "pairs": {"attn_mask": torch.rand(2, heads, tokens, tokens) < 0.7},
+        "additive": {"attn_mask": torch.randn(tokens, tokens)},
+        "causal": {"is_causal": True},
+    }
+
+
+def outputs_of(model, names, run: Callable) -> dict[str, torch.Tensor]:
+    """What the submodules of these names give in `run(model)`, as hooks see it."""
+    seen = {}
+    with contextlib.ExitStack() as hooks:
+        for name in names:
+
+            def note(module, inputs, output, name=name):
+                seen[name] = output
+
+            hooks.enter_context(model.get_submodule(name).register_forward_hook(note))
+        run(model)
+    return seen
 
 
 def relative_rms(got: torch.Tensor, truth: torch.Tensor) -> float:

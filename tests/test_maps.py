@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from functools import partial
 
 import pytest
 import torch
+from samples import outputs_of
 from torch import nn
 
 import fastvit
@@ -46,23 +46,12 @@ def images():
     return torch.randn(2, 3, 32, 32)
 
 
-def seen(model, images, names):
-    """The outputs of submodules, by name."""
-    outputs = {}
-    with ExitStack() as hooks:
-        for name in names:
-            note = lambda m, x, y, name=name: outputs.update({name: y})  # noqa: E731
-            hooks.enter_context(model.get_submodule(name).register_forward_hook(note))
-        model(images)
-    return outputs
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_they_make_the_attentions_output(name, images):
     model = build(name)
     maps = attention_maps(model, images)
     parts = [f"blocks.{i}.attn{part}" for i in range(3) for part in ("", ".qkv")]
-    outputs = seen(model, images, parts)
+    outputs = outputs_of(model, parts, lambda m: m(images))
     assert len(maps) == 3
     for i, probabilities in enumerate(maps):
         tokens = TOKENS + 4 * (name == "our_registers")
@@ -80,7 +69,7 @@ def test_they_are_timms(name, images):
     maps = attention_maps(model, images)
     for block in model.blocks:
         block.attn.fused_attn = False
-    want = seen(model, images, [f"blocks.{i}.attn.attn_drop" for i in range(3)])
+    want = outputs_of(model, [f"blocks.{i}.attn.attn_drop" for i in range(3)], lambda m: m(images))
     torch.testing.assert_close(maps, list(want.values()), rtol=1e-5, atol=1e-6)
     if name == "timm":
         ours = build("ours")

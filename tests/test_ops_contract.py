@@ -108,15 +108,16 @@ def test_compiles_to_one_graph(sample, device):
 @every_op
 @pytest.mark.skipif(not interpreting(), reason="float64 runs in the interpreter only")
 def test_gradients_can_be_differentiated_again(sample):
-    """Also through what the tensors were made of: each is a multiple of one number, so that it is shared by all."""
+    """Also through what the tensors were made of: all of one number, and the last of the first, too."""
     tensors = sample.tensors(torch.float64)
     upstream = torch.randn(sample.run(tensors).shape, dtype=torch.float64, requires_grad=True)
 
     def second(module):
         shared = torch.ones((), dtype=torch.float64, requires_grad=True)
         made = {name: t * shared if t.requires_grad else t for name, t in tensors.items()}
-        if "residual" in made:
-            made["residual"] = made["x"][..., : made["residual"].shape[-1]] + made["residual"]
+        names = [name for name, t in tensors.items() if t.requires_grad]
+        if len(names) > 1:
+            made[names[-1]] = made[names[-1]] + made[names[0]].square().mean()
         leaves = [t for t in tensors.values() if t.requires_grad]
         first = torch.autograd.grad(sample.run(made, module), leaves, upstream, create_graph=True)
         loss = sum(g.square().sum() for g in first)
@@ -150,6 +151,7 @@ def test_checkpointing(sample, use_reentrant, device):
 
 @every_op
 @pytest.mark.filterwarnings("ignore:There is a performance drop")  # PyTorch's, of its own operators
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # PyTorch's own, in forward mode
 def test_gradients_of_a_batch_of_upstream_gradients(sample, device):
     """torch.autograd.grad(is_grads_batched=True), on which jacobian(vectorize=True) stands."""
     tensors = sample.tensors(device=device)
@@ -160,6 +162,11 @@ def test_gradients_of_a_batch_of_upstream_gradients(sample, device):
     assert not any(gradient.requires_grad for gradient in got)
     by_vmap = torch.func.vmap(lambda v: torch.autograd.grad(out, leaves, v, retain_graph=True))(upstreams)
     torch.testing.assert_close(by_vmap, got, rtol=1e-3, atol=1e-4)
+    with forward_ad.dual_level():  # gradients are linear in the upstream one
+        dual = forward_ad.make_dual(upstreams[0], upstreams[1])
+        forward = [forward_ad.unpack_dual(g) for g in torch.autograd.grad(out, leaves, dual, retain_graph=True)]
+        for (primal, tangent), (first, second, _) in zip(forward, got, strict=True):
+            torch.testing.assert_close((primal, tangent), (first, second), rtol=1e-3, atol=1e-4)
     for i, upstream in enumerate(upstreams):
         expected = torch.autograd.grad(out, leaves, upstream, retain_graph=True)
         torch.testing.assert_close([g[i] for g in got], list(expected), rtol=1e-3, atol=1e-4)
@@ -240,12 +247,15 @@ def test_attention_keeps_its_accuracy_where_torch_stands_in(dtype, bias, device)
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_what_is_not_a_number_is_not_hidden(backend, device):
-    """A NaN among the keys makes every row that attends to it NaN."""
+    """A NaN among the keys makes every row that attends to it NaN; so does one in the bias."""
     qkv = torch.randn(1, 21, 3, 1, 16, device=device)
-    qkv[0, 3, 1] = float("nan")
-    for module, options in ((ops, {}), (reference, {}), (ops, {"attn_bias": torch.zeros(21, 21, device=device)})):
+    bias = torch.zeros(21, 21, device=device)
+    unknown = qkv.clone()
+    unknown[0, 3, 1] = float("nan")
+    for module, query, value in ((ops, unknown, 0.0), (reference, unknown, 0.0), (ops, qkv, float("nan"))):
         with fastvit.use_backend(backend):
-            assert module.attention(qkv, **options).isnan().all()
+            assert module.attention(query, attn_bias=bias + value).isnan().all()
+            assert module.attention(unknown).isnan().all()
 
 
 @pytest.mark.skipif(not interpreting(), reason="a GPU has no such limit")

@@ -11,6 +11,7 @@ import re
 
 import pytest
 import torch
+from samples import timm_masks
 
 import fastvit
 from fastvit.models.registry import MODELS
@@ -353,12 +354,7 @@ def test_masks_as_timm_has_them(drop_in, mask):
     peer = small_timm().eval()
     ours = timm.create_model("vit_tiny_patch16_224", **SMALL, **DROP_INS[drop_in]).eval()
     ours.load_state_dict(peer.state_dict())
-    masks = {
-        "padding": {"attn_mask": (torch.arange(17) < torch.tensor([[9], [17]]))[:, None, None, :]},
-        "pairs": {"attn_mask": torch.rand(2, 3, 17, 17) < 0.7},
-        "additive": {"attn_mask": torch.randn(17, 17)},
-        "causal": {"is_causal": True},
-    }[mask]
+    masks = timm_masks(17, 3)[mask]
     images = torch.randn(2, 3, 32, 32)
     want = peer.forward_features(images, **masks)
     assert (want - peer.forward_features(images)).abs().max() > 1e-2

@@ -8,6 +8,7 @@ import itertools
 
 import pytest
 import torch
+from samples import timm_masks
 from torch import nn
 
 import fastvit
@@ -169,12 +170,7 @@ def test_set_input_size_refuses_what_does_not_fit():
 @pytest.mark.parametrize("mask", ["padding", "pairs", "additive", "causal"])
 def test_attention_masks(mask, checkpointing):
     model, peer = pair()
-    masks = {
-        "padding": {"attn_mask": (torch.arange(17) < torch.tensor([[9], [17]]))[:, None, None, :]},
-        "pairs": {"attn_mask": torch.rand(2, 3, 17, 17) < 0.7},
-        "additive": {"attn_mask": torch.randn(17, 17)},
-        "causal": {"is_causal": True},
-    }[mask]
+    masks = timm_masks(17, 3)[mask]
     model.set_grad_checkpointing(checkpointing)
     images = torch.randn(2, 3, 32, 32)
     want = peer(images, **masks)

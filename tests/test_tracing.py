@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 import io
-from contextlib import ExitStack
 
 import pytest
 import torch
+from samples import outputs_of
 from torch import nn
 
 import fastvit
@@ -105,17 +105,6 @@ def timm_model(**parts):
     return timm.create_model("vit_base_patch16_224", **SMALL, proj_drop_rate=0.2, **parts)
 
 
-def outputs_of(names, model, images):
-    """What hooks see."""
-    seen = {}
-    with ExitStack() as hooks:
-        for name in names:
-            note = lambda m, x, y, name=name: seen.update({name: y})  # noqa: E731
-            hooks.enter_context(model.get_submodule(name).register_forward_hook(note))
-        seeded(model, images)
-    return seen
-
-
 @pytest.mark.filterwarnings("ignore:NOTE. The nodes obtained by tracing")
 @pytest.mark.parametrize("model", [*OURS, "fastvit"])
 def test_features_by_timms_node_names(model):
@@ -127,7 +116,7 @@ def test_features_by_timms_node_names(model):
     images = torch.randn(2, 3, 32, 32)
     for training in (True, False):
         got = seeded(extractor.train(training), images)
-        want = outputs_of(NODES, model.train(training), images)
+        want = outputs_of(model.train(training), NODES, lambda m: seeded(m, images))
         assert got.keys() == want.keys()
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
