@@ -18,20 +18,22 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TextIO
 
 import torch
-from fastvit.kernels import configs, cost, gemm, hardware, layer_norm_mlp
-from fastvit.kernels.layer_norm_linear import normalised_source
-from fastvit.kernels.linear_residual import scaled_operand
+from fastvit.kernels import gemm
+from fastvit.kernels.launch import choice, cost, hardware
+from fastvit.kernels.launch.request import CONFIGS, Config, Request
+from fastvit.kernels.layer_norm_mlp import ACTIVATED, ACTIVATED_AND_KEPT, ACTIVATION_GRADIENT
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from triton.runtime.jit import JITFunction
 
 from fastvit import precompile, report, tune, tuned
 from fastvit.attempts import Attempts
+from fastvit.calls import calls_of
+from fastvit.decide import Clock, Measured, Run, measure
 from fastvit.measure import quartiles
 from fastvit.models.registry import model_entry
 from fastvit.verify import SHORT
@@ -45,7 +47,7 @@ OTHER_TOKENS = (192, 256)  # a whole number of tiles, below and above a ViT's 19
 
 
 def run(
-    folder: Path, deadline: float, model: str, batch: int, rates: cost.Rates, device: torch.device, clock: tune.Clock
+    folder: Path, deadline: float, model: str, batch: int, rates: cost.Rates, device: torch.device, clock: Clock
 ) -> bool:
     """Measure what micro.json in `folder` has not; past `deadline` (`time.monotonic()`) nothing new is started.
 
@@ -54,7 +56,7 @@ def run(
     """
     path, arch = folder / FILE, hardware.current_arch()
     found = _before(path, arch.name, model, batch)
-    calls = tune.calls_of(model_entry(model).config, batch, DTYPE, "training")
+    calls = calls_of(model_entry(model).config, batch, DTYPE, "training")
     attempts, failures = Attempts(tuned.table(device).attempts, watched=True), []
 
     def save(finished: bool) -> None:
@@ -115,7 +117,7 @@ def measure_launches(
     attempts: Attempts,
     deadline: float,
     known: dict[str, dict],
-    clock: tune.Clock,
+    clock: Clock,
 ) -> Iterator[dict]:
     """A row for each launch of one call that `known` has none for. Raises OutOfTime past the deadline."""
     table = tuned.table(device)
@@ -142,7 +144,7 @@ def measure_launches(
             if key not in attempts.fatal:
                 with attempts.trying(key):
                     beside = equivalents(request, device, clock)
-            measured = tune.measure(
+            measured = measure(
                 *(candidates, request.dtype, tune.LAUNCH_ROUNDINGS, clock),
                 in_place=True,
                 beside=beside,
@@ -162,8 +164,8 @@ def measure_launches(
                 "flops": needs.flops,
                 "bytes": needs.bytes,
                 "bound_seconds": cost.floor_seconds(needs, rates),
-                "heuristic": config_text(asdict(next(iter(choices)))),
-                "best": config_text(asdict(labels[best])),
+                "heuristic": config_text(next(iter(choices))),
+                "best": config_text(labels[best]),
                 "seconds": _median(measured, best),
                 "heuristic_seconds": _median(measured, next(iter(labels))),
                 "library": {text: _median(measured, text) for text in measured.times if text not in labels},
@@ -177,7 +179,7 @@ def measure_launches(
             }
 
 
-def _recorded(run: Callable, config: configs.Config, compiled: dict, text: str):
+def _recorded(run: Callable, config: Config, compiled: dict, text: str):
     """Run, and keep the first kernel that Triton launches for it."""
     if text in compiled:
         return run(config)
@@ -195,17 +197,17 @@ def _recorded(run: Callable, config: configs.Config, compiled: dict, text: str):
         JITFunction.run = launch
 
 
-def _config_row(config: configs.Config, measured: tune.Measured, text: str, estimate: float, kernel) -> dict:
+def _config_row(config: Config, measured: Measured, text: str, estimate: float, kernel) -> dict:
     """estimate: seconds, of `cost.request_seconds`; registers and bytes of local memory (spills, a stack) a thread and
     bytes of shared memory a block, as the driver loaded the kernel."""
     low, median, high = quartiles(measured.times[text])
     loaded = {} if kernel is None else {"registers": kernel.n_regs, "local": 4 * kernel.n_spills}  # Triton counts words
     shared = {} if kernel is None else {"shared": kernel.metadata.shared}
     times = {"seconds": median, "q25": low, "q75": high, "estimate": estimate}
-    return {"config": asdict(config)} | times | loaded | shared
+    return {"config": config._asdict()} | times | loaded | shared
 
 
-def _median(measured: tune.Measured, name: str) -> float:
+def _median(measured: Measured, name: str) -> float:
     return quartiles(measured.times[name]).median
 
 
@@ -213,30 +215,26 @@ def _median(measured: tune.Measured, name: str) -> float:
 # What a launch does, and the library's way
 
 
-def direction(request: configs.Request) -> str:
+def direction(request: Request) -> str:
     """ "forward", "input gradient" or "weight gradient" of a product, else the kernel's name."""
     if request.kernel != "gemm":
         return request.kernel
-    if "partial" in request.traits:
+    if request.parts.epilogue.sums:
         return "weight gradient"
-    return "input gradient" if request.traits[2] in _BACKWARD else "forward"
+    return "input gradient" if request.parts.epilogue.input_gradient else "forward"
 
 
-# Epilogues of products whose right operand is the weight as it is: gradients of inputs.
-_BACKWARD = ("store", "store_activation_gradient", "store_pixels")
-
-
-def equivalents(request: configs.Request, device: torch.device, clock: tune.Clock) -> dict[str, list[tune.Run]]:
+def equivalents(request: Request, device: torch.device, clock: Clock) -> dict[str, list[Run]]:
     """What PyTorch offers for the same product or sum, on random tensors of its own."""
 
     draw = _drawing(request.dtype, device)
 
-    def calls(**functions: Callable) -> dict[str, list[tune.Run]]:
+    def calls(**functions: Callable) -> dict[str, list[Run]]:
         return {f"library {name.replace('_', ' ')}": [partial(_tuple, call)] for name, call in functions.items()}
 
     if request.kernel == "gemm":
         m, n, k = request.shape
-        if "partial" in request.traits:
+        if request.parts.epilogue.sums:
             dy, x = draw(k, m), draw(k, n)
             return calls(mm=lambda: torch.mm(dy.t(), x))
         x, weight, bias = draw(m, k), draw(n, k), draw(n)
@@ -257,7 +255,7 @@ def equivalents(request: configs.Request, device: torch.device, clock: tune.Cloc
     return calls(layer_norm=lambda: torch.native_layer_norm(x, shape, weight, bias, 1e-6))
 
 
-def _attention_equivalents(request: configs.Request, draw: Callable, clock: tune.Clock) -> dict[str, Callable]:
+def _attention_equivalents(request: Request, draw: Callable, clock: Clock) -> dict[str, Callable]:
     """SDPA's fast back ends on views of a packed qkv. The whole backward pass stands beside each of our two kernels."""
     batch, tokens, heads, dim = request.shape
     qkv = draw(batch, tokens, 3, heads, dim)
@@ -292,7 +290,7 @@ def _drawing(dtype: torch.dtype, device: torch.device) -> Callable[..., torch.Te
     return draw
 
 
-def _captured_stream(device: torch.device, clock: tune.Clock) -> contextlib.AbstractContextManager:
+def _captured_stream(device: torch.device, clock: Clock) -> contextlib.AbstractContextManager:
     if device.type != "cuda":
         return contextlib.nullcontext()
     torch.cuda.synchronize()  # what it reads was made on another
@@ -315,7 +313,7 @@ def explanations(
     attempts: Attempts,
     deadline: float,
     known: dict[str, dict],
-    clock: tune.Clock,
+    clock: Clock,
 ) -> Iterator[tuple[dict, dict[str, float]]]:
     """For each row in `known` of the call's launches that is not explained yet, seconds of the launch with its best
     config without one of its parts, or at another number of tokens. Raises OutOfTime past the deadline."""
@@ -324,7 +322,7 @@ def explanations(
         if row is None or "without" in row:
             continue
         best = next(entry["config"] for entry in row["configs"] if config_text(entry["config"]) == row["best"])
-        config = configs.CONFIGS[request.kernel](**best)
+        config = CONFIGS[request.kernel](**best)
         times = {}
         with tuned.use_tuning("read-only"), torch.inference_mode(False), torch.no_grad():
             for name, launch in _lesser_launches(request, call, device, arch, attempts).items():
@@ -349,56 +347,53 @@ def _lesser_launches(request, call, device, arch, attempts: Attempts) -> dict[st
         return other_tokens(request, call, device, arch)
 
 
-def lesser_products(request: configs.Request, device: torch.device) -> dict[str, Callable]:
+def lesser_products(request: Request, device: torch.device) -> dict[str, Callable]:
     """The same product with plain loads in place of those that compute, with a plain store in place of its epilogue,
     and with both, as far as it has them: what launches each with a config. None of a patch embedding's."""
     m, n, k = request.shape
-    left, right, epilogue, *rest = request.traits
+    left, right, epilogue, activation, *_ = request.parts
 
     draw = _drawing(request.dtype, device)
-    if "partial" in rest:
-        if right != "load_normalised":
+    if epilogue.sums:
+        if right is not gemm.NORMALISED:
             return {}
         dy, x = draw(k, m), draw(k, n)
-        plain = partial(gemm.weight_gradient, dy, gemm.load_matrix, (x, k, n, n, 1), n, request.dtype)
+        plain = partial(gemm.weight_gradient, dy, gemm.MATRIX, gemm.plain(x), n, request.dtype)
         return {"no prologue": _captured(plain)}
 
     x, out, other, bias, channels = draw(m, k), draw(m, n), draw(m, n), draw(n), draw(k)
-    statistics = (draw(m, dtype=torch.float32), draw(m, dtype=torch.float32))
+    mean, rstd = (draw(m, dtype=torch.float32) for _ in range(2))
     loads = {
-        "load_matrix": (gemm.load_matrix, (x, m, k, k, 1)),
-        "load_normalised": (gemm.load_normalised, normalised_source(x, *statistics, channels, channels)),
-        "load_scaled": scaled_operand(x, None, channels),
+        gemm.MATRIX: gemm.plain(x),
+        gemm.NORMALISED: (x, mean, rstd, channels, channels, k),
+        gemm.SCALED: (x, None, channels, 1, k),
     }
-    saved, residual = (other if name in rest else None for name in ("preactivation", "residual"))
     stores = {
-        "store": (gemm.store, (out, m, n)),
-        "store_linear": (gemm.store_linear, (out, bias, None, None, residual, 1, n, m, n)),
-        "store_activated": (layer_norm_mlp.store_activated, (out, saved, bias, m, n)),
-        "store_activation_gradient": (
-            layer_norm_mlp.store_activation_gradient,
-            (out, torch.empty_like(out), other, m, n),
-        ),
+        gemm.INPUT_GRADIENT: (out,),
+        gemm.LINEAR: (out, bias, None, None, None, 1, 0),
+        gemm.LINEAR_RESIDUAL: (out, bias, None, None, other, 1, n),
+        ACTIVATED: (out, None, bias),
+        ACTIVATED_AND_KEPT: (out, other, bias),
+        ACTIVATION_GRADIENT: (out, torch.empty_like(out), other),
     }
     if left not in loads or epilogue not in stores:
         return {}
-    forward = direction(request) == "forward"
-    weight = gemm.transposed_weight(draw(n, k)) if forward else gemm.plain_weight(draw(k, n))
-    activation = rest[0] if epilogue.startswith("store_activat") else None
+    weight = gemm.plain(draw(k, n)) if epilogue.input_gradient else gemm.transposed(draw(n, k))
+    # The store of an input's gradient is the one that does nothing else.
+    plain_load, plain_store = left is gemm.MATRIX, epilogue is gemm.INPUT_GRADIENT
     found = {}
     for name, load, store in (
-        ("no prologue", "load_matrix", epilogue),
-        ("no epilogue", left, "store"),
-        ("plain", "load_matrix", "store"),
+        ("no prologue", gemm.MATRIX, epilogue),
+        ("no epilogue", left, gemm.INPUT_GRADIENT),
+        ("plain", gemm.MATRIX, gemm.INPUT_GRADIENT),
     ):
-        if (load != left or store != epilogue) and (name != "plain" or left != "load_matrix" and epilogue != "store"):
-            product = (*loads[load], gemm.load_matrix, weight, *stores[store], m, n, k, request.dtype, device)
-            active = activation if store == epilogue else None
-            found[name] = _captured(partial(gemm.launch, *product, activation=active))
+        if (load, store) != (left, epilogue) and not (name == "plain" and (plain_load or plain_store)):
+            product = (load, loads[load], gemm.MATRIX, weight, store, stores[store], request.shape, request.dtype)
+            found[name] = _captured(partial(gemm.launch, *product, activation if store is epilogue else None))
     return found
 
 
-def other_tokens(request: configs.Request, call: tune.Call, device, arch: hardware.Arch) -> dict[str, Callable]:
+def other_tokens(request: Request, call: tune.Call, device, arch: hardware.Arch) -> dict[str, Callable]:
     """The same kernel on as many heads of other lengths."""
     qkv, *others = call.args
     found = {}
@@ -415,11 +410,11 @@ def other_tokens(request: configs.Request, call: tune.Call, device, arch: hardwa
 def _captured(launch: Callable) -> Callable:
     """What repeats, with a config, the one launch that `launch` would make: with the heuristic's it is not made."""
 
-    def show(request: configs.Request, run: Callable) -> None:
+    def show(request: Request, run: Callable) -> None:
         raise _Shown(run)
 
     try:
-        with configs.watching(show):
+        with choice.watching(show):
             launch()
     except _Shown as shown:
         return shown.args[0]

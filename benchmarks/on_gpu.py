@@ -21,10 +21,13 @@ from pathlib import Path
 
 import torch
 import triton
-from fastvit.kernels import configs, hardware
+from fastvit.kernels.launch import hardware
+from fastvit.kernels.launch.search import search_space
 
 from fastvit import report, tune, tuned, workers
 from fastvit.attempts import Attempts, GpuLost
+from fastvit.calls import calls_of
+from fastvit.decide import CudaClock
 from fastvit.models.registry import model_entry
 from fastvit.verify import SHORT
 
@@ -57,7 +60,7 @@ def measure_micro(folder: Path, deadline: float, models: list[str], batch: int) 
     """micro.json: see `micro`; of the first model."""
     rates = roofline.rates(peaks.ceilings(folder), SHORT[micro.DTYPE])
     device = torch.device("cuda", torch.cuda.current_device())
-    return micro.run(folder, deadline, models[0], batch, rates, device, tune.CudaClock())
+    return micro.run(folder, deadline, models[0], batch, rates, device, CudaClock())
 
 
 def loaded(folder: Path, deadline: float, models: list[str], batch: int) -> bool:
@@ -163,9 +166,7 @@ def launches(folder: Path, deadline: float, models: list[str], batch: int) -> bo
     device, arch = torch.device("cuda", torch.cuda.current_device()), hardware.current_arch()
     known, attempts = Attempts(tuned.table(device).attempts).fatal, Attempts()
     attempts.fatal |= known  # what is fatal under a profiler is no one else's concern
-    calls = {
-        call.op.name: call for call in tune.calls_of(model_entry(models[0]).config, batch, micro.DTYPE, "training")
-    }
+    calls = {call.op.name: call for call in calls_of(model_entry(models[0]).config, batch, micro.DTYPE, "training")}
     for op in dict.fromkeys(row["op"] for row in longest):
         best = {row["request"]: row["best"] for row in longest if row["op"] == op}
         with torch.no_grad(), contextlib.suppress(RuntimeError):  # of a call that is known to be fatal
@@ -175,8 +176,8 @@ def launches(folder: Path, deadline: float, models: list[str], batch: int) -> bo
                     continue
                 if time.monotonic() > deadline:
                     return False
-                space = configs.search_space(request, arch, hardware.num_sms(device))
-                config = next(c for c in space if config_text(vars(c)) == best[request.key])
+                space = search_space(request, arch, hardware.num_sms(device))
+                config = next(c for c in space if config_text(c) == best[request.key])
                 run(config)  # compiles
                 torch.cuda.synchronize()
                 torch.cuda.profiler.start()

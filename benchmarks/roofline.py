@@ -1,4 +1,4 @@
-"""The least time that a case can take: what it costs, by `fastvit.kernels.cost`, at the rates that a device reaches.
+"""The least time that a case can take: its cost, by `fastvit.kernels.launch.cost`, at the rates that a device reaches.
 
 The floor of a model is that of a plan, the fused block of five kernels, not of today's kernels: it is the sum over the
 plan's kernels of the larger of their matrix time and their memory time. Today's kernels move more: row statistics are a
@@ -16,8 +16,8 @@ import time
 from collections.abc import Callable, Iterable
 
 import torch
-from fastvit.kernels import cost
-from fastvit.kernels.cost import Cost, Rates, floor_seconds
+from fastvit.kernels.launch import cost
+from fastvit.kernels.launch.cost import Cost, Rates, floor_seconds
 
 from fastvit.verify import SHORT
 

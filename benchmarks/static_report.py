@@ -23,7 +23,7 @@ from fastvit.benchmarks.static import allowed, cases, estimate, pages
 from fastvit.benchmarks.static.compile import compile_all, launches
 from fastvit.benchmarks.static.gates import judge, unused
 from fastvit.benchmarks.static.record import Record
-from fastvit.kernels.hardware import ARCHS
+from fastvit.kernels.launch.hardware import ARCHS
 
 RESULTS = Path(__file__).parent / "results"
 

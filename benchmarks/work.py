@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 
 import fastvit
-from fastvit.ops import _common
+from fastvit import dispatch
 from fastvit.verify import FACTOR, floor, randomise, reference_options, relative_rms
 
 from . import ops, timing
@@ -226,7 +226,7 @@ def run_watched(step: timing.Call) -> str:
     """Run a step of ours once, and say which candidates its ops ran on: the kernels, PyTorch, or one of its ways that a
     tuned table prefers."""
     found: dict[str, None] = {}
-    with _common.watching(lambda op, args: found.setdefault(op.explain(*args).candidate)):
+    with dispatch.watching(lambda op, args: found.setdefault(op.explain(*args).candidate)):
         step()
     return f"ran on: {', '.join(found)}" if found else ""
 

@@ -24,7 +24,7 @@ _PUBLIC = {
     "ViTConfig": "fastvit.models",
     "VisionTransformer": "fastvit.models",
     "use_backend": "fastvit.dispatch",
-    "explain": "fastvit.dispatch",
+    "explain": "fastvit.ops",
     "attention_maps": "fastvit.maps",
 }
 _SUBMODULES = ("kernels", "models", "nn", "ops", "reference")

@@ -330,7 +330,7 @@ def info(arguments: argparse.Namespace) -> int:
     else:
         backends["triton"] = "the Triton kernels in Triton's interpreter, on the CPU: for checking, not for speed"
     files = {
-        str(file.path): f"{len(file.configs)} configs, {len(file.segments)} ops; {file.versions}"
+        str(file.path): f"{len(file.configs)} configs, {len(file.ops)} ops; {file.versions}"
         for file in _table(device).files
     }
     facts |= {"tuning": mode(), "tables": files or f"none in force; kept in {folder()}"}
@@ -485,7 +485,8 @@ def tune(arguments: argparse.Namespace) -> int:
 
     from . import list_models, report
     from . import tune as tuner
-    from .kernels import hardware
+    from .calls import calls_of
+    from .kernels.launch import hardware
     from .models.registry import model_entry
 
     if arguments.arch is not None and arguments.arch not in hardware.ARCHS:
@@ -501,7 +502,7 @@ def tune(arguments: argparse.Namespace) -> int:
         for batch in arguments.batches
         for dtype in _dtypes(arguments.dtypes)
         for config in found
-        for call in tuner.calls_of(config, batch, dtype, mode)
+        for call in calls_of(config, batch, dtype, mode)
     ]
     if arguments.dry_run:
         here = hardware.current_arch() if on_gpu else hardware.ARCHS["sm_90"]

@@ -1,25 +1,33 @@
-"""Which back end runs an op, and why: the one place that decides.
+"""Which candidate runs an op, and why: the one place that decides.
 
 Back ends: "triton" (our kernels; on CPU tensors through Triton's interpreter when TRITON_INTERPRET=1) and "torch"
 (plain PyTorch). Asked for "auto", an op takes the kernels for GPU tensors that they support and PyTorch otherwise.
 Where `fastvit tune` has measured the call, it takes the fastest candidate: the kernels, the kernels with the weight
 gradients by torch.mm, PyTorch, or one of attention's back ends there ("sdpa flash"). Where nothing was measured,
 float32 products are PyTorch's, and weight gradients torch.mm's.
+
+A decision is made once for all calls that are alike, and remembered (`choose`).
 """
 
 from __future__ import annotations
 
-import importlib
+import contextlib
 import importlib.util
+import inspect
 import os
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
 from . import tuned
 
 BACKENDS = ("auto", "triton", "torch")
+# The candidate that is all kernels, and the one whose weight gradients are the library's.
+KERNELS, LIBRARY_GRADIENTS = "triton", "triton + torch.mm"
 
 
 def _checked(name: str, source: str) -> str:
@@ -46,6 +54,7 @@ def use_backend(name: str) -> tuned.Setting:
 def _set_requested(name: str) -> None:
     global _requested
     _requested = name
+    forget()
 
 
 def requested_backend() -> str:
@@ -111,18 +120,10 @@ def torch_without_question(device_type: str) -> str | None:
     return None
 
 
-def wants_triton(op: str, reasons: list[str]) -> bool:
-    """Whether to launch kernels, given all `reasons` why they cannot take the call. Raises RuntimeError with them when
-    "triton" was asked for."""
-    if reasons and _requested == "triton":
-        raise RuntimeError(f"back end 'triton' was asked for, but {op} cannot run on it: {'; '.join(reasons)}")
-    return not reasons
-
-
 def measured_candidate(device: torch.device, key: str) -> str | None:
     """The candidate that was measured to be the fastest for calls of this key (see `ops.Op.key`), if any was. Called
     by the compiler itself, once, when it traces an op: a table is no part of a graph."""
-    found = tuned.table(device).segments.get(key)
+    found = tuned.table(device).ops.get(key)
     return found and found[0].choice
 
 
@@ -134,7 +135,7 @@ def evidence(device: torch.device, key: str) -> tuple[str, ...]:
     """What there is to say for the candidate of a call on `device`: the times, and where they are from."""
     if tuned.mode() == "off":
         return ("nothing: tuning is off, heuristics decide",)
-    found = tuned.table(device).segments.get(key)
+    found = tuned.table(device).ops.get(key)
     if found is None:
         return (f"nothing for {key!r} on this device with these versions and kernels: heuristics decide",)
     entry, file = found
@@ -151,13 +152,246 @@ def can_measure(device: torch.device) -> bool:
     )
 
 
-def explain(op: str, *args, **kwargs) -> Explanation:
-    """The back end that `fastvit.ops.<op>(*args, **kwargs)` would run on, and every reason why not another. A backward
-    pass with create_graph=True, or with a batch of upstream gradients, is PyTorch's whatever the forward pass was.
+# ---------------------------------------------------------------------------------------------------------------------
+# Ops
 
-    Raises ValueError for an unknown op, and whatever the op itself raises for bad arguments; launches nothing.
+
+class _Nothing:
+    """In place of an autograd.Function's ctx where no backward pass can come: keeps nothing."""
+
+    def save_for_backward(self, *tensors) -> None:
+        pass
+
+    def __setattr__(self, name: str, value) -> None:
+        pass
+
+
+@dataclass(eq=False)
+class Op:
+    """One op: functions of the same arguments, all, in order.
+
+    check raises ValueError or TypeError for arguments that no back end takes; unsupported lists every reason why the
+    kernels cannot take them; torch runs it in PyTorch. On the kernels it is function, applied to what prepare makes of
+    the arguments. product, of an op that makes matrix products: their dtype, and the weights whose gradients are such
+    products; prepare of such an op takes by_library=True, to have those by the library. others: further ways to run it
+    in PyTorch, by name, that may be measured against the rest.
     """
-    ops = importlib.import_module("fastvit.ops")
-    if op not in ops.OPS:
-        raise ValueError(f"explain: unknown op {op!r}, expected one of {', '.join(ops.OPS)}")
-    return ops.explain(op, *args, **kwargs)
+
+    name: str
+    check: Callable[..., None]
+    unsupported: Callable[..., list[str]]
+    torch: Callable[..., torch.Tensor]
+    function: type[torch.autograd.Function]
+    prepare: Callable[..., tuple]
+    product: Callable[..., tuple[torch.dtype, tuple[torch.Tensor, ...]]] | None = None
+    others: dict[str, Callable[..., torch.Tensor]] = field(default_factory=dict)
+
+    def __post_init__(self):
+        OPS[self.name] = self
+        self.parameters = tuple(inspect.signature(self.check).parameters)
+        self._without_gradient = partial(self.function.forward, _Nothing())
+
+    def candidates(self, args: tuple) -> dict[str, Callable[..., torch.Tensor]]:
+        """Every way to run a call, by name, ours first."""
+        found = {KERNELS: self.kernels, "torch": self.torch, **self.others}
+        if self.product is not None and needs_grad(*self.product(*args)[1]):
+            found[LIBRARY_GRADIENTS] = partial(self.kernels, by_library=True)
+        return found
+
+    def kernels(self, *args, **how) -> torch.Tensor:
+        """The call on the kernels, by_library or not."""
+        return self.function.apply(*self.prepare(*args, **how))
+
+    def unmeasured(self, args: tuple) -> tuple[str, str]:
+        """The candidate under "auto" where nothing was measured, and why it is not all kernels."""
+        if self.product is None:
+            return KERNELS, ""
+        dtype, weights = self.product(*args)
+        if dtype == torch.float32:
+            return "torch", "no measurement says that the kernels' products are faster in float32"
+        if needs_grad(*weights):
+            return LIBRARY_GRADIENTS, "no measurement says that the kernels' weight gradients are faster"
+        return KERNELS, ""
+
+    def key(self, args: tuple) -> str:
+        """What a measurement of this call stands for: calls of the same op, shapes, dtypes and gradients; "first" is
+        the first tensor once more: x as its own residual, which the kernels fuse."""
+        parts = [self.name]
+        gradients = torch.is_grad_enabled()
+        for value in args:
+            if value is args[0] and len(parts) > 1:
+                parts.append("first")
+            elif isinstance(value, torch.Tensor):
+                sizes = "x".join([str(size) for size in value.shape])
+                gradient = "+grad" if gradients and value.requires_grad else ""
+                parts.append(f"{str(value.dtype).removeprefix('torch.')}[{sizes}]{gradient}")
+            elif value is None or isinstance(value, str):
+                parts.append(value or "-")
+        if autocasting(args[0]):
+            parts.append(f"autocast={str(torch.get_autocast_dtype(args[0].device.type)).removeprefix('torch.')}")
+        return " ".join(parts)
+
+    def explain(self, *args) -> Explanation:
+        """What a call would do under "auto", and why; under "triton", a call for which there are reasons raises them.
+        Raises what `check` raises."""
+        self.check(*args)
+        device = args[0].device
+        at_once = torch_without_question(device.type)
+        if reasons := ([at_once] if at_once else []) + self.unsupported(*args):
+            return Explanation(self.name, "torch", tuple(reasons), "torch", ())
+        if _requested != "auto":
+            return Explanation(self.name, KERNELS, (), KERNELS, ())
+        if _strided(args):
+            found = ("nothing for tensors that are not contiguous: heuristics decide",)
+        else:
+            found = evidence(device, self.key(args))
+        name, (unmeasured, why) = _follow_table(self, args), self.unmeasured(args)
+        if name != unmeasured:
+            why = f"{name} was measured to be faster"
+        backend = KERNELS if name in (KERNELS, LIBRARY_GRADIENTS) else "torch"
+        return Explanation(self.name, backend, () if name == KERNELS else (why,), name, found)
+
+
+OPS: dict[str, Op] = {}  # every op, by name; filled as the ops are made
+
+
+def choose(op: Op, args: tuple) -> tuple[Callable[..., torch.Tensor], tuple]:
+    """What runs a call of `op`, and the arguments that it takes. Raises what the op's check raises, and RuntimeError
+    with every reason where "triton" was asked for and the kernels cannot take the call."""
+    if _watcher is not None:
+        _watcher(op, args)
+    alike = _alike(op, args)
+    try:
+        decision = None if alike is None else _decisions.get(alike)
+    except TypeError:  # of what cannot be hashed
+        alike = decision = None
+    if decision is None:
+        name = _decide(op, args)
+        gradient = torch.compiler.is_compiling() or needs_grad(*[a for a in args if isinstance(a, torch.Tensor)])
+        if name in (KERNELS, LIBRARY_GRADIENTS):
+            how = {"by_library": True} if name == LIBRARY_GRADIENTS else {}
+            decision = (op.function.apply if gradient else op._without_gradient), how
+        else:
+            decision = (op.torch if name == "torch" else op.others[name]), None
+        # What may be measured is asked for again.
+        if alike is not None and tuned.mode() != "measure":
+            if len(_decisions) >= REMEMBERED:
+                _decisions.clear()
+            _decisions[alike] = decision
+    run, how = decision
+    return run, args if how is None else op.prepare(*args, **how)
+
+
+REMEMBERED = 4096  # decisions that are kept; then all are forgotten
+_decisions: dict[tuple, tuple] = {}
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
+
+
+def forget() -> None:
+    """Have every decision made anew: something that decisions follow has changed."""
+    _decisions.clear()
+
+
+tuned.on_change(forget)
+
+
+def _alike(op: Op, args: tuple) -> tuple | None:
+    """What a decision depends on; None where it must not be remembered: while something traces, whose shapes may be
+    symbols, and for tensors of other types."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return None
+    first = args[0]
+    parts: list = [op.name, torch.is_grad_enabled(), transforming()]
+    for value in args:
+        kind = type(value)
+        if kind in _PLAIN:
+            parts += (value.shape, value.dtype, value.device, value.requires_grad, value.is_contiguous())
+            if value is first:
+                parts.append("first")
+        elif value is None:
+            parts.append(None)
+        elif isinstance(value, torch.Tensor):
+            return None
+        else:
+            parts += (kind, *map(type, value), *value) if kind in (tuple, list) else (kind, value)
+    autocast = first.device.type if isinstance(first, torch.Tensor) else ""
+    if autocast in _AUTOCAST and torch.is_autocast_enabled(autocast):
+        parts.append(torch.get_autocast_dtype(autocast))
+    return tuple(parts)
+
+
+def _decide(op: Op, args: tuple) -> str:
+    """The candidate for a call."""
+    op.check(*args)
+    if torch_without_question(args[0].device.type):
+        return "torch"
+    if reasons := op.unsupported(*args):
+        if _requested == "triton":
+            raise RuntimeError(f"back end 'triton' was asked for, but {op.name} cannot run on it: {'; '.join(reasons)}")
+        return "torch"
+    device = args[0].device
+    tracing = torch.compiler.is_compiling() or isinstance(args[0], FakeTensor)
+    if _tuner is not None and tuned.mode() == "measure" and not tracing and can_measure(device):
+        _tuner(op, args)
+    return KERNELS if _requested != "auto" else _follow_table(op, args)
+
+
+def _follow_table(op: Op, args: tuple) -> str:
+    """The candidate that was measured to be the fastest, if any was."""
+    device = args[0].device
+    tracing = torch.compiler.is_compiling() or isinstance(args[0], FakeTensor)
+    unmeasured, _ = op.unmeasured(args)
+    # Tables are read while tracing too, but by `measured_candidate` alone, which the compiler does not look into.
+    if tuned.mode() == "off" or not (tracing or tuned.table(device).choices.get(op.name, set()) - {unmeasured}):
+        return unmeasured
+    if _strided(args) or (tracing and not _static(args)):
+        return unmeasured
+    name = measured_candidate(device, op.key(args))
+    return name if name in op.candidates(args) else unmeasured
+
+
+def _strided(args: tuple) -> bool:
+    """Whether a tensor is not dense, as all that were measured are."""
+    return not all(a.is_contiguous() for a in args if isinstance(a, torch.Tensor))
+
+
+def _static(args: tuple) -> bool:
+    """Whether all sizes are known while tracing: a graph for any size cannot follow what was measured at one."""
+    from torch.fx.experimental.symbolic_shapes import has_static_value  # slow to import, but the compiler has done it
+
+    return all(has_static_value(size) for a in args if isinstance(a, torch.Tensor) for size in a.shape)
+
+
+_tuner: Callable[[Op, tuple], None] | None = None
+_watcher: Callable[[Op, tuple], None] | None = None
+
+
+def set_tuner(tuner: Callable[[Op, tuple], None]) -> None:
+    """Have tuner(op, args) called before a call that may be measured now, with FASTVIT_TUNING=measure."""
+    global _tuner
+    _tuner = tuner
+
+
+@contextlib.contextmanager
+def watching(callback: Callable[[Op, tuple], None]) -> Iterator[None]:
+    """In the `with` body, callback(op, args) is called at every call of an op, before it runs."""
+    global _watcher
+    before, _watcher = _watcher, callback
+    try:
+        yield
+    finally:
+        _watcher = before
+
+
+_AUTOCAST = frozenset(("cuda", "cpu", "mps", "xpu"))
+
+
+def autocasting(x: torch.Tensor) -> bool:
+    """Whether autocast is on for x's device and would cast what goes into a linear layer."""
+    device = x.device.type
+    return device in _AUTOCAST and torch.is_autocast_enabled(device) and x.dtype != torch.float64
+
+
+def needs_grad(*tensors: torch.Tensor | None) -> bool:
+    """Whether a backward pass through these tensors may come."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)

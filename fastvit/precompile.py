@@ -31,8 +31,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from . import tune, tuned, workers
-from .kernels import hardware
+from . import tune, tuned, workers  # the ops, so that a worker knows them by their names
+from .kernels.launch import hardware
+from .kernels.launch.absent import without_gpu
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ def _work(connection: Connection, share: int, count: int) -> None:
     job = pickle.loads(connection.recv_bytes())
     torch.backends.cuda.matmul.fp32_precision = job.float32
     parent, known, dealt = multiprocessing.parent_process(), set(), itertools.cycle(range(count))
-    with tune.without_gpu(job.target), torch.no_grad():
+    with without_gpu(job.target), torch.no_grad():
         for call in job.calls:
             found = {}
             with contextlib.suppress(Exception):
@@ -144,7 +145,7 @@ def _work(connection: Connection, share: int, count: int) -> None:
 
 def kernels_of(call: tune.Call, job: Job) -> dict[object, Callable[[], object]]:
     """Every distinct kernel of ours that `tune.tune_call` would launch for a call, with what compiles it: those of the
-    op as it is, then those of the configs to measure. Within `tune.without_gpu` only."""
+    op as it is, then those of the configs to measure. Within `without_gpu` only."""
     found = {}
 
     def record(kernel, *args, grid, warmup, **kwargs) -> None:
@@ -154,8 +155,8 @@ def kernels_of(call: tune.Call, job: Job) -> dict[object, Callable[[], object]]:
         found.setdefault((kernel, str(specialization), str(options)), compile)
 
     launch, arch = JITFunction.run, hardware.current_arch()
-    with tune.without_gpu(job.target, record):
-        work = tune.hollow(call)
+    with without_gpu(job.target, record):
+        work = tune.placeholder(call)
         if work.key in job.settled:
             return {}
         for request, (run, *_) in tune.requests_of([work]).items():

@@ -1,10 +1,10 @@
 """The table of choices: what `fastvit tune` measured, kept on disk, one file a device; and which choices are in force.
 
-A file holds what one device, driver and set of versions measured: for each launch (`kernels.configs.Request`) a config,
-for each op and shape a candidate ("triton", "torch", "sdpa flash"), each with its evidence. The user's files lie under
-`folder()`; a file shipped with the package (`kernels/tuned/`; there is none yet) fills in what they lack. A user's file
-counts where device, driver, versions and kernels' source are those it was measured with, a shipped one where device and
-source are: its decisions say what else they were measured with. A file that is damaged, foreign or of another schema is
+A file holds what one device, driver and set of versions measured: for each launch (a `Request`) a config, for each op
+and shape a candidate ("triton", "torch", "sdpa flash"), each with its evidence. The user's files lie under `folder()`;
+a file shipped with the package (`kernels/tuned/`; there is none yet) fills in what they lack. A user's file counts
+where device, driver, versions and kernels' source are those it was measured with, a shipped one where device and source
+are: its decisions say what else they were measured with. A file that is damaged, foreign or of another schema is
 ignored, with one warning. Nothing is read before the first launch that could use it.
 """
 
@@ -26,9 +26,9 @@ from pathlib import Path
 
 import torch
 
-KIND, SCHEMA = "fastvit tuned", 1
+KIND, SCHEMA = "fastvit tuned", 2
 MODES = ("off", "read-only", "measure")
-KINDS = ("configs", "segments")
+KINDS = ("configs", "ops")
 # What a shipped file must share with this machine; a user's file, everything.
 SHIPPED_MATCH = ("device", "capability", "kernels")
 KERNELS = Path(importlib.util.find_spec("fastvit.kernels").origin).parent
@@ -45,6 +45,19 @@ def _checked(name: str, source: str) -> str:
 
 
 _mode = _checked(os.environ.get("FASTVIT_TUNING", "read-only"), "FASTVIT_TUNING")
+
+
+_when_changed: list[Callable[[], None]] = []
+
+
+def on_change(callback: Callable[[], None]) -> None:
+    """Have callback() called whenever other choices may have come into force: with a mode, or a decision."""
+    _when_changed.append(callback)
+
+
+def _changed() -> None:
+    for callback in _when_changed:
+        callback()
 
 
 class Setting:
@@ -83,7 +96,7 @@ def use_tuning(name: str) -> Setting:
 def _set_mode(name: str) -> None:
     global _mode
     _mode = name
-    _forget_configs()
+    _changed()
 
 
 def mode() -> str:
@@ -106,9 +119,9 @@ def folder() -> Path:
 def source_hash(kernels: Path = KERNELS) -> str:
     """A hash of the kernels' source: of every file there but the model of cost, which makes no code."""
     digest = hashlib.sha256()
-    for path in sorted(kernels.glob("*.py")):
+    for path in sorted(kernels.rglob("*.py")):
         if path.name != "cost.py":
-            digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+            digest.update(path.relative_to(kernels).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
 
 
@@ -179,12 +192,12 @@ def label(config: dict) -> str:
 
 @dataclass(frozen=True)
 class File:
-    """One file of decisions: by `Request.key` in configs, by an op's key in segments."""
+    """One file of decisions: by `Request.key` in configs, by an op's key in ops."""
 
     path: Path
     identity: dict[str, str]
     configs: dict[str, Entry]
-    segments: dict[str, Entry]
+    ops: dict[str, Entry]
 
     @property
     def versions(self) -> str:
@@ -257,7 +270,7 @@ class Table:
         self.identity, self.path, self.files = identity, path, files
         # key -> (the decision, the file it is from)
         self.configs: dict[str, tuple[Entry, File]] = {}
-        self.segments: dict[str, tuple[Entry, File]] = {}
+        self.ops: dict[str, tuple[Entry, File]] = {}
         # Of each op, what was chosen for it at some shape.
         self.choices: dict[str, set] = {}
         for file in reversed(files):
@@ -267,7 +280,7 @@ class Table:
 
     def _adopt(self, kind: str, key: str, entry: Entry, file: File) -> None:
         getattr(self, kind)[key] = (entry, file)
-        if kind == "segments" and isinstance(entry.choice, str):
+        if kind == "ops" and isinstance(entry.choice, str):
             self.choices.setdefault(key.partition(" ")[0], set()).add(entry.choice)
 
     @property
@@ -296,7 +309,7 @@ class Table:
             self.files = (mine, *self.files)
         getattr(mine, kind)[key] = entry
         self._adopt(kind, key, entry, mine)
-        _forget_configs()
+        _changed()
         try:
             self._save({kind: {key: entry}})
         except (OSError, ImportError) as error:
@@ -336,35 +349,15 @@ def table(device: torch.device) -> Table:
 
 
 def lookup(request, device: torch.device):
-    """The config that the table has for a `kernels.configs.Request`, or None: what `kernels.configs.choose` asks."""
+    """The config that the table has for a `Request`, or None: what `kernels.launch.choice` asks."""
     found = None if _mode == "off" else table(device).configs.get(request.key)
     if found is None:
         return None
     entry, file = found
     try:
         ((kind, values),) = entry.choice.items()
-        return getattr(_configs(), kind)(**values)
+        requests = importlib.import_module("fastvit.kernels.launch.request")
+        return getattr(requests, kind)(**values)
     except (AttributeError, TypeError) as error:
         _warn_once(file.path, f"the choice for {request.key!r} is ignored ({error})")
         return None
-
-
-def _configs():
-    return importlib.import_module("fastvit.kernels.configs")
-
-
-_installed = False
-
-
-def install() -> None:
-    """Have the kernels' launchers follow the tables."""
-    global _installed
-    if not _installed:
-        _configs().set_table(lookup)
-        _installed = True
-
-
-def _forget_configs() -> None:
-    """Have launchers ask anew: they remember what they were told."""
-    if _installed:
-        _configs().set_table(lookup)

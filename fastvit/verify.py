@@ -20,7 +20,7 @@ import torch
 import fastvit
 
 from . import report, workers
-from .ops._common import LIBRARY_GRADIENTS
+from .dispatch import LIBRARY_GRADIENTS
 
 # How many times plain PyTorch's own error ours may be, by dtype; and the order in which they are verified.
 FACTOR = {torch.bfloat16: 1.5, torch.float32: 2.0, torch.float16: 1.5}

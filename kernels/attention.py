@@ -17,8 +17,11 @@ import torch
 import triton
 import triton.language as tl
 
-from . import configs, cost
-from ._math import TRITON_DTYPES, accumulator_dtype, float32_precision, widen
+from ._math import TRITON_DTYPES, accumulator_dtype, widen
+from .launch import cost
+from .launch.choice import choose
+from .launch.launcher import launch
+from .launch.request import AttentionConfig, Request, Scores, ceil_div, split_head, uses_tf32
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -81,11 +84,11 @@ def key_allowed(n, N, mask_ptr, batch, mask_stride_b, mask_stride_n):
 
 @triton.jit(launch_metadata=cost.attention_launch)
 def attention_kernel(
-    qkv_ptr,
-    out_ptr,
-    lse_ptr,
-    mask_ptr,  # None, or (B, N) bytes
-    bias_ptr,  # None, or (B, H, N, N) by strides
+    qkv_ptr,  # (B, N, 3, H, HEAD_DIM) by strides, unit stride along HEAD_DIM
+    out_ptr,  # (B, N, H * HEAD_DIM) contiguous
+    lse_ptr,  # (B, H, N) contiguous
+    mask_ptr,  # (B, N) bytes by strides, or None
+    bias_ptr,  # (B, H, N, N) by strides, or None
     N,
     H,
     scale,
@@ -160,15 +163,15 @@ def attention_kernel(
 
 @triton.jit(launch_metadata=cost.attention_backward_dq_launch)
 def attention_backward_dq_kernel(
-    qkv_ptr,
-    out_ptr,
-    dout_ptr,
-    lse_ptr,
-    delta_ptr,  # written here for the other backward kernel: rowsum(out * dout)
-    dqkv_ptr,
-    dbias_ptr,  # None, or (B, H, N, N) contiguous
-    mask_ptr,
-    bias_ptr,
+    qkv_ptr,  # (B, N, 3, H, HEAD_DIM) by strides, unit stride along HEAD_DIM
+    out_ptr,  # (B, N, H * HEAD_DIM) contiguous
+    dout_ptr,  # (B, N, H * HEAD_DIM) by strides, unit stride along the last axis
+    lse_ptr,  # (B, H, N) contiguous
+    delta_ptr,  # (B, H, N) contiguous, rowsum(out * dout): written here for the other backward kernel
+    dqkv_ptr,  # (B, N, 3, H, HEAD_DIM) contiguous, of which q's part is written
+    dbias_ptr,  # (B, H, N, N) contiguous, or None
+    mask_ptr,  # (B, N) bytes by strides, or None
+    bias_ptr,  # (B, H, N, N) by strides, or None
     N,
     H,
     scale,
@@ -241,13 +244,13 @@ def attention_backward_dq_kernel(
 
 @triton.jit(launch_metadata=cost.attention_backward_dkdv_launch)
 def attention_backward_dkdv_kernel(
-    qkv_ptr,
-    dout_ptr,
-    lse_ptr,
-    delta_ptr,
-    dqkv_ptr,
-    mask_ptr,
-    bias_ptr,
+    qkv_ptr,  # (B, N, 3, H, HEAD_DIM) by strides, unit stride along HEAD_DIM
+    dout_ptr,  # (B, N, H * HEAD_DIM) by strides, unit stride along the last axis
+    lse_ptr,  # (B, H, N) contiguous
+    delta_ptr,  # (B, H, N) contiguous, rowsum(out * dout)
+    dqkv_ptr,  # (B, N, 3, H, HEAD_DIM) contiguous, of which k's and v's parts are written
+    mask_ptr,  # (B, N) bytes by strides, or None
+    bias_ptr,  # (B, H, N, N) by strides, or None
     N,
     H,
     scale,
@@ -316,15 +319,21 @@ def attention_backward_dkdv_kernel(
     store_head(dqkv_ptr, dk_row + H * HEAD_DIM, row_ok, dv0, dv1, HEAD_DIM, D0, D1)
 
 
-def _constants(qkv):
-    head_dim = qkv.shape[-1]
-    d0, d1 = configs.split_head(head_dim)
+def _constants(request: Request, config: AttentionConfig) -> dict:
+    # A program of dk and dv has rows of keys, and steps over queries.
+    by_key = request.kernel == "attention_backward_dkdv"
+    head_dim = request.shape[-1]
+    d0, d1 = split_head(head_dim)
     return dict(
         HEAD_DIM=head_dim,
         D0=d0,
         D1=d1,
-        ACC=TRITON_DTYPES[accumulator_dtype(qkv.dtype)],
-        PRECISION=float32_precision(),
+        ACC=TRITON_DTYPES[accumulator_dtype(request.dtype)],
+        PRECISION="tf32" if request.tf32 else "ieee",
+        BLOCK_M=config.BLOCK_STEP if by_key else config.BLOCK_ROWS,
+        BLOCK_N=config.BLOCK_ROWS if by_key else config.BLOCK_STEP,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
     )
 
 
@@ -333,21 +342,39 @@ def _mask_arguments(qkv, key_padding_mask, attn_bias):
     batch, tokens, _, heads, _ = qkv.shape
     mask = None if key_padding_mask is None else key_padding_mask.view(torch.uint8)
     bias = None if attn_bias is None else attn_bias.expand(batch, heads, tokens, tokens)
-    strides = [*((0, 0) if mask is None else mask.stride()), *((0,) * 4 if bias is None else bias.stride())]
+    strides = [0] * 6
+    if mask is not None:
+        strides[:2] = mask.stride()
+    if bias is not None:
+        # An axis of one is not stepped along: 0, as for one that is broadcast, so that no kernel is compiled for it.
+        strides[2:] = [0 if size == 1 else stride for size, stride in zip(bias.shape, bias.stride(), strict=True)]
     return mask, bias, strides
 
 
-def _request(kernel: str, qkv, mask, bias, dbias=None) -> configs.Request:
-    named = (("mask", mask), ("bias", bias), ("bias_gradient", dbias))
-    traits = tuple(name for name, tensor in named if tensor is not None)
-    if bias is not None and bias.dtype != qkv.dtype:
-        traits += (f"bias={configs.dtype_name(bias.dtype)}",)
+def _launch(
+    kernel, name: str, qkv, scores: Scores, args: tuple, written: tuple[torch.Tensor, ...], config=None
+) -> tuple[torch.Tensor, ...]:
+    """Launch a kernel of attention over rows of `qkv`, with the config chosen for it if none is given. Returns
+    `written`: what it fills."""
     batch, tokens, _, heads, head_dim = qkv.shape
-    shape = (batch, tokens, heads, head_dim)
-    return configs.Request(kernel, shape, qkv.dtype, traits + configs.precision_traits(qkv.dtype))
+    request = Request(name, (batch, tokens, heads, head_dim), qkv.dtype, scores, uses_tf32(qkv.dtype))
+    if config is None:
+
+        def repeat(config: AttentionConfig) -> tuple[torch.Tensor, ...]:
+            return _launch(kernel, name, qkv, scores, args, written, config)
+
+        config = choose(request, qkv.device, repeat)
+    grid = (ceil_div(tokens, config.BLOCK_ROWS) * batch * heads, 1, 1)
+    launch(kernel, _constants, request, config, qkv.device, grid, args)
+    return written
 
 
-def attention_forward(qkv, scale: float, key_padding_mask=None, attn_bias=None):
+def attention_forward(
+    qkv: torch.Tensor,
+    scale: float,
+    key_padding_mask: torch.Tensor | None = None,
+    attn_bias: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """qkv (B, N, 3, H, d) with unit stride along d, key_padding_mask (B, N) bool, attn_bias broadcastable to
     (B, H, N, N) -> out (B, N, H * d) in qkv's dtype, lse (B, H, N) in base 2, float32 (float64 for float64)."""
     batch, tokens, _, heads, head_dim = qkv.shape
@@ -355,40 +382,29 @@ def attention_forward(qkv, scale: float, key_padding_mask=None, attn_bias=None):
     lse = torch.empty(batch, heads, tokens, dtype=accumulator_dtype(qkv.dtype), device=qkv.device)
     if out.numel():
         mask, bias, strides = _mask_arguments(qkv, key_padding_mask, attn_bias)
-
-        def attempt(config):
-            attention_kernel[(triton.cdiv(tokens, config.BLOCK_ROWS) * batch * heads,)](
-                qkv,
-                out,
-                lse,
-                mask,
-                bias,
-                tokens,
-                heads,
-                scale,
-                *qkv.stride()[:4],
-                *strides,
-                **_constants(qkv),
-                BLOCK_M=config.BLOCK_ROWS,
-                BLOCK_N=config.BLOCK_STEP,
-                num_warps=config.num_warps,
-                num_stages=config.num_stages,
-            )
-            return out, lse
-
-        configs.run(_request("attention_forward", qkv, mask, bias), qkv.device, attempt)
+        sizes = (tokens, heads, scale, *qkv.stride()[:4], *strides)
+        scores = Scores(mask is not None, None if bias is None else bias.dtype)
+        args = (qkv, out, lse, mask, bias, *sizes)
+        _launch(attention_kernel, "attention_forward", qkv, scores, args, (out, lse))
     return out, lse
 
 
 def attention_backward(
-    dout, qkv, out, lse, scale: float, key_padding_mask=None, attn_bias=None, needs_bias: bool = False
-):
+    dout: torch.Tensor,
+    qkv: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    scale: float,
+    key_padding_mask: torch.Tensor | None = None,
+    attn_bias: torch.Tensor | None = None,
+    needs_bias: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Gradients of `attention_forward` for dout (B, N, H * d) with unit stride along the last axis.
 
     Returns dqkv (B, N, 3, H, d) contiguous in qkv's dtype, and the gradient of the broadcast bias (B, H, N, N) in
     float32 (float64 for float64), or None when needs_bias is False.
     """
-    batch, tokens, _, heads, head_dim = qkv.shape
+    batch, tokens, _, heads, _ = qkv.shape
     acc = accumulator_dtype(qkv.dtype)
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     dbias = torch.empty(batch, heads, tokens, tokens, dtype=acc, device=qkv.device) if needs_bias else None
@@ -396,46 +412,12 @@ def attention_backward(
         delta = torch.empty_like(lse)
         mask, bias, strides = _mask_arguments(qkv, key_padding_mask, attn_bias)
         sizes = (tokens, heads, scale, *qkv.stride()[:4], *dout.stride()[:2], *strides)
-        constants = _constants(qkv)
-
-        def attempt_dq(config):
-            attention_backward_dq_kernel[(triton.cdiv(tokens, config.BLOCK_ROWS) * batch * heads,)](
-                qkv,
-                out,
-                dout,
-                lse,
-                delta,
-                dqkv,
-                dbias,
-                mask,
-                bias,
-                *sizes,
-                **constants,
-                BLOCK_M=config.BLOCK_ROWS,
-                BLOCK_N=config.BLOCK_STEP,
-                num_warps=config.num_warps,
-                num_stages=config.num_stages,
-            )
-            return (dqkv[:, :, 0], delta) if dbias is None else (dqkv[:, :, 0], delta, dbias)
-
-        def attempt_dkdv(config):
-            attention_backward_dkdv_kernel[(triton.cdiv(tokens, config.BLOCK_ROWS) * batch * heads,)](
-                qkv,
-                dout,
-                lse,
-                delta,
-                dqkv,
-                mask,
-                bias,
-                *sizes,
-                **constants,
-                BLOCK_M=config.BLOCK_STEP,
-                BLOCK_N=config.BLOCK_ROWS,
-                num_warps=config.num_warps,
-                num_stages=config.num_stages,
-            )
-            return (dqkv[:, :, 1:],)
-
-        configs.run(_request("attention_backward_dq", qkv, mask, bias, dbias), qkv.device, attempt_dq)
-        configs.run(_request("attention_backward_dkdv", qkv, mask, bias), qkv.device, attempt_dkdv)
+        scores = Scores(mask is not None, None if bias is None else bias.dtype, needs_bias)
+        args = (qkv, out, dout, lse, delta, dqkv, dbias, mask, bias, *sizes)
+        written = tuple([tensor for tensor in (dqkv[:, :, 0], delta, dbias) if tensor is not None])
+        _launch(attention_backward_dq_kernel, "attention_backward_dq", qkv, scores, args, written)
+        scores = scores._replace(bias_gradient=False)
+        args = (qkv, dout, lse, delta, dqkv, mask, bias, *sizes)
+        written = (dqkv[:, :, 1:],)
+        _launch(attention_backward_dkdv_kernel, "attention_backward_dkdv", qkv, scores, args, written)
     return dqkv, dbias

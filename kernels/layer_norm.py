@@ -12,20 +12,22 @@ import torch
 import triton
 import triton.language as tl
 
-from . import configs, cost
 from ._math import TRITON_DTYPES, accumulator_dtype
+from .launch import cost
+from .launch.choice import choose
+from .launch.launcher import launch
+from .launch.request import Request, RowConfig, Rows, ceil_div, rows_per_program
+from .reduce import partial_sums, total
 
-MAX_PARTIALS = 256
 
-
-@triton.jit(launch_metadata=cost.layer_norm_launch)
+@triton.jit(launch_metadata=cost.layer_norm_launch, do_not_specialize=["rows"])
 def layer_norm_kernel(
-    x_ptr,
-    weight_ptr,
-    bias_ptr,
-    y_ptr,  # None: statistics only
-    mean_ptr,
-    rstd_ptr,
+    x_ptr,  # (rows, columns), unit stride along the columns
+    weight_ptr,  # (columns,), or None with y_ptr
+    bias_ptr,  # (columns,), or None with y_ptr
+    y_ptr,  # (rows, columns) contiguous, or None: statistics only
+    mean_ptr,  # (rows,)
+    rstd_ptr,  # (rows,)
     rows,
     columns,
     stride,
@@ -53,17 +55,16 @@ def layer_norm_kernel(
         tl.store(y_ptr + (row * columns + j[None, :]), y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(launch_metadata=cost.layer_norm_backward_launch)
+@triton.jit(launch_metadata=cost.layer_norm_backward_launch, do_not_specialize=["rows", "rows_per_program"])
 def layer_norm_backward_kernel(
-    dy_ptr,
-    x_ptr,
-    mean_ptr,
-    rstd_ptr,
-    weight_ptr,
-    dresidual_ptr,  # None, or the gradient that reaches x past the norm
-    dx_ptr,
-    dweight_partial_ptr,
-    dbias_partial_ptr,
+    dy_ptr,  # (rows, columns), unit stride along the columns
+    x_ptr,  # (rows, columns), unit stride along the columns
+    mean_ptr,  # (rows,)
+    rstd_ptr,  # (rows,)
+    weight_ptr,  # (columns,)
+    dresidual_ptr,  # (rows, columns), unit stride along the columns: the gradient that reaches x past the norm; or None
+    dx_ptr,  # (rows, columns) contiguous
+    partial_ptr,  # (parts, 2, columns) contiguous: the gradients of weight and bias
     rows,
     columns,
     stride_dy,
@@ -102,89 +103,65 @@ def layer_norm_backward_kernel(
         if dresidual_ptr is not None:
             dx += tl.load(dresidual_ptr + (row * stride_dresidual + j[None, :]), mask=mask, other=0.0).to(ACC)
         tl.store(dx_ptr + (row * columns + j[None, :]), dx.to(dx_ptr.dtype.element_ty), mask=mask)
-    out = part.to(tl.int64) * columns + j
-    tl.store(dweight_partial_ptr + out, tl.sum(dweight, axis=0), mask=column_ok)
-    tl.store(dbias_partial_ptr + out, tl.sum(dbias, axis=0), mask=column_ok)
+    partial_ptr += part.to(tl.int64) * 2 * columns
+    tl.store(partial_ptr + j, tl.sum(dweight, axis=0).to(partial_ptr.dtype.element_ty), mask=column_ok)
+    tl.store(partial_ptr + columns + j, tl.sum(dbias, axis=0).to(partial_ptr.dtype.element_ty), mask=column_ok)
 
 
-def _launch_forward(x, weight, bias, y, eps):
+def _constants(request: Request, config: RowConfig) -> dict:
+    acc = TRITON_DTYPES[accumulator_dtype(request.dtype)]
+    return dict(ACC=acc, BLOCK_ROWS=config.BLOCK_ROWS, BLOCK_D=config.BLOCK_D, num_warps=config.num_warps)
+
+
+def _forward(x, weight, bias, y, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
     rows, columns = x.shape
     acc = accumulator_dtype(x.dtype)
     mean, rstd = (torch.empty(rows, dtype=acc, device=x.device) for _ in range(2))
     if rows:
+        kernel = "layer_norm_statistics" if y is None else "layer_norm_forward"
+        request = Request(kernel, (rows, columns), x.dtype, Rows(out_dtype=None if y is None else y.dtype))
 
-        def attempt(config):
-            layer_norm_kernel[(triton.cdiv(rows, config.BLOCK_ROWS),)](
-                x,
-                weight,
-                bias,
-                y,
-                mean,
-                rstd,
-                rows,
-                columns,
-                x.stride(0),
-                eps,
-                ACC=TRITON_DTYPES[acc],
-                BLOCK_ROWS=config.BLOCK_ROWS,
-                BLOCK_D=config.BLOCK_D,
-                num_warps=config.num_warps,
-            )
+        def start(config: RowConfig) -> tuple[torch.Tensor, ...]:
+            grid = (ceil_div(rows, config.BLOCK_ROWS), 1, 1)
+            args = (x, weight, bias, y, mean, rstd, rows, columns, x.stride(0), eps)
+            launch(layer_norm_kernel, _constants, request, config, x.device, grid, args)
             return (mean, rstd) if y is None else (y, mean, rstd)
 
-        kernel = "layer_norm_statistics" if y is None else "layer_norm_forward"
-        traits = () if y is None or y.dtype == x.dtype else (f"out={configs.dtype_name(y.dtype)}",)
-        configs.run(configs.Request(kernel, (rows, columns), x.dtype, traits), x.device, attempt)
+        start(choose(request, x.device, start))
     return mean, rstd
 
 
 def row_statistics(x: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and 1/sqrt(var + eps) of each row of x (M, D): two (M,) tensors, float32 (float64 for float64)."""
-    return _launch_forward(x, None, None, None, eps)
+    return _forward(x, None, None, None, eps)
 
 
 def layer_norm_forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, dtype=None):
     """x (M, D) with unit stride along D -> y (M, D) in `dtype`, x's if not given, mean (M,), rstd (M,)."""
     y = torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
-    mean, rstd = _launch_forward(x, weight, bias, y, eps)
+    mean, rstd = _forward(x, weight, bias, y, eps)
     return y, mean, rstd
 
 
 def layer_norm_backward(dy, x, mean, rstd, weight, dresidual=None):
     """dy (M, D), x (M, D), dresidual (M, D) or None, each with unit stride along D -> dx (M, D) in x's dtype, dweight
-    (D,) and dbias (D,) in float32 (float64 for float64)."""
+    (D,) and dbias (D,) in weight's dtype, summed in float32 (float64 for float64)."""
     rows, columns = x.shape
     acc = accumulator_dtype(x.dtype)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if rows == 0:
-        return dx, *(torch.zeros(columns, dtype=acc, device=x.device) for _ in range(2))
+        return dx, *torch.zeros(2, columns, dtype=weight.dtype, device=x.device).unbind()
 
-    def attempt(config):
-        rows_per_program = triton.cdiv(triton.cdiv(rows, MAX_PARTIALS), config.BLOCK_ROWS) * config.BLOCK_ROWS
-        parts = triton.cdiv(rows, rows_per_program)
-        dweight, dbias = (torch.empty(parts, columns, dtype=acc, device=x.device) for _ in range(2))
-        layer_norm_backward_kernel[(parts,)](
-            dy,
-            x,
-            mean,
-            rstd,
-            weight,
-            dresidual,
-            dx,
-            dweight,
-            dbias,
-            rows,
-            columns,
-            dy.stride(0),
-            x.stride(0),
-            0 if dresidual is None else dresidual.stride(0),
-            rows_per_program,
-            ACC=TRITON_DTYPES[acc],
-            BLOCK_ROWS=config.BLOCK_ROWS,
-            BLOCK_D=config.BLOCK_D,
-            num_warps=config.num_warps,
-        )
-        return dx, dweight.sum(dim=0), dbias.sum(dim=0)
+    request = Request("layer_norm_backward", (rows, columns), x.dtype, Rows(residual=dresidual is not None))
 
-    traits = () if dresidual is None else ("residual",)
-    return configs.run(configs.Request("layer_norm_backward", (rows, columns), x.dtype, traits), x.device, attempt)
+    def start(config: RowConfig) -> tuple[torch.Tensor, ...]:
+        stretch = rows_per_program("layer_norm_backward", rows, config.BLOCK_ROWS)
+        parts = ceil_div(rows, stretch)
+        partial = partial_sums(parts, (2, columns), acc, weight.dtype, x.device)
+        strides = (dy.stride(0), x.stride(0), 0 if dresidual is None else dresidual.stride(0))
+        matrices = (dy, x, mean, rstd, weight, dresidual, dx, partial)
+        args = (*matrices, rows, columns, *strides, stretch)
+        launch(layer_norm_backward_kernel, _constants, request, config, x.device, (parts, 1, 1), args)
+        return dx, *total(partial, parts, weight.dtype).unbind()
+
+    return start(choose(request, x.device, start))

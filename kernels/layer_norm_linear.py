@@ -13,45 +13,48 @@ written and read.
 import torch
 
 from . import gemm, layer_norm, reduce
-from .gemm import plain_weight, store_linear, transposed_weight
+from .gemm import INPUT_GRADIENT, LINEAR, MATRIX, NORMALISED, plain, transposed
 
 
-def normalised_source(x, mean, rstd, norm_weight, norm_bias):
-    """The source of `gemm.load_normalised` for x (M, D)."""
-    return (x, mean, rstd, norm_weight, norm_bias, *x.shape, x.stride(0))
-
-
-def layer_norm_linear_forward(x, norm_weight, norm_bias, weight, bias, eps: float):
+def layer_norm_linear_forward(
+    x: torch.Tensor,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """x (M, D), weight (O, D), bias (O,) or None -> y (M, O) in weight's dtype, mean (M,), rstd (M,)."""
     rows, inputs = x.shape
     outputs = weight.shape[0]
     mean, rstd = layer_norm.row_statistics(x, eps)
     y = torch.empty(rows, outputs, dtype=weight.dtype, device=x.device)
-    gemm.launch(
-        gemm.load_normalised,
-        normalised_source(x, mean, rstd, norm_weight, norm_bias),
-        gemm.load_matrix,
-        transposed_weight(weight),
-        store_linear,
-        (y, bias, None, None, None, 1, 0, rows, outputs),
-        rows,
-        outputs,
-        inputs,
-        weight.dtype,
-        x.device,
-    )
+    normalised = (x, mean, rstd, norm_weight, norm_bias, x.stride(0))
+    target = (y, bias, None, None, None, 1, 0)
+    shape = (rows, outputs, inputs)
+    gemm.launch(NORMALISED, normalised, MATRIX, transposed(weight), LINEAR, target, shape, weight.dtype)
     return y, mean, rstd
 
 
 def layer_norm_linear_backward(
-    dy, x, mean, rstd, norm_weight, norm_bias, weight, eps: float, needs, dresidual=None, by_library: bool = False
-):
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    needs: tuple[bool, bool, bool],
+    dresidual: torch.Tensor | None = None,
+    by_library: bool = False,
+) -> tuple[torch.Tensor | None, ...]:
     """Gradients of `layer_norm_linear_forward` for dy (M, O).
 
     needs: three bools: the input and norm parameters, the weight, the bias; None for each that is not needed.
     by_library: the gradient of the weight by the library's product, of a normalised tensor written for it.
-    dresidual (M, D): added to the gradient of x. Returns dx (M, D) in x's dtype, dnorm_weight, dnorm_bias, dweight,
-    dbias in float32 (float64 for float64), dweight in weight's dtype by_library.
+    dresidual (M, D): added to the gradient of x. Returns dx (M, D) in x's dtype, dnorm_weight, dnorm_bias in
+    norm_weight's, dweight and dbias in weight's, all sums made in float32 (float64 for float64).
     """
     needs_norm, needs_weight, needs_bias = needs
     rows, outputs = dy.shape
@@ -62,25 +65,14 @@ def layer_norm_linear_backward(
         dweight = gemm.library_weight_gradient(dy, normalised, weight.dtype)
         del normalised
     elif needs_weight:
-        source = normalised_source(x, mean, rstd, norm_weight, norm_bias)
-        dweight = gemm.weight_gradient(dy, gemm.load_normalised, source, inputs, weight.dtype)
+        source = (x, mean, rstd, norm_weight, norm_bias, x.stride(0))
+        dweight = gemm.weight_gradient(dy, NORMALISED, source, inputs, weight.dtype)
     if needs_bias:
-        dbias = reduce.column_sum(dy)
+        dbias = reduce.column_sum(dy, dtype=weight.dtype)
     if needs_norm:
         dnormalised = torch.empty(rows, inputs, dtype=weight.dtype, device=x.device)
-        gemm.launch(
-            gemm.load_matrix,
-            (dy, rows, outputs, dy.stride(0), 1),
-            gemm.load_matrix,
-            plain_weight(weight),
-            gemm.store,
-            (dnormalised, rows, inputs),
-            rows,
-            inputs,
-            outputs,
-            weight.dtype,
-            x.device,
-        )
+        shape = (rows, inputs, outputs)
+        gemm.launch(MATRIX, plain(dy), MATRIX, plain(weight), INPUT_GRADIENT, (dnormalised,), shape, weight.dtype)
         dx, dnorm_weight, dnorm_bias = layer_norm.layer_norm_backward(
             dnormalised, x, mean, rstd, norm_weight, dresidual
         )

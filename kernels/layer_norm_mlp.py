@@ -18,15 +18,15 @@ import triton.language as tl
 
 from . import gemm, layer_norm
 from ._math import activate, activate_with_gradient
-from .gemm import plain_weight, transposed_weight
-from .layer_norm_linear import layer_norm_linear_backward, normalised_source
-from .linear_residual import linear_parameter_gradients, linear_residual_forward, scaled_operand
+from .gemm import MATRIX, NORMALISED, Epilogue, plain, transposed
+from .layer_norm_linear import layer_norm_linear_backward
+from .linear_residual import linear_parameter_gradients, residual_product, scaled_operand
 
 
 @triton.jit
-def store_activated(acc, i, j, part, target, ACTIVATION: tl.constexpr):
+def store_activated(acc, i, j, part, target, size_i, size_j, ACTIVATION: tl.constexpr):
     """ACTIVATION(acc + bias), and acc + bias itself where wanted."""
-    activated_ptr, preactivation_ptr, bias_ptr, size_i, size_j = target
+    activated_ptr, preactivation_ptr, bias_ptr = target
     offset = i.to(tl.int64)[:, None] * size_j + j[None, :]
     mask = (i < size_i)[:, None] & (j < size_j)[None, :]
     if bias_ptr is not None:
@@ -37,9 +37,9 @@ def store_activated(acc, i, j, part, target, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def store_activation_gradient(acc, i, j, part, target, ACTIVATION: tl.constexpr):
+def store_activation_gradient(acc, i, j, part, target, size_i, size_j, ACTIVATION: tl.constexpr):
     """acc * ACTIVATION'(preactivation), and the activated tensor, made again, for the gradient of fc2's weight."""
-    dpreactivation_ptr, activated_ptr, preactivation_ptr, size_i, size_j = target
+    dpreactivation_ptr, activated_ptr, preactivation_ptr = target
     offset = i.to(tl.int64)[:, None] * size_j + j[None, :]
     mask = (i < size_i)[:, None] & (j < size_j)[None, :]
     preactivation = tl.load(preactivation_ptr + offset, mask=mask, other=0.0).to(acc.dtype)
@@ -48,76 +48,72 @@ def store_activation_gradient(acc, i, j, part, target, ACTIVATION: tl.constexpr)
     tl.store(activated_ptr + offset, activated.to(activated_ptr.dtype.element_ty), mask=mask)
 
 
+ACTIVATED = Epilogue("activated", store_activated, beside=True)
+ACTIVATED_AND_KEPT = Epilogue("activated_and_kept", store_activated, beside=True)
+ACTIVATION_GRADIENT = Epilogue("activation_gradient", store_activation_gradient, tiles=3, input_gradient=True)
+
+
 def layer_norm_mlp_forward(
-    x,
-    norm_weight,
-    norm_bias,
-    fc1_weight,
-    fc1_bias,
-    fc2_weight,
-    fc2_bias,
-    residual,
-    layer_scale,
-    drop_path_scale,
+    x: torch.Tensor,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    fc1_weight: torch.Tensor,
+    fc1_bias: torch.Tensor | None,
+    fc2_weight: torch.Tensor,
+    fc2_bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    layer_scale: torch.Tensor | None,
+    drop_path_scale: torch.Tensor | None,
+    residual_is_x: bool,
     eps: float,
     activation: str,
-    out_dtype: torch.dtype,
     keep_preactivation: bool,
-):
-    """x (M, D), fc1_weight (H, D), fc2_weight (O, H), residual (M, O) or None, the other optional ones None where
-    absent
-    -> out (M, O) in out_dtype, mean (M,), rstd (M,), preactivation (M, H) or None."""
+    out_dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """x (M, D), fc1_weight (H, D), fc2_weight (O, H), residual (M, O) or, if it is x itself, None; the other optional
+    ones None where absent -> out (M, O) in out_dtype, mean (M,), rstd (M,),
+    preactivation (M, H) or None."""
     rows, inputs = x.shape
-    hidden = fc1_weight.shape[0]
+    hidden, dtype = fc1_weight.shape[0], fc1_weight.dtype
     mean, rstd = layer_norm.row_statistics(x, eps)
-    activated = torch.empty(rows, hidden, dtype=fc1_weight.dtype, device=x.device)
+    activated = torch.empty(rows, hidden, dtype=dtype, device=x.device)
     preactivation = torch.empty_like(activated) if keep_preactivation else None
-    gemm.launch(
-        gemm.load_normalised,
-        normalised_source(x, mean, rstd, norm_weight, norm_bias),
-        gemm.load_matrix,
-        transposed_weight(fc1_weight),
-        store_activated,
-        (activated, preactivation, fc1_bias, rows, hidden),
-        rows,
-        hidden,
-        inputs,
-        fc1_weight.dtype,
-        x.device,
-        activation=activation,
-        traits=("preactivation",) if keep_preactivation else (),
-        outputs=2,
-    )
-    out = linear_residual_forward(activated, fc2_weight, fc2_bias, residual, layer_scale, drop_path_scale, out_dtype)
+    normalised = (x, mean, rstd, norm_weight, norm_bias, x.stride(0))
+    epilogue = ACTIVATED_AND_KEPT if keep_preactivation else ACTIVATED
+    target = (activated, preactivation, fc1_bias)
+    product = (NORMALISED, normalised, MATRIX, transposed(fc1_weight), epilogue, target)
+    gemm.launch(*product, (rows, hidden, inputs), dtype, activation, outputs=2)
+    added = x if residual_is_x else residual
+    product = residual_product(activated, fc2_weight, fc2_bias, added, layer_scale, drop_path_scale, out_dtype)
+    (out,) = gemm.launch(*product)
     return out, mean, rstd, preactivation
 
 
 def layer_norm_mlp_backward(
-    dout,
-    x,
-    mean,
-    rstd,
-    preactivation,
-    norm_weight,
-    norm_bias,
-    fc1_weight,
-    fc2_weight,
-    fc2_bias,
-    layer_scale,
-    drop_path_scale,
+    dout: torch.Tensor,
+    x: torch.Tensor,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    preactivation: torch.Tensor,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    fc1_weight: torch.Tensor,
+    fc2_weight: torch.Tensor,
+    fc2_bias: torch.Tensor | None,
+    layer_scale: torch.Tensor | None,
+    drop_path_scale: torch.Tensor | None,
     eps: float,
     activation: str,
     residual_is_x: bool,
-    needs,
+    needs: tuple[bool, ...],
     by_library: bool = False,
-):
+) -> tuple[torch.Tensor | None, ...]:
     """Gradients of `layer_norm_mlp_forward` for dout (M, O); residual_is_x: dout is added to the gradient of x.
     by_library: those of the weights by the library's product.
 
     needs: six bools, for the input and norm parameters, fc1's weight and bias, fc2's weight and bias, layer_scale.
-    Returns dx in x's dtype, dnorm_weight, dnorm_bias, dfc1_weight, dfc1_bias, dfc2_weight, dfc2_bias, dlayer_scale in
-    float32 (float64 for float64), weights' gradients by_library as `linear_parameter_gradients` does; None for each
-    that is not needed.
+    Returns dx in x's dtype, dnorm_weight, dnorm_bias, dfc1_weight, dfc1_bias as `layer_norm_linear_backward` does,
+    dfc2_weight, dfc2_bias, dlayer_scale as `linear_parameter_gradients` does; None for each that is not needed.
     """
     needs_fc1, needs_fc2 = needs[:3], needs[3:]
     if not any((*needs_fc1, needs_fc2[0], needs_fc2[2])):
@@ -127,20 +123,10 @@ def layer_norm_mlp_backward(
         )
     rows, hidden = preactivation.shape
     dpreactivation, activated = torch.empty_like(preactivation), torch.empty_like(preactivation)
-    gemm.launch(
-        *scaled_operand(dout, drop_path_scale, layer_scale),
-        gemm.load_matrix,
-        plain_weight(fc2_weight),
-        store_activation_gradient,
-        (dpreactivation, activated, preactivation, rows, hidden),
-        rows,
-        hidden,
-        dout.shape[1],
-        fc2_weight.dtype,
-        x.device,
-        activation=activation,
-        outputs=2,
-    )
+    scaled = scaled_operand(dout, drop_path_scale, layer_scale)
+    target = (dpreactivation, activated, preactivation)
+    product = (*scaled, MATRIX, plain(fc2_weight), ACTIVATION_GRADIENT, target)
+    gemm.launch(*product, (rows, hidden, dout.shape[1]), fc2_weight.dtype, activation, outputs=2)
     fc2_gradients = linear_parameter_gradients(
         dout, activated, fc2_weight, fc2_bias, layer_scale, drop_path_scale, needs_fc2, by_library
     )

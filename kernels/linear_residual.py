@@ -13,69 +13,82 @@ reads dout.
 import torch
 
 from . import gemm, reduce
-from .gemm import plain_weight, store_linear, transposed_weight
+from .gemm import INPUT_GRADIENT, LINEAR, LINEAR_RESIDUAL, MATRIX, SCALED, Prologue, plain, transposed
 
 
-def scaled_operand(x, row_scale, column_scale):
-    """The loader, and its source, of x (M, K) times a scale per sample and one per channel; each may be None."""
+def scaled_operand(
+    x: torch.Tensor, row_scale: torch.Tensor | None, column_scale: torch.Tensor | None
+) -> tuple[Prologue, tuple]:
+    """The prologue, and its source, of x (M, K) times a scale per sample and one per channel; each may be None."""
     if row_scale is None and column_scale is None:
-        return gemm.load_matrix, (x, *x.shape, x.stride(0), 1)
-    rows_per_sample = reduce.rows_per_sample(len(x), row_scale)
-    return gemm.load_scaled, (x, row_scale, column_scale, rows_per_sample, *x.shape, x.stride(0))
+        return MATRIX, plain(x)
+    return SCALED, (x, row_scale, column_scale, reduce.rows_per_sample(len(x), row_scale), x.stride(0))
 
 
-def linear_residual_forward(x, weight, bias, residual, layer_scale, drop_path_scale, out_dtype):
-    """x (M, K), weight (O, K), bias (O,), residual (M, O), layer_scale (O,), drop_path_scale (B,), the last four None
-    where absent -> (M, O) in out_dtype."""
+def residual_product(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    layer_scale: torch.Tensor | None,
+    drop_path_scale: torch.Tensor | None,
+    out_dtype: torch.dtype,
+) -> tuple:
+    """What `gemm.launch` takes for `linear_residual_forward`, the output's memory included."""
     rows, inputs = x.shape
     outputs = weight.shape[0]
     out = torch.empty(rows, outputs, dtype=out_dtype, device=x.device)
-    gemm.launch(
-        gemm.load_matrix,
-        (x, rows, inputs, x.stride(0), 1),
-        gemm.load_matrix,
-        transposed_weight(weight),
-        store_linear,
-        (
-            out,
-            bias,
-            layer_scale,
-            drop_path_scale,
-            residual,
-            reduce.rows_per_sample(rows, drop_path_scale),
-            0 if residual is None else residual.stride(0),
-            rows,
-            outputs,
-        ),
-        rows,
-        outputs,
-        inputs,
-        weight.dtype,
-        x.device,
-        traits=() if residual is None else ("residual",),
-    )
-    return out
+    epilogue, stride = (LINEAR, 0) if residual is None else (LINEAR_RESIDUAL, residual.stride(0))
+    rows_per_sample = reduce.rows_per_sample(rows, drop_path_scale)
+    target = (out, bias, layer_scale, drop_path_scale, residual, rows_per_sample, stride)
+    return MATRIX, plain(x), MATRIX, transposed(weight), epilogue, target, (rows, outputs, inputs), weight.dtype
 
 
-def linear_parameter_gradients(dout, x, weight, bias, layer_scale, drop_path_scale, needs, by_library: bool):
+def linear_residual_forward(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor,
+    layer_scale: torch.Tensor | None,
+    drop_path_scale: torch.Tensor | None,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """x (M, K), weight (O, K), bias (O,), residual (M, O), layer_scale (O,), drop_path_scale (B,), bias and the scales
+    None where absent -> (M, O) in out_dtype."""
+    product = residual_product(x, weight, bias, residual, layer_scale, drop_path_scale, out_dtype)
+    return gemm.launch(*product)[0]
+
+
+def linear_parameter_gradients(
+    dout: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    layer_scale: torch.Tensor | None,
+    drop_path_scale: torch.Tensor | None,
+    needs: tuple[bool, bool, bool],
+    by_library: bool,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """Gradients of weight, bias and layer_scale for dout (M, O) and x (M, K), None where not needed.
 
     needs: three bools. by_library: that of the weight by the library's product. Returns dweight (O, K), dbias (O,),
-    dlayer_scale (O,) in float32 (float64 for float64), dweight in weight's dtype by_library without a layer_scale.
+    dlayer_scale (O,), in weight's dtype, or with a layer_scale in float32 (float64 for float64).
     """
     needs_weight, needs_bias, needs_layer_scale = needs
     dweight = dbias = dlayer_scale = None
+    # What layer_scale is still to scale down, by 1e-5 perhaps, may be out of float16's range.
+    wide = layer_scale is not None
     if needs_bias or needs_layer_scale:
-        dbias = reduce.column_sum(dout, drop_path_scale)
+        dbias = reduce.column_sum(dout, drop_path_scale, None if wide else weight.dtype)
     if by_library and (needs_weight or needs_layer_scale):
         scaled = dout
         if drop_path_scale is not None and len(dout):
             by_sample = dout.unflatten(0, (len(drop_path_scale), -1))
             scaled = torch.mul(by_sample, drop_path_scale[:, None, None], out=torch.empty_like(by_sample)).flatten(0, 1)
-        # What layer_scale is still to scale down, by 1e-5 perhaps, may be out of float16's range.
-        dweight = gemm.library_weight_gradient(scaled, x, weight.dtype, wide=layer_scale is not None)
+        dweight = gemm.library_weight_gradient(scaled, x, weight.dtype, wide)
     elif needs_weight or needs_layer_scale:
-        dweight = gemm.weight_gradient(dout, *scaled_operand(x, drop_path_scale, None), x.shape[1], weight.dtype)
+        operand = scaled_operand(x, drop_path_scale, None)
+        dweight = gemm.weight_gradient(dout, *operand, x.shape[1], weight.dtype, wide)
     if needs_layer_scale:
         dlayer_scale = (weight * dweight).sum(dim=1)
         if bias is not None:
@@ -86,29 +99,28 @@ def linear_parameter_gradients(dout, x, weight, bias, layer_scale, drop_path_sca
     return dweight if needs_weight else None, dbias if needs_bias else None, dlayer_scale
 
 
-def linear_residual_backward(dout, x, weight, bias, layer_scale, drop_path_scale, needs, by_library: bool = False):
+def linear_residual_backward(
+    dout: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    layer_scale: torch.Tensor | None,
+    drop_path_scale: torch.Tensor | None,
+    needs: tuple[bool, bool, bool, bool],
+    by_library: bool = False,
+) -> tuple[torch.Tensor | None, ...]:
     """Gradients of `linear_residual_forward` for dout (M, O); that of the residual is dout.
 
     needs: four bools, for x, weight, bias, layer_scale. Returns dx (M, K) in x's dtype, and the parameters' gradients
     as `linear_parameter_gradients` does; None for each that is not needed.
     """
     needs_x, *needs_parameters = needs
-    rows, inputs = x.shape
     dx = None
     if needs_x:
-        dx = torch.empty(rows, inputs, dtype=x.dtype, device=x.device)
-        gemm.launch(
-            *scaled_operand(dout, drop_path_scale, layer_scale),
-            gemm.load_matrix,
-            plain_weight(weight),
-            gemm.store,
-            (dx, rows, inputs),
-            rows,
-            inputs,
-            weight.shape[0],
-            weight.dtype,
-            x.device,
-        )
+        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        scaled = scaled_operand(dout, drop_path_scale, layer_scale)
+        shape = (*x.shape, weight.shape[0])
+        gemm.launch(*scaled, MATRIX, plain(weight), INPUT_GRADIENT, (dx,), shape, weight.dtype)
     return dx, *linear_parameter_gradients(
         dout, x, weight, bias, layer_scale, drop_path_scale, needs_parameters, by_library
     )

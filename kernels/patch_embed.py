@@ -19,7 +19,7 @@ import triton.language as tl
 
 from . import gemm, reduce
 from ._math import accumulator_dtype, widen
-from .gemm import plain_weight, transposed_weight
+from .gemm import MATRIX, Epilogue, Prologue, plain, transposed
 
 
 @triton.jit
@@ -48,11 +48,9 @@ def pixel_offsets(
 
 
 @triton.jit
-def load_patches(i, j, source):
+def load_patches(i, j, source, size_i, size_j):
     """A tile of flattened patches, pixel * gain + shift per channel; rows of zeros for the prefix tokens."""
-    ptr, gain_ptr, shift_ptr, size_i, size_j, tokens, prefix, across, stride_b, stride_c, stride_h, stride_w, PH, PW = (
-        source
-    )
+    ptr, gain_ptr, shift_ptr, tokens, prefix, across, stride_b, stride_c, stride_h, stride_w, PH, PW = source
     row, column, channel, patch = pixel_offsets(
         i, j, tokens, prefix, across, stride_b, stride_c, stride_h, stride_w, PH, PW
     )
@@ -67,9 +65,9 @@ def load_patches(i, j, source):
 
 
 @triton.jit
-def store_tokens(acc, i, j, part, target, ACTIVATION: tl.constexpr):
+def store_tokens(acc, i, j, part, target, size_i, size_j, ACTIVATION: tl.constexpr):
     """Patch rows: acc + bias + position. Prefix rows: the prefix, + position where the table has rows for them."""
-    ptr, bias_ptr, position_ptr, prefix_ptr, tokens, prefix, first_position, size_i, size_j = target
+    ptr, bias_ptr, position_ptr, prefix_ptr, tokens, prefix, first_position = target
     row_ok, column_ok = i < size_i, j < size_j
     token = i % tokens
     is_patch = token >= prefix
@@ -88,9 +86,9 @@ def store_tokens(acc, i, j, part, target, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def store_pixels(acc, i, j, part, target, ACTIVATION: tl.constexpr):
+def store_pixels(acc, i, j, part, target, size_i, size_j, ACTIVATION: tl.constexpr):
     """Scatter the gradient of flattened patches into the image's, times the gain per channel."""
-    ptr, gain_ptr, size_i, size_j, tokens, prefix, across, stride_b, stride_c, stride_h, stride_w, PH, PW = target
+    ptr, gain_ptr, tokens, prefix, across, stride_b, stride_c, stride_h, stride_w, PH, PW = target
     row, column, channel, patch = pixel_offsets(
         i, j, tokens, prefix, across, stride_b, stride_c, stride_h, stride_w, PH, PW
     )
@@ -99,6 +97,14 @@ def store_pixels(acc, i, j, part, target, ACTIVATION: tl.constexpr):
         acc *= tl.load(gain_ptr + channel, mask=column_ok, other=0.0)[None, :]
     out = ptr + (row[:, None] + column[None, :])
     tl.store(out, acc.to(ptr.dtype.element_ty), mask=row_ok[:, None] & column_ok[None, :])
+
+
+# Patches in runs of neighbouring pixels that a load of 16 bytes takes, and all others.
+PATCHES = Prologue("patches", load_patches)
+GATHERED_PATCHES = Prologue("gathered_patches", load_patches, gathers=True)
+TOKENS = Epilogue("tokens", store_tokens)
+PIXELS = Epilogue("pixels", store_pixels, scatters=True, input_gradient=True)
+SCATTERED_PIXELS = Epilogue("scattered_pixels", store_pixels, scatters=True, gathers=True, input_gradient=True)
 
 
 def _geometry(image, patch_height: int, patch_width: int, prefix: int):
@@ -112,11 +118,11 @@ def _geometry(image, patch_height: int, patch_width: int, prefix: int):
     return (tokens, prefix, across, *image.stride(), *size)
 
 
-def _traits(image, patch_width: int) -> tuple[str, ...]:
-    """Scattered: runs of neighbouring pixels in a patch are too short for 16-byte loads, or bytes, which must be
-    converted in registers."""
-    scattered = image.stride(3) != 1 or patch_width * image.element_size() % 16 != 0 or not image.is_floating_point()
-    return ("scattered",) if scattered else ()
+def _access(image: torch.Tensor, patch_width: int) -> tuple[Prologue, Epilogue]:
+    """How patches are loaded, and their gradient stored: one by one where runs of neighbouring pixels are too short for
+    16 bytes, or are bytes, which must be converted in registers."""
+    short = image.stride(3) != 1 or patch_width * image.element_size() % 16 != 0 or not image.is_floating_point()
+    return (GATHERED_PATCHES, SCATTERED_PIXELS) if short else (PATCHES, PIXELS)
 
 
 @functools.lru_cache(maxsize=64)
@@ -138,7 +144,16 @@ def _normalisation(image, weight, mean, std):
     return _gain_and_shift(*as_tuple, image.shape[1], not image.is_floating_point(), acc, image.device)
 
 
-def patch_embed_forward(image, weight, bias, pos_embed, prefix, mean, std, out_dtype):
+def patch_embed_forward(
+    image: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    pos_embed: torch.Tensor | None,
+    prefix: torch.Tensor | None,
+    mean: tuple[float, ...] | None,
+    std: tuple[float, ...] | None,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
     """image (B, C, H, W) of any strides, weight (D, C, ph, pw), bias (D,), pos_embed (N, D) or (P + N, D), prefix
     (P, D), mean and std C floats each, the last five None where absent -> tokens (B, P + N, D) in out_dtype."""
     batch = image.shape[0]
@@ -147,25 +162,13 @@ def patch_embed_forward(image, weight, bias, pos_embed, prefix, mean, std, out_d
     geometry = _geometry(image, *patch_size, prefix_rows)
     tokens = geometry[0]
     flat = weight.reshape(embed_dim, -1)
-    pixels = flat.shape[1]
-    rows = batch * tokens
     out = torch.empty(batch, tokens, embed_dim, dtype=out_dtype, device=image.device)
     first_position = 0 if pos_embed is None else tokens - pos_embed.shape[0]
-    gain, shift = _normalisation(image, weight, mean, std)
-    gemm.launch(
-        load_patches,
-        (image, gain, shift, rows, pixels, *geometry),
-        gemm.load_matrix,
-        transposed_weight(flat),
-        store_tokens,
-        (out, bias, pos_embed, prefix, tokens, prefix_rows, first_position, rows, embed_dim),
-        rows,
-        embed_dim,
-        pixels,
-        weight.dtype,
-        image.device,
-        traits=_traits(image, patch_size[1]),
-    )
+    patches = (image, *_normalisation(image, weight, mean, std), *geometry)
+    target = (out, bias, pos_embed, prefix, tokens, prefix_rows, first_position)
+    shape = (batch * tokens, embed_dim, flat.shape[1])
+    load, _ = _access(image, patch_size[1])
+    gemm.launch(load, patches, MATRIX, transposed(flat), TOKENS, target, shape, weight.dtype)
     return out
 
 
@@ -177,49 +180,44 @@ def _patches(image, gain, shift, patch_height: int, patch_width: int, dtype: tor
     return by_patch.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(0, 2)
 
 
-def patch_embed_backward(dtokens, image, weight, prefix_rows: int, mean, std, needs, by_library: bool = False):
+def patch_embed_backward(
+    dtokens: torch.Tensor,
+    image: torch.Tensor,
+    weight: torch.Tensor,
+    prefix_rows: int,
+    mean: tuple[float, ...] | None,
+    std: tuple[float, ...] | None,
+    needs: tuple[bool, bool, bool],
+    by_library: bool = False,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """Gradients of `patch_embed_forward` for contiguous dtokens (B, P + N, D).
 
     needs: three bools, for the three results, None where not needed: dimage in image's dtype and layout; dweight
-    (D, C, ph, pw) in float32 (float64 for float64), or, by_library, by the library's product of patches written for
-    it, in weight's dtype; the sum of dtokens over the batch, (P + N, D) in float32 (float64),
-    of which the gradients of bias, positions and prefix are parts.
+    (D, C, ph, pw) in weight's dtype, by_library by the library's product of patches written for it; the sum of dtokens
+    over the batch, (P + N, D) in float32 (float64), of which the gradients of bias, positions and prefix are parts.
     """
     needs_image, needs_weight, needs_sum = needs
     batch, tokens, embed_dim = dtokens.shape
     patch_size = weight.shape[2:]
     flat = weight.reshape(embed_dim, -1)
     pixels = flat.shape[1]
-    rows = batch * tokens
-    dtokens_rows = dtokens.view(rows, embed_dim)
+    dtokens_rows = dtokens.view(batch * tokens, embed_dim)
     gain, shift = _normalisation(image, weight, mean, std)
     dimage = dweight = by_token = None
-    traits = _traits(image, patch_size[1])
+    load, store = _access(image, patch_size[1])
     if needs_weight and by_library:
         patches = _patches(image, gain, shift, *patch_size, weight.dtype)
         dpatches = dtokens[:, prefix_rows:].reshape(-1, embed_dim)
         dweight = gemm.library_weight_gradient(dpatches, patches, weight.dtype).view(weight.shape)
         del patches, dpatches
     elif needs_weight:
-        source = (image, gain, shift, rows, pixels, *_geometry(image, *patch_size, prefix_rows))
-        dweight = gemm.weight_gradient(dtokens_rows, load_patches, source, pixels, weight.dtype, traits=traits)
-        dweight = dweight.view(weight.shape)
+        source = (image, gain, shift, *_geometry(image, *patch_size, prefix_rows))
+        dweight = gemm.weight_gradient(dtokens_rows, load, source, pixels, weight.dtype).view(weight.shape)
     if needs_image:
         dimage = torch.empty_like(image)
-        gemm.launch(
-            gemm.load_matrix,
-            (dtokens_rows, rows, embed_dim, embed_dim, 1),
-            gemm.load_matrix,
-            plain_weight(flat),
-            store_pixels,
-            (dimage, gain, rows, pixels, *_geometry(dimage, *patch_size, prefix_rows)),
-            rows,
-            pixels,
-            embed_dim,
-            weight.dtype,
-            image.device,
-            traits=traits,
-        )
+        target = (dimage, gain, *_geometry(dimage, *patch_size, prefix_rows))
+        shape = (batch * tokens, pixels, embed_dim)
+        gemm.launch(MATRIX, plain(dtokens_rows), MATRIX, plain(flat), store, target, shape, weight.dtype)
     if needs_sum:
         by_token = reduce.column_sum(dtokens.view(batch, tokens * embed_dim)).view(tokens, embed_dim)
     return dimage, dweight, by_token

@@ -1,7 +1,8 @@
 """Sums over the rows of a matrix: bias and position gradients.
 
-Fused: the per-sample scale (drop path). Each program sums a stretch of rows in float32 and writes one row of
-partials; one reduction adds those. No atomics, so the result never depends on the order of the programs.
+Fused: the per-sample scale (drop path), and the rounding of the result. Each program sums a stretch of rows in float32
+and writes one row of partials; where there are several, the same kernel adds those (`total`), which is how the partial
+sums of other kernels end too. No atomics, so the result never depends on the order of the programs.
 A call must move rows * columns * itemsize bytes, plus the float32 partials: one row for every 32 or more, 64 at most.
 """
 
@@ -9,17 +10,18 @@ import torch
 import triton
 import triton.language as tl
 
-from . import configs, cost
 from ._math import TRITON_DTYPES, accumulator_dtype
+from .launch import cost
+from .launch.choice import choose
+from .launch.launcher import launch
+from .launch.request import Request, RowConfig, Rows, ceil_div, rows_per_program
 
-MAX_PARTIALS = 64
 
-
-@triton.jit(launch_metadata=cost.column_sum_launch)
+@triton.jit(launch_metadata=cost.column_sum_launch, do_not_specialize=["rows", "rows_per_program"])
 def column_sum_kernel(
-    x_ptr,
-    row_scale_ptr,  # None, or one scale per sample
-    partial_ptr,
+    x_ptr,  # (rows, columns), unit stride along the columns
+    row_scale_ptr,  # (samples,), or None
+    partial_ptr,  # (parts, columns) contiguous
     rows,
     columns,
     stride,
@@ -44,7 +46,17 @@ def column_sum_kernel(
         if row_scale_ptr is not None:
             x *= tl.load(row_scale_ptr + i // rows_per_sample, mask=i < last, other=0.0).to(ACC)[:, None]
         total += x
-    tl.store(partial_ptr + part.to(tl.int64) * columns + j, tl.sum(total, axis=0), mask=j < columns)
+    sums = tl.sum(total, axis=0).to(partial_ptr.dtype.element_ty)
+    tl.store(partial_ptr + part.to(tl.int64) * columns + j, sums, mask=j < columns)
+
+
+def _constants(request: Request, config: RowConfig) -> dict:
+    return dict(
+        ACC=TRITON_DTYPES[accumulator_dtype(request.dtype)],
+        BLOCK_ROWS=config.BLOCK_ROWS,
+        BLOCK_COLUMNS=config.BLOCK_D,
+        num_warps=config.num_warps,
+    )
 
 
 def rows_per_sample(rows: int, row_scale: torch.Tensor | None) -> int:
@@ -52,32 +64,51 @@ def rows_per_sample(rows: int, row_scale: torch.Tensor | None) -> int:
     return rows // len(row_scale) if rows and row_scale is not None else 1
 
 
-def column_sum(x: torch.Tensor, row_scale: torch.Tensor | None = None) -> torch.Tensor:
-    """Sum over rows of x (rows, columns), row i times row_scale[i // (rows / samples)]. Returns (columns,) float32
-    (float64 for float64)."""
+def column_sum(
+    x: torch.Tensor, row_scale: torch.Tensor | None = None, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """Sum over rows of x (rows, columns), row i times row_scale[i // (rows / samples)], in float32 (float64 for
+    float64). Returns (columns,) rounded to `dtype`, if that is not None."""
     rows, columns = x.shape
     acc = accumulator_dtype(x.dtype)
+    dtype = dtype or acc
     if rows == 0:
-        return torch.zeros(columns, dtype=acc, device=x.device)
+        return torch.zeros(columns, dtype=dtype, device=x.device)
+    request = Request("column_sum", (rows, columns), x.dtype, Rows())
 
-    def attempt(config):
-        rows_per_program = triton.cdiv(triton.cdiv(rows, MAX_PARTIALS), config.BLOCK_ROWS) * config.BLOCK_ROWS
-        parts = triton.cdiv(rows, rows_per_program)
-        partial = torch.empty(parts, columns, dtype=acc, device=x.device)
-        column_sum_kernel[(triton.cdiv(columns, config.BLOCK_D), parts)](
-            x,
-            row_scale,
-            partial,
-            rows,
-            columns,
-            x.stride(0),
-            rows_per_sample(rows, row_scale),
-            rows_per_program,
-            ACC=TRITON_DTYPES[acc],
-            BLOCK_ROWS=config.BLOCK_ROWS,
-            BLOCK_COLUMNS=config.BLOCK_D,
-            num_warps=config.num_warps,
-        )
-        return (partial.sum(dim=0),)
+    def start(config: RowConfig) -> tuple[torch.Tensor, ...]:
+        stretch = rows_per_program("column_sum", rows, config.BLOCK_ROWS)
+        parts = ceil_div(rows, stretch)
+        partial = partial_sums(parts, (columns,), acc, dtype, x.device)
+        _launch(x, row_scale, partial, stretch, request, config)
+        return (total(partial, parts, dtype),)
 
-    return configs.run(configs.Request("column_sum", (rows, columns), x.dtype), x.device, attempt)[0]
+    return start(choose(request, x.device, start))[0]
+
+
+def partial_sums(parts: int, shape: tuple[int, ...], acc: torch.dtype, dtype: torch.dtype, device) -> torch.Tensor:
+    """Room for `parts` partial sums (parts, *shape) in `acc`, which `total` is to add up and to round to `dtype`; where
+    there is one, it is the total, rounded as it is stored."""
+    if parts == 1:
+        return torch.empty(shape, dtype=dtype, device=device)
+    return torch.empty(parts, *shape, dtype=acc, device=device)
+
+
+def total(partial: torch.Tensor, parts: int, dtype: torch.dtype) -> torch.Tensor:
+    """The sum of `partial_sums`, rounded to `dtype`."""
+    if parts == 1:
+        return partial
+    out = torch.empty(partial.shape[1:], dtype=dtype, device=partial.device)
+    if out.numel():
+        x = partial.view(parts, -1)
+        request = Request("column_sum", tuple(x.shape), x.dtype, Rows())
+        _launch(x, None, out, parts, request, choose(request, x.device))
+    return out
+
+
+def _launch(x, row_scale, partial, stretch: int, request: Request, config: RowConfig) -> None:
+    """Sum each stretch of `stretch` rows of x (rows, columns) into a row of `partial`."""
+    rows, columns = x.shape
+    grid = (ceil_div(columns, config.BLOCK_D), ceil_div(rows, stretch), 1)
+    args = (x, row_scale, partial, rows, columns, x.stride(0), rows_per_sample(rows, row_scale), stretch)
+    launch(column_sum_kernel, _constants, request, config, x.device, grid, args)

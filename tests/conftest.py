@@ -21,7 +21,7 @@ if not torch.cuda.is_available():
 
 from fastvit.benchmarks.peers import _torchvision_shim  # noqa: E402
 
-from fastvit import use_backend  # noqa: E402
+from fastvit import dispatch, use_backend  # noqa: E402
 from fastvit.dispatch import interpreting  # noqa: E402
 
 if interpreting():
@@ -62,8 +62,9 @@ def _poisoned_memory():
 
 
 @pytest.fixture(autouse=True)
-def _seed():
+def _fresh():
     torch.manual_seed(0)
+    dispatch.forget()  # decisions that an earlier test's patches led to
 
 
 @pytest.fixture

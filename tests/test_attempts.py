@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastvit import attempts, tune
+from fastvit import attempts, decide, tune
 from fastvit.attempts import Attempts, GpuLost
 
 
@@ -101,7 +101,7 @@ def runs(*results):
 
 
 def measure(candidates, tried, **more):
-    return tune.measure(candidates, torch.float32, 1, Clock(), attempts=tried, key="key", **more)
+    return decide.measure(candidates, torch.float32, 1, Clock(), attempts=tried, key="key", **more)
 
 
 def test_the_tuner_leaves_out_what_was_fatal(path, lost):
@@ -154,7 +154,7 @@ def test_what_is_measured_beside_is_no_candidate():
             return lambda: 0.5 if calls is beside["library"] else 1.0
 
     candidates = runs(1.0, 1.0)
-    measured = tune.measure(candidates, torch.float32, 1, Fussy(), beside=beside, rounds=9)
+    measured = decide.measure(candidates, torch.float32, 1, Fussy(), beside=beside, rounds=9)
     assert set(measured.times) == {"a", "b", "library"} and len(measured.times["library"]) == 9
     assert measured.dropped == {"absent": "RuntimeError: no such back end"}
     assert measured.choice(candidates)[0] == "a"

@@ -135,7 +135,7 @@ def test_a_model_is_left_as_it_was(images):
     with pytest.raises(ValueError, match="image is 32 x 24"):
         attention_maps(model, images[..., :24])
     unchanged()
-    assert model.blocks[2].attention_fusible() and torch.is_grad_enabled()
+    assert model.blocks[2].can_fuse_attention() and torch.is_grad_enabled()
 
 
 def test_it_runs_in_eval_mode(images):

@@ -10,11 +10,16 @@ import pytest
 import torch
 from fastvit.benchmarks import micro
 from fastvit.benchmarks.static import estimate
-from fastvit.kernels import configs, cost
-from fastvit.kernels.hardware import ARCHS
+from fastvit.kernels import gemm
+from fastvit.kernels.launch import choice, cost
+from fastvit.kernels.launch.absent import target_of, without_gpu
+from fastvit.kernels.launch.hardware import ARCHS
+from fastvit.kernels.launch.request import GemmConfig, Product, Request
+from fastvit.kernels.launch.search import search_space
 
-from fastvit import ops, tune, tuned
+from fastvit import dispatch, ops, tune, tuned  # noqa: F401, the ops register themselves
 from fastvit.attempts import Attempts
+from fastvit.calls import calls_of
 from fastvit.dispatch import interpreting
 from fastvit.models.registry import model_entry
 
@@ -30,7 +35,7 @@ class Clock:
     def timer(self, runs, graph):
         for run in runs:
             run()
-        config = next((arg for arg in getattr(runs[0], "args", ()) if isinstance(arg, configs.GemmConfig)), None)
+        config = next((arg for arg in getattr(runs[0], "args", ()) if isinstance(arg, GemmConfig)), None)
         seconds = 1e-4 if config is None else 1e-6 * config.BLOCK_M
         return lambda: seconds
 
@@ -42,7 +47,7 @@ def table(tmp_path, monkeypatch):
     return found
 
 
-def small_call(op=ops._layer_norm_linear.OP, shapes=((2, 35, 64), (64,), (64,), (72, 64), (72,)), more=(1e-6,)):
+def small_call(op=dispatch.OPS["layer_norm_linear"], shapes=((2, 35, 64), (64,), (64,), (72, 64), (72,)), more=(1e-6,)):
     tensors = [torch.randn(shape, dtype=torch.bfloat16, requires_grad=True) for shape in shapes]
     return tune.Call.like(op, (*tensors, *more))
 
@@ -64,18 +69,20 @@ def test_every_launch_is_measured_with_every_config_beside_the_library(table):
         "layer_norm_backward",
         "layer_norm_forward",  # for a weight gradient that the library makes
     ]
-    key = "gemm 70x72x64 bfloat16 load_normalised load_matrix store_linear"
+    key = "gemm 70x72x64 bfloat16 normalised matrix linear"
     row = rows[key]
-    request = configs.Request("gemm", (70, 72, 64), torch.bfloat16, tuple(key.split(" ")[3:]))
-    space = configs.search_space(request, ARCH, 132)
+    product = Product(gemm.NORMALISED, gemm.MATRIX, gemm.LINEAR, None, *[torch.bfloat16] * 3)
+    request = Request("gemm", (70, 72, 64), torch.bfloat16, product)
+    assert request.key == key
+    space = search_space(request, ARCH, 132)
     assert len(row["configs"]) == len(space) > 5 and not row["dropped"]
     assert row["seconds"] == min(entry["seconds"] for entry in row["configs"]) == 64e-6
     assert row["best"].startswith("64x") and row["heuristic_seconds"] == 1e-6 * space[0].BLOCK_M
     needs = cost.request_cost(request)
     assert row["bound_seconds"] == cost.floor_seconds(needs, RATES) > 0
     assert row["library"] == {"library mm": 1e-4, "library addmm": 1e-4}
-    assert set(rows["gemm 70x64x72 bfloat16 load_matrix load_matrix store"]["library"]) == {"library mm"}
-    partial = next(row for key, row in rows.items() if "partial" in key)
+    assert set(rows["gemm 70x64x72 bfloat16 matrix matrix input_gradient"]["library"]) == {"library mm"}
+    partial = next(row for key, row in rows.items() if " sums" in key)
     assert set(partial["library"]) == {"library mm"}
     # What it decided is the tuner's.
     assert set(table.configs) == set(rows)
@@ -104,20 +111,20 @@ def test_the_best_config_is_tried_without_its_parts(table):
     rows = rows_of(small_call())
     found = explained(small_call(), rows)
     assert {key: set(without) for key, without in found.items() if without} == {
-        "gemm 70x72x64 bfloat16 load_normalised load_matrix store_linear": {"no prologue", "no epilogue", "plain"},
-        "gemm 72x64x70 bfloat16 load_matrix load_normalised store partial out=float32": {"no prologue"},
+        "gemm 70x72x64 bfloat16 normalised matrix linear": {"no prologue", "no epilogue", "plain"},
+        "gemm 72x64x70 bfloat16 matrix normalised sums out=float32": {"no prologue"},
     }
     assert set(found) == set(rows)
     for row in rows.values():
         row["without"] = {}
     assert explained(small_call(), rows) == {}, "what is explained was explained again"
-    del rows["gemm 70x72x64 bfloat16 load_normalised load_matrix store_linear"]["without"]
+    del rows["gemm 70x72x64 bfloat16 normalised matrix linear"]["without"]
     with pytest.raises(tune.OutOfTime):
         explained(small_call(), rows, time.monotonic() - 1)
 
 
 def test_attention_is_tried_at_other_lengths(table):
-    call = small_call(ops._attention.OP, ((1, 21, 3, 1, 16),), (0.25, None, None, 0.0))
+    call = small_call(dispatch.OPS["attention"], ((1, 21, 3, 1, 16),), (0.25, None, None, 0.0))
     rows = rows_of(call)
     assert list(rows) == [
         f"attention_{name} 1x21x1x16 bfloat16" for name in ("forward", "backward_dq", "backward_dkdv")
@@ -128,24 +135,23 @@ def test_attention_is_tried_at_other_lengths(table):
 @pytest.mark.parametrize("op", ["layer_norm_mlp", "linear_residual", "patch_embed", "layer_norm"])
 def test_products_without_their_parts_are_the_same_products(op, table):
     """Every launch of a real model's step: its lesser forms have its shape and dtype, and less to do."""
-    calls = tune.calls_of(model_entry(MODEL).config, 1, torch.bfloat16, "training")
+    calls = calls_of(model_entry(MODEL).config, 1, torch.bfloat16, "training")
     call = next(call for call in calls if call.op.name == op)
     for request in tune.planned(call, ARCH):
         if request.kernel != "gemm":
             continue
         shown = []
-        watch = configs.watching(lambda lesser, run, shown=shown: shown.append(lesser))
-        with tune.without_gpu(tune.GPUTarget("cuda", 90, 32), lambda *args, **kwargs: None), watch:
+        watch = choice.watching(lambda lesser, run, shown=shown: shown.append(lesser))
+        with without_gpu(target_of(ARCH), lambda *args, **kwargs: None), watch:
             names = set(micro.lesser_products(request, CPU))
-        left, right, epilogue, *rest = request.traits
-        simple = {"load_patches"} & {left, right} or epilogue not in ("store_linear", "store_activated", "store",
-                                                                       "store_activation_gradient")  # fmt: skip
+        left, right, epilogue, *_ = request.parts
+        of_patches = {"patches", "gathered_patches"} & {left.name, right.name} or epilogue.name == "tokens"
         expected = set()
-        if not simple and "partial" in rest:
-            expected = {"no prologue"} if right == "load_normalised" else set()
-        elif not simple:
-            expected |= {"no prologue"} if left != "load_matrix" else set()
-            expected |= {"no epilogue"} if epilogue != "store" else set()
+        if not of_patches and epilogue.sums:
+            expected = {"no prologue"} if right is gemm.NORMALISED else set()
+        elif not of_patches:
+            expected |= {"no prologue"} if left is not gemm.MATRIX else set()
+            expected |= {"no epilogue"} if epilogue is not gemm.INPUT_GRADIENT else set()
             expected |= {"plain"} if len(expected) == 2 else set()
         assert names == expected, request.key
         # `watching` of the capture hides them from this one: what is shown must not be tuned.
@@ -153,7 +159,9 @@ def test_products_without_their_parts_are_the_same_products(op, table):
 
 
 def test_both_backward_kernels_of_attention_stand_beside_one_pass(table):
-    launches = list(rows_of(small_call(ops._attention.OP, ((1, 21, 3, 1, 16),), (0.25, None, None, 0.0))).values())
+    launches = list(
+        rows_of(small_call(dispatch.OPS["attention"], ((1, 21, 3, 1, 16),), (0.25, None, None, 0.0))).values()
+    )
     forward, dq, dkdv = launches
     merged = micro.merged(launches)
     assert len(merged) == 2 and merged[0] == forward
@@ -174,8 +182,8 @@ def test_the_table_and_the_line_say_what_was_measured(table, capsys):
 @pytest.fixture
 def calls(monkeypatch):
     """Two ops in place of a model's, compiled ahead by nobody; and what runs them."""
-    found = [small_call(), small_call(ops._attention.OP, ((1, 21, 3, 1, 16),), (0.25, None, None, 0.0))]
-    monkeypatch.setattr(micro.tune, "calls_of", lambda *_: found)
+    found = [small_call(), small_call(dispatch.OPS["attention"], ((1, 21, 3, 1, 16),), (0.25, None, None, 0.0))]
+    monkeypatch.setattr(micro, "calls_of", lambda *_: found)
     monkeypatch.setattr(micro.hardware, "current_arch", lambda: ARCH)
     monkeypatch.setattr(micro.precompile.Job, "on", staticmethod(lambda *_, **__: None))
     monkeypatch.setattr(micro.precompile, "ahead", lambda job, deadline: contextlib.nullcontext(iter(found)))

@@ -10,10 +10,11 @@ import pytest
 import torch
 from fastvit.benchmarks import on_gpu, peaks, roofline
 from fastvit.benchmarks.schema import Ceilings
-from fastvit.kernels.hardware import ARCHS
+from fastvit.kernels.launch.hardware import ARCHS
 
 from fastvit import tune
 from fastvit.attempts import GpuLost
+from fastvit.calls import calls_of
 from fastvit.dispatch import interpreting
 from fastvit.models.registry import model_entry
 from fastvit.workers import GPU_LOST
@@ -135,9 +136,9 @@ def test_peaks_are_kept_and_not_measured_twice(monkeypatch, tmp_path, capsys):
 
 def test_the_shapes_are_those_of_the_launches():
     """What the library is timed at is what our kernels are asked for; the patch embedding's makes the prefix too."""
-    calls = tune.calls_of(model_entry(MODEL).config, 1, torch.bfloat16, "inference")
+    calls = calls_of(model_entry(MODEL).config, 1, torch.bfloat16, "inference")
     launches = [request for call in calls for request in tune.planned(call, ARCHS["sm_90"])]
-    asked = {request.shape for request in launches if request.kernel == "gemm" and "load_patches" not in request.traits}
+    asked = {request.shape for request in launches if request.kernel == "gemm" and "patches" not in request.key}
     layers = peaks.shapes(model_entry(MODEL).config, 1)
     assert layers.pop("patch embedding") == (196, 192, 768)
     assert asked == set(layers.values())

@@ -17,8 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastvit
 from fastvit import dispatch, ops, reference
-from fastvit.dispatch import interpreting
-from fastvit.ops._common import LIBRARY_GRADIENTS
+from fastvit.dispatch import LIBRARY_GRADIENTS, interpreting
 
 pytestmark = pytest.mark.usefixtures("triton_backend")
 every_op = pytest.mark.parametrize("sample", SAMPLES, ids=str)
@@ -74,9 +73,9 @@ def test_custom_ops_pass_opcheck(sample, trained, device, monkeypatch):
     """In float32 with all tensors trained; in bfloat16 beside a wider stream with one; in bfloat16 with none."""
     calls = []
     module = inspect.getmodule(getattr(ops, sample.op))
-    for name in (f"{sample.op}_forward", f"{sample.op}_backward"):
-        op = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *args, op=op: calls.append((op, args)) or op(*args))
+    for found in (module.FORWARD, module.BACKWARD):
+        noted = lambda *args, op=found.operator: calls.append((op, args)) or op(*args)  # noqa: E731
+        monkeypatch.setattr(found, "of", lambda tensor, noted=noted: noted)
     tensors = sample.tensors(torch.float32 if trained == "all" else torch.bfloat16, device)
     if trained == "one":
         tensors = {n: t.detach().float() if n in ("x", "pos_embed") else t for n, t in tensors.items()}

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastvit import ops, precompile, tune
+from fastvit import dispatch, precompile, tune
+from fastvit.calls import MODES, calls_of
 from fastvit.models.registry import model_entry
 
 HEAD = """
@@ -23,8 +24,10 @@ import json, os, pathlib, subprocess, time
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
-from fastvit import ops, precompile, tune, tuned
-from fastvit.kernels import configs, hardware
+from fastvit import dispatch, precompile, tune, tuned
+from fastvit.kernels.launch import hardware
+from fastvit.kernels.launch.absent import without_gpu
+from fastvit.kernels.launch.request import GemmConfig
 
 # Here, and in the workers, which import this file.
 tune.KEEP = tune.MAX_COPIES = 1
@@ -35,7 +38,7 @@ TARGET, SMS = GPUTarget("cuda", 90, 32), 2  # so few that the heuristic takes ot
 def call():
     shapes = (2, 70, 64), (72, 64), (72,), (2, 70, 72)
     tensors = [torch.randn(shape, dtype=torch.bfloat16, requires_grad=True) for shape in shapes]
-    return tune.Call.like(ops._linear_residual.OP, (*tensors, None, None))
+    return tune.Call.like(dispatch.OPS["linear_residual"], (*tensors, None, None))
 
 
 def job(calls, settled=()):
@@ -83,7 +86,7 @@ if __name__ == "__main__":
     hardware.num_sms = lambda device: SMS
     tuned._tables[torch.device("cpu")] = tuned.Table({}, pathlib.Path(os.environ["TRITON_CACHE_DIR"]) / "table")
     run, launched, said, before = JITFunction.run, set(), [], cached("cubin")
-    with tune.without_gpu(TARGET, compile_only):
+    with without_gpu(TARGET, compile_only):
         tune.tune_call(call(), torch.device("cpu"), Clock(), said.append)
     print(json.dumps([sorted(launched), said, before, cached("cubin")]))
 """
@@ -108,7 +111,7 @@ def test_neither_a_kernel_that_cannot_be_compiled_nor_a_dead_worker_stops_the_ot
     process = script("""
         pruned, kernels_of = tune.pruned, precompile.kernels_of
         # Three products are offered a tile that is no power of two.
-        tune.pruned = lambda *args: {configs.GemmConfig(100, 128, 64, 8, 3): 1.0} | pruned(*args)
+        tune.pruned = lambda *args: {GemmConfig(100, 128, 64, 8, 3): 1.0} | pruned(*args)
 
 
         def with_death(call, job):
@@ -117,7 +120,7 @@ def test_neither_a_kernel_that_cannot_be_compiled_nor_a_dead_worker_stops_the_ot
 
         precompile.kernels_of = with_death
         if __name__ == "__main__":
-            with tune.without_gpu(TARGET):
+            with without_gpu(TARGET):
                 wanted = kernels_of(call(), job([]))
             with precompile.ahead(job([call(), call()])) as calls:
                 print(json.dumps([len(list(calls)), len(wanted) - 3, len(cached("cubin"))]))
@@ -130,10 +133,10 @@ def test_neither_a_kernel_that_cannot_be_compiled_nor_a_dead_worker_stops_the_ot
 def test_what_the_table_has_is_not_compiled(script):
     process = script("""
         if __name__ == "__main__":
-            with tune.without_gpu(TARGET, lambda *args, **kwargs: None):
-                work = tune.hollow(call())
+            with without_gpu(TARGET, lambda *args, **kwargs: None):
+                work = tune.placeholder(call())
                 keys = [request.key for request in tune.requests_of([work])]
-            with tune.without_gpu(TARGET):
+            with without_gpu(TARGET):
                 found = [precompile.kernels_of(call(), job([], settled)) for settled in ((), keys, [work.key])]
             print(json.dumps([len(kernels) for kernels in found]))
     """)
@@ -193,7 +196,7 @@ def until(condition):
 
 
 def test_a_call_is_measured_once_all_workers_are_through_with_it(monkeypatch):
-    calls = tune.calls_of(model_entry("vit_tiny_patch16_224").config, 8, torch.bfloat16, "inference")[:4]
+    calls = calls_of(model_entry("vit_tiny_patch16_224").config, 8, torch.bfloat16, "inference")[:4]
     events, pipes = [], [multiprocessing.Pipe() for _ in range(3)]
     monkeypatch.setattr(tune, "tune_call", lambda call, *rest: events.append((calls.index(call), "measured")))
 
@@ -237,11 +240,11 @@ def test_on_one_core_nothing_is_done_ahead(monkeypatch):
         assert list(ready) == calls and not multiprocessing.active_children()
 
 
-@pytest.mark.parametrize("mode", tune.MODES)
+@pytest.mark.parametrize("mode", MODES)
 def test_every_call_travels(mode):
-    calls = tune.calls_of(model_entry("vit_tiny_patch16_224").config, 8, torch.bfloat16, mode)
+    calls = calls_of(model_entry("vit_tiny_patch16_224").config, 8, torch.bfloat16, mode)
     with torch.autocast("cpu", torch.bfloat16):
-        calls.append(tune.Call.like(ops._layer_norm.OP, (torch.ones(2, 8), torch.ones(8), torch.ones(8), 1e-6)))
+        calls.append(tune.Call.like(dispatch.OPS["layer_norm"], (torch.ones(2, 8), torch.ones(8), torch.ones(8), 1e-6)))
     for sent, got in zip(calls, pickle.loads(pickle.dumps(calls)), strict=True):
         assert got.op is sent.op and got.autocast is sent.autocast
         for ours, theirs in zip(got.args, sent.args, strict=True):

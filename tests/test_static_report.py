@@ -22,9 +22,22 @@ import triton
 from fastvit.benchmarks.static import allowed, compile, estimate, pages, read
 from fastvit.benchmarks.static.gates import GATES, Allowed, findings, judge, unused
 from fastvit.benchmarks.static.record import Record
-from fastvit.kernels import configs
-from fastvit.kernels.configs import GemmConfig, Request
-from fastvit.kernels.hardware import ARCHS
+from fastvit.kernels import gemm, layer_norm_mlp, patch_embed
+from fastvit.kernels.launch.hardware import ARCHS
+from fastvit.kernels.launch.heuristic import heuristic
+from fastvit.kernels.launch.request import (
+    CONFIGS,
+    AttentionConfig,
+    Epilogue,
+    GemmConfig,
+    Product,
+    Prologue,
+    Request,
+    RowConfig,
+    Rows,
+    Scores,
+)
+from fastvit.kernels.launch.search import search_space
 
 ROOT = Path(__file__).parents[1]
 REPORT = ROOT / "benchmarks" / "static_report.py"
@@ -272,8 +285,28 @@ def test_bad_arguments(tmp_path, arguments, environment, message):
 
 
 def request_of(key: str) -> Request:
-    kernel, shape, dtype, *traits = key.split(" ")
-    return Request(kernel, tuple(map(int, shape.split("x"))), getattr(torch, dtype), tuple(traits))
+    """The request of that key."""
+    kernel, shape, dtype, *words = key.split(" ")
+    dtype = getattr(torch, dtype)
+    dtypes = {word.partition("=")[0]: getattr(torch, word.partition("=")[2]) for word in words if "=" in word}
+    if kernel == "gemm":
+        left, right, epilogue, *rest = (PARTS.get(word, word) for word in words if "=" not in word)
+        memory = [dtypes.get(matrix, dtype) for matrix in ("left", "right", "out")]
+        parts = Product(left, right, epilogue, *(rest or [None]), *memory)
+    elif kernel.startswith("attention"):
+        bias = dtypes.get("bias", dtype) if "bias" in words else None
+        parts = Scores("mask" in words, bias, "bias_gradient" in words)
+    else:
+        parts = Rows("residual" in words, dtypes.get("out"))
+    return Request(kernel, tuple(map(int, shape.split("x"))), dtype, parts)
+
+
+PARTS = {
+    value.name: value
+    for module in (gemm, layer_norm_mlp, patch_embed)
+    for value in vars(module).values()
+    if isinstance(value, (Prologue, Epilogue))
+}
 
 
 @pytest.mark.parametrize("arch", [pytest.param(arch, marks=[pytest.mark.slow] * (arch != "sm_90")) for arch in ARCHS])
@@ -284,11 +317,11 @@ def test_every_shipped_kernel_passes(tmp_path, arch):
     assert f"Triton {triton.__version__}" in done.stdout
     records = json.loads((tmp_path / "records.json").read_text())
     uses = [use for record in records for use in record["uses"]]
-    assert {request_of(use["request"]).kernel for use in uses} == configs.CONFIGS.keys()
+    assert {request_of(use["request"]).kernel for use in uses} == CONFIGS.keys()
     gpu = ARCHS[arch]
     if not compile.tuned_configs(gpu):
         for use in uses:
-            expected = configs.heuristic(request_of(use["request"]), gpu, gpu.sms)
+            expected = heuristic(request_of(use["request"]), gpu, gpu.sms)
             assert use["config"] == estimate.config_text(expected), use["request"]
 
 
@@ -302,7 +335,7 @@ def test_candidates_of_the_tuner_are_compiled_where_a_case_asks(tmp_path):
     assert {record["case"] for record in records} == {"attention d=64 bf16", "attention d=64 bf16, masked"}
     for record in candidates:
         request = request_of(record["uses"][0]["request"])
-        first, *others = map(estimate.config_text, configs.search_space(request, ARCHS["sm_90"], ARCHS["sm_90"].sms))
+        first, *others = map(estimate.config_text, search_space(request, ARCHS["sm_90"], ARCHS["sm_90"].sms))
         assert all(use["config"] in others for use in record["uses"])
     assert len(candidates) == 3 * compile.CANDIDATES
 
@@ -333,7 +366,7 @@ def test_configs_of_shipped_tables_are_compiled(tmp_path):
     stages = {}
     for arch in ARCHS.values():
         for key, found in compile.tuned_configs(arch, tmp_path).items():
-            assert key == "gemm bfloat16 load_matrix load_matrix store_linear" and type(found[0]) is GemmConfig
+            assert key == "gemm bfloat16 matrix matrix linear" and type(found[0]) is GemmConfig
             stages[arch.name] = [config.num_stages for config in found]
     assert stages == {"sm_90": [4], "sm_80": [3], "gfx942": [2]}
 
@@ -431,7 +464,7 @@ def test_missed_fusions_in_ptx(lines, count):
 
 # ---- Estimates and pages -----------------------------------------------------------------------------------------
 
-REQUEST = Request("gemm", (12608, 768, 3072), torch.bfloat16, ("load_matrix", "load_matrix", "store_linear"))
+REQUEST = request_of("gemm 12608x768x3072 bfloat16 matrix matrix linear")
 CONFIG = GemmConfig(128, 128, 64, 8, 3)
 
 
@@ -459,15 +492,15 @@ def test_an_estimate_follows_the_compiled_code():
 @pytest.mark.parametrize(
     "kernel, config, steps",
     [
-        ("attention_forward", configs.AttentionConfig(64, 64, 4, 3), 4),
-        ("layer_norm_forward", configs.RowConfig(4, 1024, 4), 1),
-        ("column_sum", configs.RowConfig(32, 128, 4), 8),
+        ("attention_forward", AttentionConfig(64, 64, 4, 3), 4),
+        ("layer_norm_forward", RowConfig(4, 1024, 4), 1),
+        ("column_sum", RowConfig(32, 128, 4), 8),
     ],
 )
 def test_turns_of_the_main_loop(kernel, config, steps):
-    shape = (64, 197, 12, 64) if kernel.startswith("attention") else (12608, 768)
+    request = request_of(f"{kernel} {'64x197x12x64' if kernel.startswith('attention') else '12608x768'} bfloat16")
     blocks = {"attention_forward": 3072, "layer_norm_forward": 3152, "column_sum": 6 * 50}[kernel]
-    assert estimate.use(Request(kernel, shape, torch.bfloat16), config, blocks, ARCHS["sm_90"]).steps == steps
+    assert estimate.use(request, config, blocks, ARCHS["sm_90"]).steps == steps
 
 
 def test_a_configs_text_is_the_same_of_its_dictionary():

@@ -11,8 +11,8 @@ from samples import outputs_of
 from torch import nn
 
 import fastvit
+from fastvit import dispatch
 from fastvit.nn import Attention, Block, DropPath, LayerNormMLP, LayerScale, Mlp, PatchEmbed, QuickGELU, SwiGLU
-from fastvit.ops import _common
 
 timm = pytest.importorskip("timm")
 
@@ -64,7 +64,7 @@ def test_a_traced_module_gives_its_numbers_and_gradients(name, training):
 def test_a_traced_block_runs_on_the_attention_op_and_takes_masks():
     module = Block(D, HEADS).double()
     graph, calls = torch.fx.symbolic_trace(module), []
-    with _common.watching(lambda op, args: calls.append(op.name)):
+    with dispatch.watching(lambda op, args: calls.append(op.name)):
         graph(X)
     assert calls == ["attention"]
     assert {"attn.qkv", "mlp.act", "ls2"} <= {node.target for node in graph.graph.nodes if node.op == "call_module"}

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import inspect
 import itertools
 import json
 import os
@@ -14,10 +15,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from fastvit.kernels import configs, hardware
+from fastvit.kernels.launch import choice, hardware
+from fastvit.kernels.launch.request import CONFIGS, Request, Rows
 
 import fastvit
-from fastvit import cli, dispatch, ops, precompile, report, tune, tuned
+from fastvit import calls, cli, decide, dispatch, ops, precompile, report, tune, tuned
 from fastvit.models.registry import model_entry
 from fastvit.ops import _common
 
@@ -58,7 +60,7 @@ def candidate(seconds, result=TRUTH):
 
 def decided(sigma=1e-3, captures=True, **candidates):
     clock = FakeClock(lambda run: run.seconds, sigma, captures)
-    return *tune.measure(candidates, torch.float32, 1, clock).choice(candidates), clock
+    return *decide.measure(candidates, torch.float32, 1, clock).choice(candidates), clock
 
 
 @pytest.mark.parametrize(
@@ -82,9 +84,9 @@ def test_a_challenger_must_win_clearly(challenger, sigma, winner):
 
 def test_quartiles_must_lie_apart_even_where_pairs_agree():
     incumbent = [1.0 + 0.1 * (i % 10) for i in range(50)]
-    assert not tune.beats([t / 1.03 for t in incumbent], incumbent)
-    assert tune.beats([t / 2 for t in incumbent], incumbent)
-    assert not tune.beats([0.5] * 7, [1.0] * 7)  # too few rounds to call anything
+    assert not decide.beats([t / 1.03 for t in incumbent], incumbent)
+    assert decide.beats([t / 2 for t in incumbent], incumbent)
+    assert not decide.beats([0.5] * 7, [1.0] * 7)  # too few rounds to call anything
 
 
 def test_the_fastest_of_several_winners():
@@ -116,12 +118,12 @@ def test_what_rounding_explains_is_not_wrong():
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         want = torch.randn(64, 64).to(dtype)
         near = (want.double() * (1 + torch.finfo(dtype).eps)).to(dtype)
-        assert not tune.mismatch([near], [want], dtype, 1)
+        assert not decide.mismatch([near], [want], dtype, 1)
         row = want.clone()
         row[5, 7] = row[5, 7] + 1  # one element of 4096
-        assert "off by" in tune.mismatch([row], [want], dtype, 1)
+        assert "off by" in decide.mismatch([row], [want], dtype, 1)
     with_infinity = torch.tensor([1.0, float("inf")])
-    assert not tune.mismatch([with_infinity], [with_infinity.clone()], torch.float32, 1)
+    assert not decide.mismatch([with_infinity], [with_infinity.clone()], torch.float32, 1)
 
 
 def test_the_incumbents_failure_is_no_decision():
@@ -149,7 +151,7 @@ def test_candidates_that_write_into_one_buffer():
     candidates = {"ours": writes(1.0, 7), "same": writes(1.0, 7)}  # neither writes the last
     candidates |= {"nothing": writes(0.0, 0), "less": writes(1.0, 6), "wrong": writes(2.0, 7)}
     clock = FakeClock(lambda run: run.seconds)
-    measured = tune.measure(candidates, torch.float32, 1, clock, in_place=True)
+    measured = decide.measure(candidates, torch.float32, 1, clock, in_place=True)
     assert set(measured.dropped) == {"nothing", "less", "wrong"}
     assert (buffer[:7] == 1).all()  # and what others may read is as it was
 
@@ -157,10 +159,10 @@ def test_candidates_that_write_into_one_buffer():
 def test_rounds_are_shuffled():
     order = []
     timers = {name: functools.partial(lambda name: order.append(name) or 1.0, name) for name in "abc"}
-    measured = tune.interleave(timers)
+    measured = decide.interleave(timers)
     rounds = [tuple(order[i : i + 3]) for i in range(0, len(order), 3)]
     assert all(sorted(r) == ["a", "b", "c"] for r in rounds) and len(set(rounds)) == 6
-    assert {len(times) for times in measured.values()} == {tune.ROUNDS}
+    assert {len(times) for times in measured.values()} == {decide.ROUNDS}
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -175,9 +177,9 @@ def table(tmp_path, monkeypatch):
     monkeypatch.setitem(tuned._tables, CPU, table)
     monkeypatch.setattr(tune, "KEEP", 2)
     monkeypatch.setattr(tune, "MAX_COPIES", 2)
-    tuned.install()
+    choice.set_table(tuned.lookup)
     yield table
-    configs.set_table(tuned.lookup)
+    choice.set_table(tuned.lookup)
 
 
 @pytest.fixture
@@ -188,12 +190,12 @@ def auto(monkeypatch):
 
 def norm_call(grad=False):
     x = torch.randn(2, 21, 24, requires_grad=grad)
-    return tune.Call.like(ops._layer_norm.OP, (x, torch.ones(24), torch.zeros(24), 1e-6))
+    return tune.Call.like(dispatch.OPS["layer_norm"], (x, torch.ones(24), torch.zeros(24), 1e-6))
 
 
 def attention_call(grad=False):
     qkv = torch.randn(2, 21, 3, 2, 16, dtype=torch.bfloat16, requires_grad=grad)
-    return tune.Call.like(ops._attention.OP, (qkv, None, None, None, 0.0))
+    return tune.Call.like(dispatch.OPS["attention"], (qkv, None, None, None, 0.0))
 
 
 def price_of(cheap):
@@ -215,13 +217,13 @@ def test_a_call_is_tuned_launch_by_launch_then_as_a_whole(table):
     for entry in kernels.values():
         assert entry.choice["RowConfig"]["num_warps"] == 8 and "num_warps=4" in entry.incumbent
         assert not entry.dropped
-    ((key, (segment, _)),) = table.segments.items()
+    ((key, (segment, _)),) = table.ops.items()
     assert key == "layer_norm float32[2x21x24]+grad float32[24] float32[24]"
     assert (segment.choice, set(segment.seconds), segment.dropped) == ("triton", {"triton", "torch"}, {})
     assert len(said) == 3 and "is 2.00 times as fast as" in said[0] and "triton stays" in said[2]
-    request = configs.Request("layer_norm_forward", (42, 24), torch.float32)
-    assert configs.choose(request, CPU).num_warps == 8
-    assert tuned.load(IDENTITY).segments.keys() == {key}  # and so for the next process
+    request = Request("layer_norm_forward", (42, 24), torch.float32, Rows())
+    assert choice.choose(request, CPU).num_warps == 8
+    assert tuned.load(IDENTITY).ops.keys() == {key}  # and so for the next process
 
 
 def test_a_second_run_measures_nothing(table, monkeypatch):
@@ -250,7 +252,7 @@ def test_what_was_decided_before_an_interruption_is_kept(table, stop, monkeypatc
     with pytest.raises(stop):
         tune.tune([norm_call(grad=True)], CPU, FakeClock(price_of(lambda bound: False)), say, deadline=10.0)
     kept = tuned._read(table.path, IDENTITY, ())
-    assert len(kept.configs) == len(said) == (2 if stop is KeyboardInterrupt else 1) and not kept.segments
+    assert len(kept.configs) == len(said) == (2 if stop is KeyboardInterrupt else 1) and not kept.ops
 
 
 def test_a_call_that_fails_is_said_and_the_rest_goes_on(table):
@@ -270,7 +272,7 @@ def test_a_call_that_fails_is_said_and_the_rest_goes_on(table):
 
 
 def test_attention_is_measured_against_every_back_end_of_sdpa(table):
-    flash = ops._attention.OP.others["sdpa flash"]
+    flash = dispatch.OPS["attention"].others["sdpa flash"]
     clock = FakeClock(price_of(lambda bound: bound is flash))
     tune.tune_call(attention_call(grad=True), CPU, clock)
     assert {key.split()[0] for key in table.configs} == {
@@ -278,7 +280,7 @@ def test_attention_is_measured_against_every_back_end_of_sdpa(table):
         "attention_backward_dq",
         "attention_backward_dkdv",
     }
-    ((segment, _),) = table.segments.values()
+    ((segment, _),) = table.ops.values()
     assert segment.choice == "sdpa flash"
     # On a CPU, these two are not there.
     assert set(segment.dropped) == {"sdpa efficient", "sdpa cudnn"}
@@ -287,7 +289,7 @@ def test_attention_is_measured_against_every_back_end_of_sdpa(table):
 
 def test_the_users_random_numbers_and_tensors_are_left_alone(table):
     x = torch.randn(2, 21, 24)
-    call = tune.Call.like(ops._layer_norm.OP, (x, torch.ones(24), torch.zeros(24), 1e-6))
+    call = tune.Call.like(dispatch.OPS["layer_norm"], (x, torch.ones(24), torch.zeros(24), 1e-6))
     assert all(a.is_meta for a in call.args[:3])
     state = torch.get_rng_state(), random.getstate()
     tune.tune_call(call, CPU, FakeClock(price_of(lambda bound: False)))
@@ -296,7 +298,7 @@ def test_the_users_random_numbers_and_tensors_are_left_alone(table):
 
 def test_calls_of_a_model():
     config = model_entry("vit_tiny_patch16_224").config
-    inference, training = (tune.calls_of(config, 8, torch.bfloat16, mode) for mode in tune.MODES)
+    inference, training = (calls.calls_of(config, 8, torch.bfloat16, mode) for mode in calls.MODES)
     names = {call.op.name for call in inference}
     assert names == set(ops.OPS) and len(inference) == len(names)
     attention = next(call for call in inference if call.op.name == "attention")
@@ -305,7 +307,7 @@ def test_calls_of_a_model():
     attention = next(call for call in training if call.op.name == "attention")
     assert attention.args[0].requires_grad
     with pytest.raises(ValueError, match="mode is 'fast', expected one of inference, training"):
-        tune.calls_of(config, 8, torch.bfloat16, "fast")
+        calls.calls_of(config, 8, torch.bfloat16, "fast")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -315,7 +317,7 @@ def test_calls_of_a_model():
 def record(table, call, choice):
     work = tune.Work(call, CPU, tune._random(CPU))
     seconds = {"triton": [2e-6, 2e-6, 2e-6]} | {choice: [1e-6, 1e-6, 1e-6]}
-    table.record("segments", work.key, tuned.Entry(choice, "triton", seconds, {}, 50, True, "2026-01-01"))
+    table.record("ops", work.key, tuned.Entry(choice, "triton", seconds, {}, 50, True, "2026-01-01"))
     return work.args
 
 
@@ -325,9 +327,9 @@ def test_auto_follows_the_table_and_explain_tells(table, auto, choice, grad, mon
     qkv = record(table, attention_call(grad), choice)[0]
     assert (qkv.requires_grad, tuned.table(CPU)) == (grad, table)
     ran = []
-    for name, function in list(ops._attention.OP.others.items()):
+    for name, function in list(dispatch.OPS["attention"].others.items()):
         spied = functools.partial(lambda n, f, *args: ran.append(n) or f(*args), name, function)
-        monkeypatch.setitem(ops._attention.OP.others, name, spied)
+        monkeypatch.setitem(dispatch.OPS["attention"].others, name, spied)
     out = ops.attention(qkv)
     assert ran == ([choice] if choice != "torch" else [])
     torch.testing.assert_close(out, fastvit.reference.attention(qkv), rtol=0, atol=0.05)
@@ -362,10 +364,10 @@ def test_a_tie_changes_nothing(table, auto, dtype, unmeasured):
     """What would run unmeasured stays, in the table too, unless something is measured to be faster."""
     x, norm, weight = (torch.randn(*shape, dtype=dtype) for shape in ((2, 21, 24), (24,), (40, 24)))
     arguments = (x, norm, norm, weight.requires_grad_(), None, 1e-6)
-    call = tune.Call.like(ops._layer_norm_linear.OP, arguments)
+    call = tune.Call.like(dispatch.OPS["layer_norm_linear"], arguments)
     assert fastvit.explain("layer_norm_linear", *arguments[:5]).candidate == unmeasured
     tune.tune_call(call, CPU, FakeClock(price_of(lambda bound: False)))
-    ((segment, _),) = table.segments.values()
+    ((segment, _),) = table.ops.values()
     assert (segment.choice, segment.incumbent) == (unmeasured, unmeasured)
     assert set(segment.seconds) == {"triton", "torch", "triton + torch.mm"}
     # The norm that the library's weight gradient needs is a launch of its own, and tuned.
@@ -373,10 +375,11 @@ def test_a_tie_changes_nothing(table, auto, dtype, unmeasured):
 
 
 def test_the_first_launch_brings_the_table_in(table, monkeypatch, triton_backend):
-    monkeypatch.setattr(tuned, "_installed", False)
-    configs.set_table(None)
+    choice.set_table(None)
     asked = []
     monkeypatch.setattr(tuned, "lookup", lambda request, device: asked.append(request.kernel))
+    _common._connect.cache_clear()  # as in a fresh process
+    monkeypatch.setattr(inspect.getmodule(ops.layer_norm).FORWARD, "_launch", None)
     ops.layer_norm(torch.ones(2, 8), torch.ones(8), torch.ones(8))
     assert asked == ["layer_norm_forward"]
 
@@ -416,13 +419,13 @@ def test_compiled_graphs_follow_the_table(table, auto, grad, monkeypatch):
 
 
 def test_measure_tunes_at_the_first_eager_call(table, auto, monkeypatch):
-    clock = FakeClock(price_of(lambda bound: bound is ops._layer_norm.OP.torch))
+    clock = FakeClock(price_of(lambda bound: bound is dispatch.OPS["layer_norm"].torch))
     monkeypatch.setattr(tune, "CudaClock", lambda: clock)
     monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
     monkeypatch.setattr(dispatch, "can_measure", lambda device: tuned.mode() == "measure")
     x, one = torch.randn(2, 21, 24), torch.ones(24)
     ops.layer_norm(x, one, one)
-    assert not clock.timed and not table.segments
+    assert not clock.timed and not table.ops
     with tuned.use_tuning("measure"):
         torch.testing.assert_close(ops.layer_norm(x, one, one), fastvit.reference.layer_norm(x, one, one))
         assert fastvit.explain("layer_norm", x, one, one).candidate == "torch"
@@ -459,7 +462,7 @@ def test_only_eager_calls_on_a_gpu_are_measured(monkeypatch):
 
 
 def test_keys_tell_apart_what_may_run_differently():
-    op = ops._layer_norm_linear.OP
+    op = dispatch.OPS["layer_norm_linear"]
     x, norm, weight = torch.randn(2, 3, 8), torch.ones(8), torch.randn(4, 8, requires_grad=True)
     key = op.key((x, norm, norm, weight, None, 1e-6))
     assert key == "layer_norm_linear float32[2x3x8] float32[8] float32[8] float32[4x8]+grad -"
@@ -474,11 +477,11 @@ def test_keys_tell_apart_what_may_run_differently():
 
 def test_a_residual_that_is_the_input_stays_the_input():
     """As every block has it: the kernels fuse its gradient, so another launch is to be tuned."""
-    calls = tune.calls_of(model_entry("vit_tiny_patch16_224").config, 1, torch.float32, "training")
-    mlp = next(call for call in calls if call.op.name == "layer_norm_mlp")
+    found = calls.calls_of(model_entry("vit_tiny_patch16_224").config, 1, torch.float32, "training")
+    mlp = next(call for call in found if call.op.name == "layer_norm_mlp")
     requests = tune.planned(mlp, hardware.ARCHS["sm_90"])
     (backward,) = (request for request in requests if request.kernel == "layer_norm_backward")
-    assert backward.traits == ("residual",)
+    assert backward.parts.residual
     x, *_ = args = [torch.randn(2, 8), *(torch.ones(n) for n in (8, 8)), torch.ones(4, 8), None, torch.ones(8, 4)]
     given = [*args, None, 1e-6, "gelu"]
     own, other = (mlp.op.key([*given, residual, None, None]) for residual in (x, x.clone()))
@@ -506,7 +509,7 @@ def test_dry_run_lists_requests_and_candidates_without_a_gpu():
     assert (done.returncode, done.stderr) == (0, "")
     assert "attention: triton, torch, sdpa flash, sdpa efficient, sdpa cudnn, sdpa math" in done.stdout
     blocks = re.split(r"\n  (?! )", done.stdout)[1:]
-    assert {block.split()[0] for block in blocks} == set(configs.CONFIGS)
+    assert {block.split()[0] for block in blocks} == set(CONFIGS)
     assert all(2 <= block.count("Config ") <= tune.KEEP + 1 for block in blocks)
 
 
@@ -541,7 +544,7 @@ def test_tune_reports_and_stops_in_time(table, tmp_path, monkeypatch, capsys):
 
     def fake(calls, device, clock, say, deadline):
         given.update(calls=calls, deadline=deadline)
-        table.record("segments", "attention x", tuned.Entry("torch", "torch", {"torch": [1e-6, 1e-6, 1e-6]}))
+        table.record("ops", "attention x", tuned.Entry("torch", "torch", {"torch": [1e-6, 1e-6, 1e-6]}))
         say("attention x: torch stays")
         if len(given["calls"]) > 6:
             raise tune.OutOfTime
@@ -582,14 +585,14 @@ def test_tune_reports_and_stops_in_time(table, tmp_path, monkeypatch, capsys):
 def test_info_names_the_tables_in_force(table, capsys):
     assert cli.main(["info", "--device", "cpu"]) == 0
     assert "none in force; kept in " in capsys.readouterr().out
-    table.record("segments", "attention x", tuned.Entry("torch", "torch", {"torch": [1e-6, 1e-6, 1e-6]}))
+    table.record("ops", "attention x", tuned.Entry("torch", "torch", {"torch": [1e-6, 1e-6, 1e-6]}))
     assert cli.main(["info", "--device", "cpu"]) == 0
     assert re.search(rf"{table.path} +0 configs, 1 ops; fake, driver fake", capsys.readouterr().out)
 
 
 def test_the_watcher_of_ops_is_restored():
     seen = []
-    with _common.watching(lambda op, args: seen.append(op.name)):
+    with dispatch.watching(lambda op, args: seen.append(op.name)):
         ops.layer_norm(torch.ones(2, 8), torch.ones(8), torch.ones(8))
     ops.layer_norm(torch.ones(2, 8), torch.ones(8), torch.ones(8))
     assert seen == ["layer_norm"]
@@ -637,10 +640,10 @@ def test_the_real_clock_divides_by_what_it_ran(monkeypatch):
     streams = {"Stream": lambda: "ours", "current_stream": lambda: "user's", "set_stream": restored.append}
     for name, fake in (fakes | streams).items():
         monkeypatch.setattr(torch.cuda, name, fake)
-    clock = tune.CudaClock()
+    clock = decide.CudaClock()
     for graph, seconds in ((True, 2e-6), (False, 10e-6)):
         timer = clock.timer([run, run, run], graph)
         before = now
         assert timer() == pytest.approx(seconds)
-        assert tune.ROUND_SECONDS <= now - before < 3 * tune.ROUND_SECONDS
+        assert decide.ROUND_SECONDS <= now - before < 3 * decide.ROUND_SECONDS
     assert restored == ["user's"]

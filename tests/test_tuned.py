@@ -12,12 +12,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from fastvit.kernels import configs
+from fastvit.kernels import gemm
+from fastvit.kernels.launch import choice
+from fastvit.kernels.launch.heuristic import LARGE
+from fastvit.kernels.launch.request import Product, Request
 
 from fastvit import tuned
+from fastvit.ops import _common
 from fastvit.tuned import Entry
 
-CONFIG = {"GemmConfig": dataclasses.asdict(configs.LARGE)}
+CONFIG = {"GemmConfig": LARGE._asdict()}
 IDENTITY = {
     "device": "Some GPU",
     "capability": "9.0",
@@ -54,11 +58,11 @@ def load(identity=IDENTITY, shipped=None):
 
 def test_decisions_come_back_as_they_were():
     table = load()
-    assert not table.files and not table.segments
-    table.record("segments", "attention x", entry("sdpa flash"))
+    assert not table.files and not table.ops
+    table.record("ops", "attention x", entry("sdpa flash"))
     table.record("configs", "gemm 1x2x3", entry(CONFIG, "GemmConfig other"))
     again = load()
-    assert again.segments["attention x"][0] == entry("sdpa flash")
+    assert again.ops["attention x"][0] == entry("sdpa flash")
     assert again.configs["gemm 1x2x3"][0] == entry(CONFIG, "GemmConfig other")
     assert again.own("configs") == {"gemm 1x2x3"}
     assert "torch 2.13, Triton 3.7" in again.files[0].versions
@@ -73,15 +77,15 @@ def test_evidence_in_words():
 @pytest.mark.parametrize("what", ["device", "capability", "driver", "torch", "triton", "kernels"])
 def test_a_users_table_is_for_exactly_what_it_was_measured_with(what):
     table = load()
-    table.record("segments", "x", entry())
+    table.record("ops", "x", entry())
     other = IDENTITY | {what: "another"}
-    assert not load(other).segments
+    assert not load(other).ops
     # A file of that name all the same, copied by hand: foreign, said once.
     foreign = load(other).path
     foreign.write_bytes(table.path.read_bytes())
     with pytest.warns(UserWarning, match=f"ignored, measured with another {what}") as caught:
-        assert not load(other).segments
-        assert not load(other).segments
+        assert not load(other).ops
+        assert not load(other).ops
     assert len(caught) == 1
 
 
@@ -92,32 +96,28 @@ def test_a_shipped_table_counts_with_other_versions_but_not_for_other_kernels(sh
     with warnings.catch_warnings():
         warnings.simplefilter("error" if counts else "ignore")
         table = load(shipped=shipped)
-    assert ("x" in table.segments) == counts
-    assert not table.own("segments")
+    assert ("x" in table.ops) == counts
+    assert not table.own("ops")
     if counts:
         assert "another" in table.files[0].versions
-        table.record("segments", "x", entry("triton", "triton"))
+        table.record("ops", "x", entry("triton", "triton"))
         again = load(shipped=shipped)
-        assert again.segments["x"][0].choice == "triton" and len(again.files) == 2  # the user's own comes first
+        assert again.ops["x"][0].choice == "triton" and len(again.files) == 2  # the user's own comes first
 
 
-GOOD = {"kind": tuned.KIND, "schema": 1, "identity": IDENTITY, "configs": {}, "segments": {}}
+GOOD = {"kind": tuned.KIND, "schema": tuned.SCHEMA, "identity": IDENTITY, "configs": {}, "ops": {}}
 NO_TIMES = dict.fromkeys(("triton", "torch"), [math.nan] * 3)
 DAMAGED = {
     "empty": "",
     "truncated": json.dumps(GOOD)[:-20],
     "not ours": json.dumps({"name": "package"}),
     "a list": "[]",
-    "of the future": json.dumps(GOOD | {"schema": 2}),
+    "of the future": json.dumps(GOOD | {"schema": tuned.SCHEMA + 1}),
     "another kind": json.dumps(GOOD | {"kind": "fastvit bench"}),
     "no identity": json.dumps(GOOD | {"identity": {}}),
-    "entries of another form": json.dumps(GOOD | {"segments": {"x": {"choice": "torch"}}}),
-    "a choice without times": json.dumps(
-        GOOD | {"segments": {"x": dataclasses.asdict(entry()) | {"choice": "sdpa flash"}}}
-    ),
-    "a time that is no number": json.dumps(
-        GOOD | {"segments": {"x": dataclasses.asdict(entry()) | {"seconds": NO_TIMES}}}
-    ),
+    "entries of another form": json.dumps(GOOD | {"ops": {"x": {"choice": "torch"}}}),
+    "a choice without times": json.dumps(GOOD | {"ops": {"x": dataclasses.asdict(entry()) | {"choice": "sdpa flash"}}}),
+    "a time that is no number": json.dumps(GOOD | {"ops": {"x": dataclasses.asdict(entry()) | {"seconds": NO_TIMES}}}),
     "bytes": b"\xff\xfe\x00",
 }
 
@@ -130,9 +130,9 @@ def test_a_damaged_file_costs_one_warning(what):
     with pytest.warns(UserWarning, match="ignored, not a table of choices") as caught:
         assert not load().files
         table = load()
-        table.record("segments", "y", entry())  # takes its place
+        table.record("ops", "y", entry())  # takes its place
     assert len(caught) == 1
-    assert set(load().segments) == {"y"}
+    assert set(load().ops) == {"y"}
 
 
 def test_a_folder_that_cannot_be_written_costs_one_warning(cache, monkeypatch):
@@ -140,10 +140,10 @@ def test_a_folder_that_cannot_be_written_costs_one_warning(cache, monkeypatch):
     monkeypatch.setenv("FASTVIT_CACHE", str(cache / "file"))
     with pytest.warns(UserWarning, match="cannot be written") as caught:
         table = load()
-        table.record("segments", "x", entry())
-        table.record("segments", "y", entry())
+        table.record("ops", "x", entry())
+        table.record("ops", "y", entry())
     assert len(caught) == 1
-    assert set(table.segments) == {"x", "y"}
+    assert set(table.ops) == {"x", "y"}
 
 
 def _write(folder: str, name: str, count: int, barrier) -> None:
@@ -151,7 +151,7 @@ def _write(folder: str, name: str, count: int, barrier) -> None:
     table = tuned.load(IDENTITY)
     barrier.wait()
     for i in range(count):
-        table.record("segments", f"{name} {i}", entry())
+        table.record("ops", f"{name} {i}", entry())
 
 
 def test_processes_that_tune_at_once_lose_nothing(cache):
@@ -163,7 +163,7 @@ def test_processes_that_tune_at_once_lose_nothing(cache):
     for writer in writers:
         writer.join()
         assert writer.exitcode == 0
-    assert set(load().segments) == {f"{name} {i}" for name in "abc" for i in range(20)}
+    assert set(load().ops) == {f"{name} {i}" for name in "abc" for i in range(20)}
 
 
 def test_the_source_hash_follows_every_kernel(tmp_path):
@@ -182,8 +182,8 @@ def test_the_source_hash_follows_every_kernel(tmp_path):
     assert digest("more", files | {"scan.py": ""}) != before
     assert digest("moved", {"gemm.py": "", "reduce.py": "ab", "cost.py": "c"}) != before
     assert digest("cost", files | {"cost.py": "C"}) == before
-    names = {path.name for path in tuned.KERNELS.glob("*.py")}
-    assert {"gemm.py", "attention.py", "configs.py"} <= names
+    names = {path.relative_to(tuned.KERNELS).as_posix() for path in tuned.KERNELS.rglob("*.py")}
+    assert {"gemm.py", "attention.py", "launch/heuristic.py"} <= names
 
 
 def test_where_tables_are(monkeypatch, tmp_path):
@@ -216,7 +216,8 @@ def test_mode_from_the_environment_and_for_a_while():
         pass
 
 
-REQUEST = configs.Request("gemm", (1024, 1024, 768), torch.bfloat16, ("load_matrix", "load_matrix", "store"))
+PRODUCT = Product(gemm.MATRIX, gemm.MATRIX, gemm.INPUT_GRADIENT, None, *[torch.bfloat16] * 3)
+REQUEST = Request("gemm", (1024, 1024, 768), torch.bfloat16, PRODUCT)
 
 
 @pytest.fixture
@@ -224,41 +225,41 @@ def cpu_table(monkeypatch):
     """A table for the interpreter's device, in force."""
     table = load(IDENTITY)
     monkeypatch.setitem(tuned._tables, torch.device("cpu"), table)
-    monkeypatch.setattr(tuned, "_installed", False)
-    tuned.install()
+    choice.set_table(tuned.lookup)
+    _common._connect()  # what was chosen is forgotten with every decision
     yield table
-    configs.set_table(tuned.lookup)
+    choice.set_table(tuned.lookup)
 
 
 def test_launches_follow_the_table_unless_it_is_off(cpu_table):
     device = torch.device("cpu")
-    unmeasured = configs.choose(REQUEST, device)
-    other = dataclasses.replace(unmeasured, num_stages=unmeasured.num_stages + 1)
-    cpu_table.record("configs", REQUEST.key, entry({"GemmConfig": dataclasses.asdict(other)}, "heuristic"))
-    assert configs.choose(REQUEST, device) == other  # at once, though it was asked before
+    unmeasured = choice.choose(REQUEST, device)
+    other = unmeasured._replace(num_stages=unmeasured.num_stages + 1)
+    cpu_table.record("configs", REQUEST.key, entry({"GemmConfig": other._asdict()}, "heuristic"))
+    assert choice.choose(REQUEST, device) == other  # at once, though it was asked before
     with tuned.use_tuning("off"):
-        assert configs.choose(REQUEST, device) == unmeasured
-    assert configs.choose(REQUEST, device) == other
+        assert choice.choose(REQUEST, device) == unmeasured
+    assert choice.choose(REQUEST, device) == other
 
 
-@pytest.mark.parametrize("choice", ["triton", {"NoConfig": {}}, {"GemmConfig": {"BLOCK": 1}}, {"torch": {}}])
-def test_a_config_that_makes_no_sense_is_ignored_with_one_warning(cpu_table, choice):
-    unmeasured = configs.choose(REQUEST, torch.device("cpu"))
-    cpu_table.record("configs", REQUEST.key, entry(choice, "heuristic"))
+@pytest.mark.parametrize("chosen", ["triton", {"NoConfig": {}}, {"GemmConfig": {"BLOCK": 1}}, {"torch": {}}])
+def test_a_config_that_makes_no_sense_is_ignored_with_one_warning(cpu_table, chosen):
+    unmeasured = choice.choose(REQUEST, torch.device("cpu"))
+    cpu_table.record("configs", REQUEST.key, entry(chosen, "heuristic"))
     with pytest.warns(UserWarning, match="is ignored") as caught:
-        assert configs.choose(REQUEST, torch.device("cpu")) == unmeasured
+        assert choice.choose(REQUEST, torch.device("cpu")) == unmeasured
         assert tuned.lookup(REQUEST, torch.device("cpu")) is None
     assert len(caught) == 1
 
 
 def test_nothing_is_read_for_what_is_no_gpu(cache, monkeypatch):
     monkeypatch.setattr(tuned, "load", None)
-    assert not tuned.table(torch.device("meta")).segments
+    assert not tuned.table(torch.device("meta")).ops
 
 
 def test_the_fingerprint_is_of_what_is_in_force():
-    def table(**segments):
-        file = tuned.File(Path("a.json"), {}, {}, segments)
+    def table(**ops):
+        file = tuned.File(Path("a.json"), {}, {}, ops)
         return tuned.Table({}, Path("a.json"), (file,)).fingerprint
 
     assert tuned.Table({}).fingerprint == table() == ""

@@ -50,7 +50,7 @@ def _block(tokens, dim, dtype, stream=None, scaled=False, activation="gelu", bat
     linear_residual.linear_residual_backward(out, inner, weight[1], bias[1], *scales, needs)
     for keep in (False, True):
         out, mean, rstd, preactivation = layer_norm_mlp.layer_norm_mlp_forward(
-            x, *norm, weight[4], bias[4], fc2, bias[1], x, *scales, 1e-6, activation, x.dtype, keep
+            x, *norm, weight[4], bias[4], fc2, bias[1], None, *scales, True, 1e-6, activation, keep, x.dtype
         )
     needs = (True,) * 5 + (scaled,)
     layer_norm_mlp.layer_norm_mlp_backward(

@@ -21,9 +21,13 @@ from pathlib import Path
 
 import torch
 import triton
-from fastvit.kernels import configs, cost
-from fastvit.kernels.hardware import ARCHS, Arch
-from triton.backends.compiler import GPUTarget
+from fastvit.kernels.launch import choice, cost
+from fastvit.kernels.launch import request as requests
+from fastvit.kernels.launch.absent import target_of, without_gpu
+from fastvit.kernels.launch.hardware import ARCHS, Arch
+from fastvit.kernels.launch.heuristic import heuristic
+from fastvit.kernels.launch.request import Config, Request
+from fastvit.kernels.launch.search import search_space
 from triton.runtime.jit import JITFunction
 
 from fastvit.tuned import KERNELS
@@ -58,35 +62,10 @@ class Launch:
     error: str = ""
 
 
-class _AbsentDriver:
-    """Answers for the GPU of an architecture as far as specialising and compiling a kernel asks."""
-
-    def __init__(self, arch: str) -> None:
-        self._arch = ARCHS[arch]
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget(self._arch.backend, self._arch.capability, self._arch.warp_size)
-
-    def get_current_device(self) -> str:
-        # Kernels are cached by device: each architecture gets a cache of its own.
-        return self._arch.name
-
-    def get_current_stream(self, device=None) -> int:
-        return 0
-
-
-@contextlib.contextmanager
-def compiling_for(arch: str, run=JITFunction.run) -> Iterator[None]:
-    """Have launches compile for `arch`, through `run` in place of Triton's own method."""
-    config, original = triton.runtime.driver, JITFunction.run
-    before = config._active
-    config.set_active(_AbsentDriver(arch))
-    JITFunction.run = run
-    try:
-        yield
-    finally:
-        JITFunction.run = original
-        config._active = before
+def compiling_for(arch: str, run: Callable = JITFunction.run) -> contextlib.AbstractContextManager:
+    """Have launches compile for `arch`, through `run` in place of Triton's own method. Kernels are cached by device:
+    each architecture gets a cache of its own."""
+    return without_gpu(target_of(ARCHS[arch]), run, arch)
 
 
 class _Catcher:
@@ -96,11 +75,11 @@ class _Catcher:
         self.arch, self.candidates = ARCHS[arch], candidates
         self.tuned = tuned_configs(self.arch)
         self.found: dict[object, Launch] = {}
-        self._choice: tuple[configs.Request, configs.Config] | None = None
+        self._choice: tuple[Request, Config] | None = None
         self._shipped, self._ignore = True, False
 
     def collect(self, cases: list[Case]) -> list[Launch]:
-        with compiling_for(self.arch.name, self._run()), configs.watching(self._watch):
+        with compiling_for(self.arch.name, self._run()), choice.watching(self._watch):
             # The shipped ones first, so that a candidate of the same code does not pass for new.
             for wanted in (False, True) if self.candidates else (False,):
                 for self._case in cases:
@@ -118,12 +97,12 @@ class _Catcher:
                 self.arch.name, case, None, shipped=not self._only_candidates, error=one_line(error)
             )
 
-    def _watch(self, request: configs.Request, run: Callable[[configs.Config], object]) -> None:
+    def _watch(self, request: Request, run: Callable[[Config], object]) -> None:
         chosen = dict.fromkeys(
-            [configs.heuristic(request, self.arch, self.arch.sms), *self.tuned.get(_without_shape(request.key), [])]
+            [heuristic(request, self.arch, self.arch.sms), *self.tuned.get(_without_shape(request.key), [])]
         )
         if self._only_candidates:
-            others = configs.search_space(request, self.arch, self.arch.sms)[1:]
+            others = search_space(request, self.arch, self.arch.sms)[1:]
             chosen = sorted(others, key=lambda config: cost.request_seconds(request, config, self.arch))[:CANDIDATES]
         for config in chosen:
             self._choice = request, config
@@ -153,17 +132,17 @@ class _Catcher:
         return run
 
 
-def tuned_configs(arch: Arch, folder: Path = KERNELS / "tuned") -> dict[str, list[configs.Config]]:
+def tuned_configs(arch: Arch, folder: Path = KERNELS / "tuned") -> dict[str, list[Config]]:
     """What the tables that ship choose on `arch`, by the request without its shape: any shape may get it."""
     capability = "9.4" if arch.backend == "hip" else f"{arch.capability // 10}.{arch.capability % 10}"
-    found: dict[str, list[configs.Config]] = {}
+    found: dict[str, list[Config]] = {}
     for path in sorted(folder.glob("*.json")):
         table = json.loads(path.read_text(encoding="utf-8"))
         if table["identity"]["capability"] != capability:
             continue
         for key, entry in table["configs"].items():
             ((kind, values),) = entry["choice"].items()
-            found.setdefault(_without_shape(key), []).append(getattr(configs, kind)(**values))
+            found.setdefault(_without_shape(key), []).append(getattr(requests, kind)(**values))
     return found
 
 
@@ -237,7 +216,8 @@ def _name(launch: Launch) -> str:
     """The kernel's name, and the names of the functions that it is given: loaders and epilogue of a product."""
     if launch.kernel is None:
         return "(launcher)"
-    return " ".join(value.fn.__name__ for value in (launch.kernel, *launch.args) if isinstance(value, JITFunction))
+    functions = (launch.kernel, *launch.kwargs.values())
+    return " ".join(value.fn.__name__ for value in functions if isinstance(value, JITFunction))
 
 
 def _options(kwargs: dict) -> str:

@@ -23,12 +23,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 
-from fastvit.kernels import cost
-from fastvit.kernels.configs import Config, GemmConfig, Request
-from fastvit.kernels.hardware import Arch
+from fastvit.kernels.launch import cost
+from fastvit.kernels.launch.hardware import Arch
+from fastvit.kernels.launch.request import Config, GemmConfig, Request, ceil_div
 
 from .record import Record, Use
 
@@ -42,18 +41,18 @@ _FLOAT_32 = ("FADD", "FMUL", "FFMA", "FADD2", "FMUL2", "FFMA2")
 def use(request: Request, config: Config, blocks: int, arch: Arch) -> Use:
     """A launch of `blocks` programs as a Record keeps it."""
     if isinstance(config, GemmConfig):
-        steps = _ceil(_ceil(request.shape[2], config.SPLIT_K), config.BLOCK_K)
+        steps = ceil_div(ceil_div(request.shape[2], config.SPLIT_K), config.BLOCK_K)
     elif request.kernel.startswith("attention"):
-        steps = _ceil(request.shape[1], config.BLOCK_STEP)
+        steps = ceil_div(request.shape[1], config.BLOCK_STEP)
     else:
-        tiles = _ceil(request.shape[0], config.BLOCK_ROWS) * _ceil(request.shape[1], config.BLOCK_D)
-        steps = _ceil(tiles, blocks)
+        tiles = ceil_div(request.shape[0], config.BLOCK_ROWS) * ceil_div(request.shape[1], config.BLOCK_D)
+        steps = ceil_div(tiles, blocks)
     return Use(request.key, config_text(config), blocks, steps, cost.request_seconds(request, config, arch))
 
 
 def config_text(config: Config | Mapping[str, int]) -> str:
     """A config in a few characters: 128x128x64 w8 s3 g8 k1 is tiles, warps, stages, GROUP_M and SPLIT_K."""
-    values = config if isinstance(config, Mapping) else asdict(config)
+    values = config if isinstance(config, Mapping) else config._asdict()
     blocks = "x".join(str(value) for name, value in values.items() if name.startswith("BLOCK"))
     letters = {"num_warps": "w", "num_stages": "s", "GROUP_M": "g", "SPLIT_K": "k"}
     return " ".join([blocks, *(f"{letter}{values[name]}" for name, letter in letters.items() if name in values)])
@@ -63,10 +62,10 @@ def seconds(record: Record, use: Use, arch: Arch) -> float | None:
     """The estimate for one use of a compiled kernel; None where it cannot run."""
     if record.error or not record.blocks_per_sm or use.base_seconds is None:
         return None
-    blocks = _ceil(use.blocks, arch.sms)
+    blocks = ceil_div(use.blocks, arch.sms)
     cycles = _cycles(record.rest, arch) + use.steps * _cycles(record.loop, arch)
     stages = int(next((part[1:] for part in use.config.split() if part.startswith("s")), 1))
-    rounds = _ceil(blocks, record.blocks_per_sm)
+    rounds = ceil_div(blocks, record.blocks_per_sm)
     latency = rounds * use.steps * cost.LATENCY_CYCLES / max(1, stages - 1)
     return max(use.base_seconds, max(blocks * record.warps * cycles, latency) / arch.clock)
 
@@ -79,10 +78,6 @@ def _cycles(mix: Mapping[str, int], arch: Arch) -> float:
         sum(mix.get(kind, 0) for kind in _FLOAT_32) * arch.warp_size / lanes,
         mix.get("MUFU", 0) * arch.warp_size / SPECIAL,
     )
-
-
-def _ceil(a: int, b: int) -> int:
-    return -(-a // b)
 
 
 def measurements(results: Path, arch: str) -> dict[str, dict[tuple[str, str], float]]:

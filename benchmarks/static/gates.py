@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from fastvit.kernels.hardware import ARCHS
+from fastvit.kernels.launch.hardware import ARCHS
 
 from .record import DOT_16, NO_DOT, Record
 

@@ -11,7 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from fastvit.kernels.hardware import ARCHS
+from fastvit.kernels.launch.hardware import ARCHS
 
 from fastvit.report import write_atomically
 

@@ -9,7 +9,7 @@ import tempfile
 from dataclasses import dataclass
 
 import triton
-from fastvit.kernels.hardware import Arch
+from fastvit.kernels.launch.hardware import Arch
 
 from .record import DOT_16, DOT_WIDE, NO_DOT
 

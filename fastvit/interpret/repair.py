@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from triton.runtime import driver, interpreter
 
+from fastvit.kernels.launch.absent import ABSENT_H100
+
 _FLOAT8 = {tl.float8e4nv: (torch.float8_e4m3fn, 448.0), tl.float8e5: (torch.float8_e5m2, 57344.0)}
 
 # Everything private that the repair and the guard replace or call. Checked first, so that a Triton that renamed one
@@ -51,38 +53,11 @@ _PRIVATE = {
 }
 
 
-class NoGpuDriver:
-    """Stands in for a GPU's driver where there is none, so that autotuned kernels run: the first config wins."""
-
-    @staticmethod
-    def is_active() -> bool:
-        return True
-
-    def get_current_target(self):
-        return triton.backends.compiler.GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device=None) -> int:
-        return 0
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
-
-    def get_benchmarker(self):
-        def run_once(call, quantiles=None, **kwargs):
-            call()
-            return [0.0, 0.0, 0.0]
-
-        return run_once
-
-
 def install() -> None:
     """Repair the interpreter, for the rest of the process. Raises RuntimeError if this Triton's is not one known."""
     _check_triton()
     if not torch.cuda.is_available():
-        driver.set_active(NoGpuDriver())
+        driver.set_active(ABSENT_H100)  # so that autotuned kernels run, too
 
     builder, reductions = interpreter.InterpreterBuilder, interpreter.ReduceScanOpInterface
     builder.cast_impl = _cast_impl(builder.cast_impl)

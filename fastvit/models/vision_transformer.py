@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from fastvit import ops
 from fastvit.nn import Block, PatchEmbed, SwiGLU
 from fastvit.nn.block import block_indices
-from fastvit.nn.layers import ACTIVATION_LAYERS, LAYER_NORM, bypassable, norm_complete, traced
+from fastvit.nn.layers import ACTIVATION_LAYERS, LAYER_NORM, can_fuse, norm_complete, traced
 from fastvit.nn.patch_embed import assemble_tokens
 
 from .config import AVERAGING_POOLS, MLPS, POOLS, ViTConfig
@@ -165,7 +165,7 @@ class VisionTransformer(nn.Module):
         if torch.jit.is_tracing() and x.dtype == torch.uint8 and not torch.onnx.is_in_onnx_export():
             x = x.bitwise_and(255)  # the graph will normalise what it gets: floats, which may be already, are refused
         positions, prefix = self._positions(x)[0], self._prefix()
-        if traced(x) or not bypassable((self.patch_embed, (PatchEmbed,))):
+        if traced(x) or not can_fuse((self.patch_embed,), ((PatchEmbed,),)):
             tokens = self.patch_embed(normalise_pixels(x, self.pos_embed, mean, std))
             tokens = assemble_tokens(tokens, positions, prefix)
         else:
@@ -453,6 +453,6 @@ def _init_layer(module: nn.Module, needs_reset: bool) -> None:
 
 
 def _normalise(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    if not traced(x) and bypassable((norm, LAYER_NORM)) and norm_complete(norm):
+    if not traced(x) and can_fuse((norm,), (LAYER_NORM,)) and norm_complete(norm):
         return ops.layer_norm(x, norm.weight, norm.bias, norm.eps)
     return norm(x)

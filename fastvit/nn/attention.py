@@ -36,21 +36,21 @@ def masks(attn_mask, is_causal: bool, batch: int, num_heads: int, tokens: int, l
     return None, torch.zeros(allowed.shape, dtype=like.dtype, device=like.device).masked_fill_(~allowed, float("-inf"))
 
 
+def split_heads(qkv: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """Packed rows (B, N, 3 * H * d) as `fastvit.ops.attention` takes them, (B, N, 3, H, d)."""
+    batch, tokens, width = qkv.shape
+    return qkv.view(batch, tokens, 3, num_heads, width // (3 * num_heads))
+
+
 @torch.fx.wrap
 def attend(
     qkv: torch.Tensor, num_heads: int, scale: float, attn_mask: torch.Tensor | None, is_causal: bool, dropout_p: float
 ) -> torch.Tensor:
     """softmax(q k^T * scale + mask) v of packed rows: qkv (B, N, 3 * H * d) -> (B, N, H * d). One node of a graph that
     torch.fx traces, so that its masks are looked at, and its back end is chosen, when the graph runs."""
-    batch, tokens, width = qkv.shape
-    key_padding_mask, attn_bias = masks(attn_mask, is_causal, batch, num_heads, tokens, qkv)
-    return ops.attention(
-        qkv.reshape(batch, tokens, 3, num_heads, width // (3 * num_heads)),
-        scale=scale,
-        key_padding_mask=key_padding_mask,
-        attn_bias=attn_bias,
-        dropout_p=dropout_p,
-    )
+    padding, bias = masks(attn_mask, is_causal, qkv.shape[0], num_heads, qkv.shape[1], qkv)
+    heads = split_heads(qkv, num_heads)
+    return ops.attention(heads, scale=scale, key_padding_mask=padding, attn_bias=bias, dropout_p=dropout_p)
 
 
 class Attention(nn.Module):
@@ -108,11 +108,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(attn_dim, dim if dim_out is None else dim_out, bias=proj_bias, device=device, dtype=dtype)
         self.proj_drop = nn.Dropout(proj_drop)
 
-    def attend(self, qkv: torch.Tensor, attn_mask: torch.Tensor | None, is_causal: bool) -> torch.Tensor:
-        """`attend` with this module's heads, scale and dropout."""
-        return attend(qkv, self.num_heads, self.scale, attn_mask, is_causal, self._dropout_p())
-
-    def _dropout_p(self) -> float:
+    def dropout_p(self) -> float:
         """The rate that the op applies in attn_drop's stead. Raises TypeError for a module it cannot stand in for."""
         if type(self.attn_drop) not in (nn.Dropout, nn.Identity):
             raise TypeError(f"attn_drop is {type(self.attn_drop).__name__}, expected nn.Dropout or nn.Identity")
@@ -127,4 +123,5 @@ class Attention(nn.Module):
         """
         if not traced(x):
             check_input(x, self.dim)
-        return self.proj_drop(self.proj(self.attend(self.qkv(x), attn_mask, is_causal)))
+        mixed = attend(self.qkv(x), self.num_heads, self.scale, attn_mask, is_causal, self.dropout_p())
+        return self.proj_drop(self.proj(mixed))

@@ -9,7 +9,7 @@ from torch import nn
 
 from fastvit import ops
 
-from .attention import Attention
+from .attention import Attention, masks, split_heads
 from .layers import (
     DROP_PATH,
     DROPOUT,
@@ -18,9 +18,10 @@ from .layers import (
     LINEAR,
     DropPath,
     LayerScale,
-    branch_end,
+    activation_name,
+    branch_scales,
     build_layer_norm,
-    bypassable,
+    can_fuse,
     check_input,
     check_positive,
     check_rate,
@@ -29,6 +30,7 @@ from .layers import (
     is_number,
     norm_complete,
     refuse_scripting,
+    submodules,
     timm_layer,
     traced,
     vit_layer_norm,
@@ -73,7 +75,7 @@ class Block(nn.Module):
         x = x + drop_path2(ls2(mlp(norm2(x))))
 
     Each line runs on fused ops (LayerNorm + linear; attention; linear + scales + residual; LayerNorm + MLP + scales +
-    residual) as long as no one could tell it from calling the submodules, as `layers.bypassable` defines that; where
+    residual) as long as no one could tell it from calling the submodules, as `layers.can_fuse` defines that; where
     a submodule has hooks or was replaced, dropout after a linear layer is active, or torch.fx traces, the line calls
     its submodules.
 
@@ -140,62 +142,67 @@ class Block(nn.Module):
         self.ls2 = LayerScale(dim, init_values, **dd) if init_values else nn.Identity()
         self.drop_path2 = DropPath(drop_path) if drop_path else nn.Identity()
 
-    # The children are looked up in `_modules`: nn.Module's own attribute access would cost more than the checks.
-
-    def attention_fusible(self) -> bool:
+    def can_fuse_attention(self) -> bool:
         """Whether the first line runs on fused ops."""
-        own = self._modules
-        attn = own["attn"]
+        norm, attn, layer_scale, drop_path, *_ = submodules(self, _PARTS)
         if type(attn) is not Attention:
             return False
-        inside = attn._modules
-        return (
-            bypassable(
-                (attn, (Attention,)),
-                (own["norm1"], LAYER_NORM),
-                (inside["qkv"], LINEAR),
-                (inside["proj"], LINEAR),
-                (inside["proj_drop"], DROPOUT),
-                (own["ls1"], LAYER_SCALE),
-                (own["drop_path1"], DROP_PATH),
-            )
-            and norm_complete(own["norm1"])
-            and not dropout_active(inside["proj_drop"])
-        )
+        qkv, proj, proj_drop = submodules(attn, _ATTENTION_PARTS)
+        modules = (attn, norm, qkv, proj, proj_drop, layer_scale, drop_path)
+        return can_fuse(modules, _ATTENTION_ROLES) and norm_complete(norm) and not dropout_active(proj_drop)
 
-    def mlp_fusible(self) -> bool:
+    def can_fuse_mlp(self) -> bool:
         """Whether the second line runs on fused ops."""
-        own = self._modules
-        return (
-            bypassable(
-                (own["mlp"], (Mlp, SwiGLU)),
-                (own["norm2"], LAYER_NORM),
-                (own["ls2"], LAYER_SCALE),
-                (own["drop_path2"], DROP_PATH),
-            )
-            and norm_complete(own["norm2"])
-            and own["mlp"].fusible()
-        )
+        *_, norm, mlp, layer_scale, drop_path = submodules(self, _PARTS)
+        return can_fuse((mlp, norm, layer_scale, drop_path), _MLP_ROLES) and norm_complete(norm) and mlp.can_fuse()
 
     def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False) -> torch.Tensor:
         """x (B, N, D) -> (B, N, D). For attn_mask and is_causal, and what they raise, see `Attention.forward`."""
         tracing = traced(x)
         if not tracing:
             check_input(x, self.dim)
-        own = self._modules
-        norm, attn = own["norm1"], own["attn"]
-        if not tracing and self.attention_fusible():
-            qkv, proj = attn.qkv, attn.proj
-            packed = ops.layer_norm_linear(x, norm.weight, norm.bias, qkv.weight, qkv.bias, eps=norm.eps)
-            x = ops.linear_residual(
-                attn.attend(packed, attn_mask, is_causal),
-                proj.weight,
-                proj.bias,
-                x,
-                **branch_end(own["ls1"], own["drop_path1"], x),
+        norm1, attn, ls1, drop_path1, norm2, mlp, ls2, drop_path2 = submodules(self, _PARTS)
+        if not tracing and self.can_fuse_attention():
+            qkv, proj, _ = submodules(attn, _ATTENTION_PARTS)
+            packed = ops.layer_norm_linear(x, norm1.weight, norm1.bias, qkv.weight, qkv.bias, eps=norm1.eps)
+            padding, bias = masks(attn_mask, is_causal, x.shape[0], attn.num_heads, x.shape[1], packed)
+            mixed = ops.attention(
+                split_heads(packed, attn.num_heads),
+                scale=attn.scale,
+                key_padding_mask=padding,
+                attn_bias=bias,
+                dropout_p=attn.dropout_p(),
             )
+            gamma, drop = branch_scales(ls1, drop_path1, x)
+            x = ops.linear_residual(mixed, proj.weight, proj.bias, x, layer_scale=gamma, drop_path_scale=drop)
         else:
-            x = x + self.drop_path1(self.ls1(attn(norm(x), attn_mask=attn_mask, is_causal=is_causal)))
-        if not tracing and self.mlp_fusible():
-            return own["mlp"].fused(x, own["norm2"], **branch_end(own["ls2"], own["drop_path2"], x))
-        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+            x = x + drop_path1(ls1(attn(norm1(x), attn_mask=attn_mask, is_causal=is_causal)))
+        if not tracing and self.can_fuse_mlp():
+            fc1, fc2 = submodules(mlp, _MLP_PARTS)
+            gamma, drop = branch_scales(ls2, drop_path2, x)
+            if type(mlp) is SwiGLU:
+                packed = ops.layer_norm_linear(x, norm2.weight, norm2.bias, fc1.weight, fc1.bias, eps=norm2.eps)
+                gated = mlp.gate(packed)
+                return ops.linear_residual(gated, fc2.weight, fc2.bias, x, layer_scale=gamma, drop_path_scale=drop)
+            return ops.layer_norm_mlp(
+                x,
+                norm2.weight,
+                norm2.bias,
+                fc1.weight,
+                fc1.bias,
+                fc2.weight,
+                fc2.bias,
+                eps=norm2.eps,
+                activation=activation_name(mlp.act),
+                residual=x,
+                layer_scale=gamma,
+                drop_path_scale=drop,
+            )
+        return x + drop_path2(ls2(mlp(norm2(x))))
+
+
+_PARTS = ("norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2")
+_ATTENTION_PARTS = ("qkv", "proj", "proj_drop")
+_MLP_PARTS = ("fc1", "fc2")
+_ATTENTION_ROLES = ((Attention,), LAYER_NORM, LINEAR, LINEAR, DROPOUT, LAYER_SCALE, DROP_PATH)
+_MLP_ROLES = ((Mlp, SwiGLU), LAYER_NORM, LAYER_SCALE, DROP_PATH)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Iterable
 from functools import partial
 from numbers import Integral, Real
 
@@ -13,17 +14,24 @@ from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
 
-def bypassable(*roles: tuple[nn.Module, tuple[type, ...]]) -> bool:
+def submodules(module: nn.Module, names: Iterable[str]) -> list[nn.Module]:
+    """A module's submodules of these names, which it has: as many of nn.Module's own attribute accesses would cost more
+    than the checks that they are for."""
+    own = module._modules
+    return [own[name] for name in names]
+
+
+def can_fuse(modules: Iterable[nn.Module], roles: Iterable[tuple[type, ...]]) -> bool:
     """Whether a fused op may use the parameters of all these modules without calling any, and nobody can tell.
 
-    Each role is a module and the types it may have. It must be exactly one of them, not a subclass or a stand-in (an
-    adapter, a quantised or parametrised layer); no forward or backward hook may wait on it or on all modules; and its
-    `forward` must be its class's own. A LayerNorm must have weight and bias, and dropout that is active would also
-    be missed: see `norm_complete` and `dropout_active`.
+    Each module must be exactly of one of the types of its role, not a subclass or a stand-in (an adapter, a quantised
+    or parametrised layer); no forward or backward hook may wait on it or on all modules; and its `forward` must be its
+    class's own. A LayerNorm must have weight and bias, and dropout that is active would also be missed: see
+    `norm_complete` and `dropout_active`.
     """
     if _has_any_global_hook():
         return False
-    for module, types in roles:
+    for module, types in zip(modules, roles, strict=True):
         if (
             type(module) not in types
             or module._forward_hooks
@@ -200,7 +208,7 @@ def activation_name(module: nn.Module) -> str:
     return "silu" if type(module) is nn.SiLU else "quick_gelu"
 
 
-# The types that modules may have in the roles that `bypassable` judges.
+# The types that modules may have in the roles that `can_fuse` judges.
 LINEAR = (nn.Linear,)
 LAYER_NORM = (nn.LayerNorm,)
 DROPOUT = (nn.Dropout,)
@@ -209,9 +217,9 @@ LAYER_SCALE = (LayerScale, nn.Identity)
 DROP_PATH = (DropPath, nn.Identity)
 
 
-def branch_end(layer_scale: nn.Module, drop_path: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor | None]:
+def branch_scales(
+    layer_scale: nn.Module, drop_path: nn.Module, x: torch.Tensor
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """What a fused op takes in place of the two modules that end a residual branch: gamma, and a draw per sample."""
-    return {
-        "layer_scale": layer_scale.gamma if type(layer_scale) is LayerScale else None,
-        "drop_path_scale": drop_path.sample_scale(x) if type(drop_path) is DropPath else None,
-    }
+    gamma = layer_scale.gamma if type(layer_scale) is LayerScale else None
+    return gamma, drop_path.sample_scale(x) if type(drop_path) is DropPath else None

@@ -17,9 +17,9 @@ from .layers import (
     DropPath,
     LayerScale,
     activation_name,
-    branch_end,
+    branch_scales,
     build_layer_norm,
-    bypassable,
+    can_fuse,
     check_input,
     check_layer,
     check_positive,
@@ -74,19 +74,13 @@ class _TwoLayers(nn.Module):
         self.fc2 = nn.Linear(hidden_features // self.packed, out_features, bias=bias2, device=device, dtype=dtype)
         self.drop2 = nn.Dropout(rate2)
 
-    def fusible(self) -> bool:
-        """Whether `fused` gives what calling this module's submodules would."""
-        own = self._modules
-        return (
-            bypassable(
-                (own["fc1"], LINEAR),
-                (own["drop1"], DROPOUT),
-                (own["fc2"], LINEAR),
-                (own["drop2"], DROPOUT),
-            )
-            and not dropout_active(own["drop1"])
-            and not dropout_active(own["drop2"])
-        )
+    def can_fuse(self) -> bool:
+        """Whether ops may take the place of the two linear layers, and nobody can tell."""
+        drops = (self.drop1, self.drop2)
+        return can_fuse((self.fc1, self.fc2, *drops), _ROLES) and not any(map(dropout_active, drops))
+
+
+_ROLES = (LINEAR, LINEAR, DROPOUT, DROPOUT)
 
 
 class Mlp(_TwoLayers):
@@ -101,25 +95,8 @@ class Mlp(_TwoLayers):
         """x (..., in_features) -> (..., out_features)."""
         return self.drop2(self.fc2(self.drop1(self.act(self.fc1(x)))))
 
-    def fusible(self) -> bool:
-        return super().fusible() and bypassable((self.act, FUSED_ACTIVATION))
-
-    def fused(self, x: torch.Tensor, norm: nn.LayerNorm, **branch_end) -> torch.Tensor:
-        """x + scales * self(norm(x)), x (B, ..., D), in one op."""
-        fc1, fc2 = self.fc1, self.fc2
-        return ops.layer_norm_mlp(
-            x,
-            norm.weight,
-            norm.bias,
-            fc1.weight,
-            fc1.bias,
-            fc2.weight,
-            fc2.bias,
-            eps=norm.eps,
-            activation=activation_name(self.act),
-            residual=x,
-            **branch_end,
-        )
+    def can_fuse(self) -> bool:
+        return super().can_fuse() and can_fuse((self.act,), (FUSED_ACTIVATION,))
 
 
 class SwiGLU(_TwoLayers):
@@ -148,18 +125,14 @@ class SwiGLU(_TwoLayers):
             nn.init.ones_(self.fc1.bias[rows:])
         nn.init.normal_(self.fc1.weight[rows:], std=1e-6)
 
-    def _gate(self, packed: torch.Tensor) -> torch.Tensor:
+    def gate(self, packed: torch.Tensor) -> torch.Tensor:
+        """act(gate) * value of fc1's output (..., hidden_features) -> (..., hidden_features / 2)."""
         gate, value = packed.chunk(2, dim=-1)
         return self.act(gate) * value
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., in_features) -> (..., out_features)."""
-        return self.drop2(self.fc2(self.drop1(self._gate(self.fc1(x)))))
-
-    def fused(self, x: torch.Tensor, norm: nn.LayerNorm, **branch_end) -> torch.Tensor:
-        """x + scales * self(norm(x)), x (B, ..., D), in two ops with the gate between them."""
-        packed = ops.layer_norm_linear(x, norm.weight, norm.bias, self.fc1.weight, self.fc1.bias, eps=norm.eps)
-        return ops.linear_residual(self._gate(packed), self.fc2.weight, self.fc2.bias, x, **branch_end)
+        return self.drop2(self.fc2(self.drop1(self.gate(self.fc1(x)))))
 
 
 class LayerNormMLP(nn.Module):
@@ -203,25 +176,21 @@ class LayerNormMLP(nn.Module):
         self.ls = LayerScale(dim, init_values, **dd) if init_values else nn.Identity()
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
-    def fusible(self) -> bool:
+    def can_fuse(self) -> bool:
         """Whether one op gives what calling the submodules would."""
-        return bypassable(
-            (self.norm, LAYER_NORM),
-            (self.fc1, LINEAR),
-            (self.act, FUSED_ACTIVATION),
-            (self.fc2, LINEAR),
-            (self.ls, LAYER_SCALE),
-            (self.drop_path, DROP_PATH),
-        ) and norm_complete(self.norm)
+        modules = (self.norm, self.fc1, self.act, self.fc2, self.ls, self.drop_path)
+        roles = (LAYER_NORM, LINEAR, FUSED_ACTIVATION, LINEAR, LAYER_SCALE, DROP_PATH)
+        return can_fuse(modules, roles) and norm_complete(self.norm)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (B, ..., D) -> (B, ..., D). Raises ValueError for another width, TypeError for another dtype."""
         tracing = traced(x)
         if not tracing:
             check_input(x, self.dim, "...")
-        if tracing or not self.fusible():
+        if tracing or not self.can_fuse():
             branch = self.drop_path(self.ls(self.fc2(self.act(self.fc1(self.norm(x))))))
             return x + branch if self.residual else branch
+        gamma, drop = branch_scales(self.ls, self.drop_path, x)
         return ops.layer_norm_mlp(
             x,
             self.norm.weight,
@@ -233,5 +202,6 @@ class LayerNormMLP(nn.Module):
             eps=self.norm.eps,
             activation=activation_name(self.act),
             residual=x if self.residual else None,
-            **branch_end(self.ls, self.drop_path, x),
+            layer_scale=gamma,
+            drop_path_scale=drop,
         )

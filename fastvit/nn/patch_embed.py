@@ -8,7 +8,7 @@ from torch import nn
 
 from fastvit import ops
 
-from .layers import bypassable, check_positive, is_integer, refuse_scripting, traced
+from .layers import can_fuse, check_positive, is_integer, refuse_scripting, traced
 
 FORMATS = ("NCHW", "NHWC", "NCL", "NLC")
 
@@ -157,11 +157,11 @@ class PatchEmbed(nn.Module):
             check_multiple("img_size", img_size, self.patch_size)
         return -(-img_size[0] // self.patch_size[0]), -(-img_size[1] // self.patch_size[1])
 
-    def fusible(self) -> bool:
+    def can_fuse(self) -> bool:
         """Whether one op gives what calling `proj` would."""
         proj = self.proj
         return (
-            bypassable((proj, (nn.Conv2d,)))
+            can_fuse((proj,), ((nn.Conv2d,),))
             and proj.kernel_size == proj.stride == self.patch_size
             and proj.padding == (0, 0)
             and proj.dilation == (1, 1)
@@ -184,7 +184,7 @@ class PatchEmbed(nn.Module):
         if isinstance(prefix, torch.Tensor) and not self.flatten and self.output_fmt in ("NCHW", "NHWC"):
             raise ValueError(f"prefix came with output_fmt {self.output_fmt!r}, expected no prefix in a grid of tokens")
         ph, pw = self.patch_size
-        fused = not traced(image) and self.fusible()
+        fused = not traced(image) and self.can_fuse()
         size = self.img_size if self.strict_img_size else None
         in_chans = getattr(self.proj, "in_channels", self.in_chans)
         image = check_image(image, in_chans, size, (1, 1) if self.dynamic_img_pad else self.patch_size)

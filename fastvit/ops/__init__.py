@@ -1,59 +1,59 @@
-"""The ops: functional forms, autograd Functions, and torch custom ops (`torch.ops.fastvit.*`).
+"""The ops: functional forms, autograd Functions, and operators of torch (`torch.ops.fastvit.*`).
 
-Each functional form checks its arguments, asks `fastvit.dispatch` for a back end and runs there. On the kernels it goes
-through an autograd Function whose forward and backward call custom ops, so that it compiles, exports and
-differentiates.
+Each functional form has `fastvit.dispatch` choose what runs the call. On the kernels that is an autograd Function,
+whose forward and backward launch straight, or call operators of torch where something traces, so that it compiles,
+exports and differentiates.
 """
 
+from __future__ import annotations
+
+import importlib
 import inspect
 
-from . import attention as _attention
-from . import layer_norm as _layer_norm
-from . import layer_norm_linear as _layer_norm_linear
-from . import layer_norm_mlp as _layer_norm_mlp
-from . import linear_residual as _linear_residual
-from . import patch_embed as _patch_embed
+from fastvit import dispatch
 
-_MODULES = {
-    module.OP.name: module
-    for module in (_attention, _layer_norm, _layer_norm_linear, _layer_norm_mlp, _linear_residual, _patch_embed)
-}
+from .attention import AttentionFunction, attention
+from .layer_norm import LayerNormFunction, layer_norm
+from .layer_norm_linear import LayerNormLinearFunction, layer_norm_linear
+from .layer_norm_mlp import LayerNormMLPFunction, layer_norm_mlp
+from .linear_residual import LinearResidualFunction, linear_residual
+from .patch_embed import PatchEmbedFunction, patch_embed
 
-AttentionFunction = _attention.AttentionFunction
-LayerNormFunction = _layer_norm.LayerNormFunction
-LayerNormLinearFunction = _layer_norm_linear.LayerNormLinearFunction
-LayerNormMLPFunction = _layer_norm_mlp.LayerNormMLPFunction
-LinearResidualFunction = _linear_residual.LinearResidualFunction
-PatchEmbedFunction = _patch_embed.PatchEmbedFunction
-
-attention = _attention.attention
-layer_norm = _layer_norm.layer_norm
-layer_norm_linear = _layer_norm_linear.layer_norm_linear
-layer_norm_mlp = _layer_norm_mlp.layer_norm_mlp
-linear_residual = _linear_residual.linear_residual
-patch_embed = _patch_embed.patch_embed
+OPS = tuple(sorted(dispatch.OPS))
 
 
-def _positional(name: str, args, kwargs) -> tuple:
-    """The arguments of op `name` as its `_common.Op` takes them: all, in order."""
-    bound = inspect.signature(getattr(_MODULES[name], name)).bind(*args, **kwargs)
+def _bound(name: str, args: tuple, kwargs: dict) -> tuple[dispatch.Op, tuple]:
+    """Op `name`, and the arguments as it takes them: all, in its order."""
+    op = dispatch.OPS[name]
+    bound = inspect.signature(globals()[name]).bind(*args, **kwargs)
     bound.apply_defaults()
-    return tuple(bound.arguments.values())
+    return op, tuple(bound.arguments[parameter] for parameter in op.parameters)
 
 
-def explain(name: str, *args, **kwargs):
-    """What `fastvit.explain` says of op `name` with the op's own arguments."""
-    return _MODULES[name].OP.explain(*_positional(name, args, kwargs))
+def explain(op: str, *args, **kwargs) -> dispatch.Explanation:
+    """The back end that `fastvit.ops.<op>(*args, **kwargs)` would run on, and every reason why not another. A backward
+    pass with create_graph=True, or with a batch of upstream gradients, is PyTorch's whatever the forward pass was.
+
+    Raises ValueError for an unknown op, and whatever the op itself raises for bad arguments; launches nothing.
+    """
+    if op not in dispatch.OPS:
+        raise ValueError(f"explain: unknown op {op!r}, expected one of {', '.join(OPS)}")
+    found, given = _bound(op, args, kwargs)
+    return found.explain(*given)
 
 
 def run_candidate(name: str, candidate: str, *args, **kwargs):
     """Op `name` by one of the candidates that `explain` may name, whatever the back end asked for."""
-    op, given = _MODULES[name].OP, _positional(name, args, kwargs)
+    op, given = _bound(name, args, kwargs)
     op.check(*given)
     return op.candidates(given)[candidate](*given)
 
 
-OPS = tuple(sorted(_MODULES))
+def _tune(op: dispatch.Op, args: tuple) -> None:
+    importlib.import_module("fastvit.tune").tune_missing(op, args)
+
+
+dispatch.set_tuner(_tune)
 
 __all__ = [
     "AttentionFunction",
@@ -62,5 +62,10 @@ __all__ = [
     "LayerNormMLPFunction",
     "LinearResidualFunction",
     "PatchEmbedFunction",
-    *OPS,
+    "attention",
+    "layer_norm",
+    "layer_norm_linear",
+    "layer_norm_mlp",
+    "linear_residual",
+    "patch_embed",
 ]

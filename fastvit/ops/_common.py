@@ -1,155 +1,83 @@
-"""What the ops share: checks of arguments, dispatch, autocast, and the device that a launch runs on."""
+"""What the ops share: checks of arguments, autocast, and the kernels' launchers as operators of torch."""
 
-import contextlib
+from __future__ import annotations
+
+import functools
 import importlib
 import math
 import numbers
-import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Callable
+from types import ModuleType
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 
 from fastvit import dispatch, tuned
+from fastvit.dispatch import autocasting
 
-# The candidate that is all kernels, and the one whose weight gradients are the library's.
-KERNELS, LIBRARY_GRADIENTS = "triton", "triton + torch.mm"
+_LIBRARY = torch.library.Library("fastvit", "DEF")
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 
 
-@dataclass(frozen=True)
-class Op:
-    """One op: functions of the same arguments.
+class Operator:
+    """A launcher of the kernels, called straight, or as an operator of torch's, `torch.ops.fastvit.<name>`, by what
+    traces: compilers, exports, modes that look at every operator.
 
-    check raises ValueError or TypeError for arguments that no back end takes; unsupported lists every reason why the
-    kernels cannot take them; torch and triton run it. product, of an op that makes matrix products: their dtype, and
-    the weights whose gradients are such products; where there are any, triton takes by_library=True, to have those by
-    the library. others: further ways to run it in PyTorch, by name, that may be measured against the rest.
+    schema: the operator's, `name(arguments) -> results`. fake: its results without values. launch: the launcher;
+    fastvit.kernels.<module>'s of the operator's name, if not said. As an operator it returns empty tensors, like its
+    first argument, for None, and no two that share memory.
     """
 
-    name: str
-    check: Callable[..., None]
-    unsupported: Callable[..., list[str]]
-    torch: Callable[..., torch.Tensor]
-    triton: Callable[..., torch.Tensor]
-    product: Callable[..., tuple[torch.dtype, tuple[torch.Tensor, ...]]] | None = None
-    others: dict[str, Callable[..., torch.Tensor]] = field(default_factory=dict)
+    def __init__(self, module: str, schema: str, fake: Callable, launch: Callable | None = None):
+        self.name = schema.partition("(")[0]
+        self._module, self._launch = module, launch
+        _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _LIBRARY.impl(self.name, self._run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"fastvit::{self.name}", fake, lib=_LIBRARY)
+        self.operator = getattr(torch.ops.fastvit, self.name).default
 
-    def candidates(self, args) -> dict[str, Callable[..., torch.Tensor]]:
-        """Every way to run a call, by name, ours first."""
-        found = {KERNELS: self.triton, "torch": self.torch, **self.others}
-        if self.product is not None and needs_grad(*self.product(*args)[1]):
-            found[LIBRARY_GRADIENTS] = partial(self.triton, by_library=True)
-        return found
+    def of(self, tensor: torch.Tensor) -> Callable:
+        """What to call for tensors like this one."""
+        if (
+            torch.compiler.is_compiling()
+            or type(tensor) not in _PLAIN
+            or torch._C._len_torch_dispatch_stack()
+            or torch._C._get_tracing_state() is not None
+        ):
+            return self.operator
+        return self._launch or self._resolve()
 
-    def unmeasured(self, args) -> tuple[str, str]:
-        """The candidate under "auto" where nothing was measured, and why it is not all kernels."""
-        if self.product is None:
-            return KERNELS, ""
-        dtype, weights = self.product(*args)
-        if dtype == torch.float32:
-            return "torch", "no measurement says that the kernels' products are faster in float32"
-        if needs_grad(*weights):
-            return LIBRARY_GRADIENTS, "no measurement says that the kernels' weight gradients are faster"
-        return KERNELS, ""
+    def _resolve(self) -> Callable:
+        self._launch = getattr(launchers(self._module), self.name)
+        return self._launch
 
-    def __call__(self, *args):
-        self.check(*args)
-        if _watcher is not None:
-            _watcher(self, args)
-        if dispatch.torch_without_question(args[0].device.type):
-            return self.torch(*args)
-        if not dispatch.wants_triton(self.name, self.unsupported(*args)):
-            return self.torch(*args)
-        name = self._choice(args, measure=True)
-        if name == KERNELS:
-            return self.triton(*args)
-        if name == LIBRARY_GRADIENTS:
-            return self.triton(*args, by_library=True)
-        return self.torch(*args) if name == "torch" else self.others[name](*args)
-
-    def _choice(self, args, measure: bool = False) -> str:
-        """The candidate to run where the kernels can: under "auto", the one that was measured to be the fastest, if any
-        was. measure: it may be measured now."""
-        device = args[0].device
-        tracing = torch.compiler.is_compiling() or isinstance(args[0], FakeTensor)
-        if measure and tuned.mode() == "measure" and not tracing and dispatch.can_measure(device):
-            importlib.import_module("fastvit.tune").tune_missing(self, args)
-        if dispatch.requested_backend() != "auto":
-            return KERNELS
-        unmeasured, _ = self.unmeasured(args)
-        # Tables are read while tracing too, but by `measured_candidate` alone, which the compiler does not look into.
-        if tuned.mode() == "off" or not (tracing or tuned.table(device).choices.get(self.name, set()) - {unmeasured}):
-            return unmeasured
-        if self._strided(args) or (tracing and not self._static(args)):
-            return unmeasured
-        name = dispatch.measured_candidate(device, self.key(args))
-        return name if name in self.candidates(args) else unmeasured
-
-    def _strided(self, args) -> bool:
-        """Whether a tensor is not dense, as all that were measured are."""
-        return not all(a.is_contiguous() for a in args if isinstance(a, torch.Tensor))
-
-    def _static(self, args) -> bool:
-        """Whether all sizes are known while tracing: a graph for any size cannot follow what was measured at one."""
-        from torch.fx.experimental.symbolic_shapes import (
-            has_static_value,  # slow to import, but the compiler has done it
-        )
-
-        return all(has_static_value(size) for a in args if isinstance(a, torch.Tensor) for size in a.shape)
-
-    def key(self, args) -> str:
-        """What a measurement of this call stands for: calls of the same op, shapes, dtypes and gradients; "first" is
-        the first tensor once more: x as its own residual, which the kernels fuse."""
-        parts = [self.name]
-        gradients = torch.is_grad_enabled()
-        for value in args:
-            if value is args[0] and len(parts) > 1:
-                parts.append("first")
-            elif isinstance(value, torch.Tensor):
-                sizes = "x".join([str(size) for size in value.shape])
-                gradient = "+grad" if gradients and value.requires_grad else ""
-                parts.append(f"{str(value.dtype).removeprefix('torch.')}[{sizes}]{gradient}")
-            elif value is None or isinstance(value, str):
-                parts.append(value or "-")
-        if autocasting(args[0]):
-            parts.append(f"autocast={str(torch.get_autocast_dtype(args[0].device.type)).removeprefix('torch.')}")
-        return " ".join(parts)
-
-    def explain(self, *args) -> dispatch.Explanation:
-        """What a call would do under "auto", and why; under "triton", a call for which there are reasons raises them.
-        Raises what `check` raises."""
-        self.check(*args)
-        device = args[0].device
-        at_once = dispatch.torch_without_question(device.type)
-        if reasons := ([at_once] if at_once else []) + self.unsupported(*args):
-            return dispatch.Explanation(self.name, "torch", tuple(reasons), "torch", ())
-        if dispatch.requested_backend() != "auto":
-            return dispatch.Explanation(self.name, KERNELS, (), KERNELS, ())
-        if self._strided(args):
-            evidence = ("nothing for tensors that are not contiguous: heuristics decide",)
-        else:
-            evidence = dispatch.evidence(device, self.key(args))
-        name, (unmeasured, why) = self._choice(args), self.unmeasured(args)
-        if name != unmeasured:
-            why = f"{name} was measured to be faster"
-        backend = KERNELS if name in (KERNELS, LIBRARY_GRADIENTS) else "torch"
-        return dispatch.Explanation(self.name, backend, () if name == KERNELS else (why,), name, evidence)
+    def _run(self, *args):
+        found = (self._launch or self._resolve())(*args)
+        if isinstance(found, torch.Tensor):
+            return found
+        memory: set[int] = set()
+        results = []
+        for value in found:
+            value = args[0].new_empty(0) if value is None else value
+            where = value.untyped_storage().data_ptr()
+            results.append(value.clone() if where in memory or value.storage_offset() else value)
+            memory.add(where)
+        return tuple(results)
 
 
-_watcher: Callable[[Op, tuple], None] | None = None
+def launchers(module: str) -> ModuleType:
+    """fastvit.kernels.<module>, its launches following the tables of what was measured, in a repaired interpreter if in
+    one."""
+    _connect()
+    return importlib.import_module(f"fastvit.kernels.{module}")
 
 
-@contextlib.contextmanager
-def watching(callback: Callable[[Op, tuple], None]) -> Iterator[None]:
-    """In the `with` body, callback(op, args) is called at every call of an op, before it runs."""
-    global _watcher
-    before, _watcher = _watcher, callback
-    try:
-        yield
-    finally:
-        _watcher = before
+@functools.cache
+def _connect() -> None:
+    choice = importlib.import_module("fastvit.kernels.launch.choice")
+    choice.set_table(tuned.lookup)
+    tuned.on_change(lambda: choice.set_table(tuned.lookup))  # what was chosen is forgotten
+    if dispatch.interpreting():
+        importlib.import_module("fastvit.interpret").repaired()
 
 
 def check_tensors(op: str, optional: tuple[str, ...] = (), **tensors: torch.Tensor | None) -> None:
@@ -211,12 +139,6 @@ def check_scales(op: str, x: torch.Tensor, outputs: int, layer_scale, drop_path_
         raise ValueError(f"{op}: drop_path_scale requires grad, but is not differentiable")
 
 
-def autocasting(x: torch.Tensor) -> bool:
-    """Whether autocast is on for x's device and would cast what goes into a linear layer."""
-    device = x.device.type
-    return device in ("cuda", "cpu", "mps", "xpu") and torch.is_autocast_enabled(device) and x.dtype != torch.float64
-
-
 def cast(x: torch.Tensor, *tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
     """The tensors as autocast would feed them to a linear layer beside x: in its dtype when it is on."""
     if not autocasting(x):
@@ -244,11 +166,6 @@ def statistics_dtype(x: torch.Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def needs_grad(*tensors: torch.Tensor | None) -> bool:
-    """Whether a backward pass through these tensors may come."""
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
-
-
 def rows(x: torch.Tensor) -> torch.Tensor:
     """x (..., D) as (M, D) with unit stride along D; copied only where its strides leave no other way."""
     x = x.flatten(0, -2)
@@ -260,36 +177,20 @@ def dense(tensor: torch.Tensor | None) -> torch.Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-_one_at_a_time = threading.RLock()
-
-
-def on_device_of(tensor: torch.Tensor):
-    """Context in which Triton launches on the tensor's device, with the configs that were measured for it; in the
-    interpreter, repaired, which knows one launch only, other threads wait."""
-    tuned.install()
-    if tensor.is_cuda:
-        return torch.cuda.device(tensor.device)
-    if dispatch.interpreting():
-        from fastvit import interpret
-
-        interpret.repaired()
-    return _one_at_a_time
-
-
 def gradients(values, likes) -> tuple[torch.Tensor, ...]:
-    """A launcher's gradients in the dtypes of what they are the gradients of; an empty tensor where there is none,
-    because a custom op cannot return None."""
-    absent = likes[0]
+    """A launcher's gradients in the dtypes of what they are the gradients of; None where there is none."""
     return tuple(
-        absent.new_empty(0) if value is None else value.to(like.dtype)
-        for value, like in zip(values, likes, strict=True)
+        [
+            value if value is None or value.dtype == like.dtype else value.to(like.dtype)
+            for value, like in zip(values, likes, strict=True)
+        ]
     )
 
 
-def fake_gradients(likes, needed) -> tuple[torch.Tensor, ...]:
-    """What `gradients` returns, as far as shapes and dtypes go."""
+def fake_gradients(given: torch.Tensor, likes, needed) -> tuple[torch.Tensor, ...]:
+    """What an operator returns of `gradients`, as far as shapes and dtypes go; given: its first argument."""
     return tuple(
-        like.new_empty(like.shape) if need else likes[0].new_empty(0) for like, need in zip(likes, needed, strict=True)
+        like.new_empty(like.shape) if need else given.new_empty(0) for like, need in zip(likes, needed, strict=True)
     )
 
 
@@ -318,5 +219,5 @@ def again_differentiable(function: Callable, inputs: tuple, needs, dout: torch.T
 
 
 def or_none(values, needed) -> tuple[torch.Tensor | None, ...]:
-    """Undo `gradients`: None for each that was not needed."""
-    return tuple(value if need else None for value, need in zip(values, needed, strict=True))
+    """None for each gradient that was not needed, where an operator has an empty tensor."""
+    return tuple([value if need else None for value, need in zip(values, needed, strict=True)])

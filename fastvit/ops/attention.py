@@ -1,6 +1,8 @@
 """Multi-head self-attention over packed qkv as one op; see `fastvit.reference.attention` and
 `fastvit.kernels.attention`."""
 
+from __future__ import annotations
+
 from functools import partial
 
 import torch
@@ -8,53 +10,44 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastvit import dispatch
+from fastvit.dispatch import Op
 
 from . import _common
-from ._common import Op, on_device_of, statistics_dtype
+from ._common import Operator, launchers, statistics_dtype
 
 MAX_HEAD_DIM = 128
 
 
-@torch.library.custom_op("fastvit::attention_forward", mutates_args=())
-def attention_forward(
-    qkv: torch.Tensor, scale: float, key_padding_mask: torch.Tensor | None, attn_bias: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    from fastvit.kernels import attention as kernels
-
-    with on_device_of(qkv):
-        return kernels.attention_forward(qkv, scale, key_padding_mask, attn_bias)
-
-
-@attention_forward.register_fake
-def _(qkv, scale, key_padding_mask, attn_bias):
+def _fake_forward(qkv, scale, key_padding_mask, attn_bias):
     batch, tokens, _, heads, head_dim = qkv.shape
     lse = qkv.new_empty(batch, heads, tokens, dtype=statistics_dtype(qkv))
     return qkv.new_empty(batch, tokens, heads * head_dim), lse
 
 
-@torch.library.custom_op("fastvit::attention_backward", mutates_args=())
-def attention_backward(
-    dout: torch.Tensor,
-    qkv: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    scale: float,
-    key_padding_mask: torch.Tensor | None,
-    attn_bias: torch.Tensor | None,
-    needs_bias: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    from fastvit.kernels import attention as kernels
-
-    with on_device_of(qkv):
-        dqkv, dbias = kernels.attention_backward(dout, qkv, out, lse, scale, key_padding_mask, attn_bias, needs_bias)
-        if needs_bias:
-            dbias = dbias.sum_to_size(attn_bias.shape)
-        return _common.gradients((dqkv, dbias), (qkv, attn_bias))
+def _backward(dout, qkv, out, lse, scale, key_padding_mask, attn_bias, needs_bias):
+    launch = launchers("attention").attention_backward
+    dqkv, dbias = launch(dout, qkv, out, lse, scale, key_padding_mask, attn_bias, needs_bias)
+    if needs_bias:
+        dbias = dbias.sum_to_size(attn_bias.shape)
+    return _common.gradients((dqkv, dbias), (qkv, attn_bias))
 
 
-@attention_backward.register_fake
-def _(dout, qkv, out, lse, scale, key_padding_mask, attn_bias, needs_bias):
-    return _common.fake_gradients((qkv, attn_bias), (True, needs_bias))
+def _fake_backward(dout, qkv, out, lse, scale, key_padding_mask, attn_bias, needs_bias):
+    return _common.fake_gradients(dout, (qkv, attn_bias), (True, needs_bias))
+
+
+FORWARD = Operator(
+    "attention",
+    "attention_forward(Tensor qkv, float scale, Tensor? key_padding_mask, Tensor? attn_bias) -> (Tensor, Tensor)",
+    _fake_forward,
+)
+BACKWARD = Operator(
+    "attention",
+    "attention_backward(Tensor dout, Tensor qkv, Tensor out, Tensor lse, float scale, Tensor? key_padding_mask,"
+    " Tensor? attn_bias, bool needs_bias) -> (Tensor, Tensor)",
+    _fake_backward,
+    _backward,
+)
 
 
 class AttentionFunction(torch.autograd.Function):
@@ -63,7 +56,7 @@ class AttentionFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, qkv, scale, key_padding_mask, attn_bias):
-        out, lse = attention_forward(qkv, scale, key_padding_mask, attn_bias)
+        out, lse = FORWARD.of(qkv)(qkv, scale, key_padding_mask, attn_bias)
         ctx.save_for_backward(qkv, out, lse, key_padding_mask, attn_bias)
         ctx.scale = scale
         return out
@@ -80,7 +73,8 @@ class AttentionFunction(torch.autograd.Function):
             dqkv, dbias = _common.again_differentiable(attention, (qkv, attn_bias), (needs_qkv, needs_bias), dout)
             return dqkv, None, None, dbias
         dout = dout if dout.stride(-1) == 1 else dout.contiguous()
-        dqkv, dbias = attention_backward(dout, qkv, out, lse, ctx.scale, key_padding_mask, attn_bias, needs_bias)
+        given = (qkv, out, lse, ctx.scale, key_padding_mask, attn_bias, needs_bias)
+        dqkv, dbias = BACKWARD.of(dout)(dout, *given)
         return dqkv if needs_qkv else None, None, None, dbias if needs_bias else None
 
 
@@ -141,11 +135,11 @@ def _sdpa(qkv, scale, key_padding_mask, attn_bias, dropout_p=0.0):
     return out.transpose(1, 2).flatten(2)
 
 
-def _triton(qkv, scale, key_padding_mask, attn_bias, dropout_p):
-    scale = qkv.shape[-1] ** -0.5 if scale is None else scale
+def _prepare(qkv, scale, key_padding_mask, attn_bias, dropout_p):
+    scale = float(qkv.shape[-1] ** -0.5 if scale is None else scale)
     qkv = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
     (qkv,) = _common.cast(qkv, qkv)
-    return AttentionFunction.apply(qkv, scale, key_padding_mask, attn_bias)
+    return qkv, scale, key_padding_mask, attn_bias
 
 
 def _pinned(backend: SDPBackend, *args):
@@ -175,10 +169,17 @@ def _product(qkv, scale, key_padding_mask, attn_bias, dropout_p):
     return _common.compute_dtype(qkv, qkv), ()
 
 
-OP = Op("attention", _check, _unsupported, _torch, _triton, _product, _SDPA)
+OP = Op("attention", _check, _unsupported, _torch, AttentionFunction, _prepare, _product, _SDPA)
 
 
-def attention(qkv, *, scale=None, key_padding_mask=None, attn_bias=None, dropout_p=0.0):
+def attention(
+    qkv: torch.Tensor,
+    *,
+    scale: float | None = None,
+    key_padding_mask: torch.Tensor | None = None,
+    attn_bias: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> torch.Tensor:
     """Multi-head self-attention, softmax(q k^T * scale + attn_bias) v (arXiv 1706.03762, 2205.14135).
 
     qkv (B, N, 3, H, d) of any strides; scale defaults to d ** -0.5; key_padding_mask (B, N) bool, True = attend;
@@ -189,4 +190,5 @@ def attention(qkv, *, scale=None, key_padding_mask=None, attn_bias=None, dropout
     accurate than both. Raises TypeError for a dtype or a scale that is no number, ValueError for a shape, value or
     device that does not fit, before any launch.
     """
-    return OP(qkv, scale, key_padding_mask, attn_bias, dropout_p)
+    run, args = dispatch.choose(OP, (qkv, scale, key_padding_mask, attn_bias, dropout_p))
+    return run(*args)

@@ -1,46 +1,46 @@
 """LayerNorm as an op; see `fastvit.reference.layer_norm` for the formula and `fastvit.kernels.layer_norm`."""
 
+from __future__ import annotations
+
 from functools import partial
 
 import torch
 
 from fastvit import dispatch, reference
+from fastvit.dispatch import Op
 
 from . import _common
-from ._common import Op, dense, on_device_of, or_none, rows, statistics_dtype
+from ._common import Operator, dense, launchers, or_none, rows, statistics_dtype
 
 MAX_COLUMNS = 8192  # the kernels hold whole rows in registers
 
 
-@torch.library.custom_op("fastvit::layer_norm_forward", mutates_args=())
-def layer_norm_forward(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    from fastvit.kernels import layer_norm as kernels
-
-    with on_device_of(x):
-        return kernels.layer_norm_forward(x, weight, bias, eps)
-
-
-@layer_norm_forward.register_fake
-def _(x, weight, bias, eps):
+def _fake_forward(x, weight, bias, eps):
     statistics = x.new_empty(x.shape[0], dtype=statistics_dtype(x))
     return x.new_empty(x.shape), statistics, torch.empty_like(statistics)
 
 
-@torch.library.custom_op("fastvit::layer_norm_backward", mutates_args=())
-def layer_norm_backward(
-    dy: torch.Tensor, x: torch.Tensor, mean: torch.Tensor, rstd: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    from fastvit.kernels import layer_norm as kernels
-
-    with on_device_of(x):
-        return _common.gradients(kernels.layer_norm_backward(dy, x, mean, rstd, weight), (x, weight, bias))
+def _backward(dy, x, mean, rstd, weight, bias):
+    kernels = launchers("layer_norm")
+    return _common.gradients(kernels.layer_norm_backward(dy, x, mean, rstd, weight), (x, weight, bias))
 
 
-@layer_norm_backward.register_fake
-def _(dy, x, mean, rstd, weight, bias):
-    return _common.fake_gradients((x, weight, bias), (True, True, True))
+def _fake_backward(dy, x, mean, rstd, weight, bias):
+    return _common.fake_gradients(dy, (x, weight, bias), (True, True, True))
+
+
+FORWARD = Operator(
+    "layer_norm",
+    "layer_norm_forward(Tensor x, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor, Tensor)",
+    _fake_forward,
+)
+BACKWARD = Operator(
+    "layer_norm",
+    "layer_norm_backward(Tensor dy, Tensor x, Tensor mean, Tensor rstd, Tensor weight, Tensor bias)"
+    " -> (Tensor, Tensor, Tensor)",
+    _fake_backward,
+    _backward,
+)
 
 
 class LayerNormFunction(torch.autograd.Function):
@@ -48,7 +48,7 @@ class LayerNormFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, eps):
-        y, mean, rstd = layer_norm_forward(rows(x), weight, bias, eps)
+        y, mean, rstd = FORWARD.of(x)(rows(x), weight, bias, eps)
         ctx.save_for_backward(x, mean, rstd, weight, bias)
         ctx.eps = eps
         return y.view(x.shape)
@@ -60,11 +60,11 @@ class LayerNormFunction(torch.autograd.Function):
         if _common.differentiating_again(dy):
             norm = partial(reference.layer_norm, eps=ctx.eps)
             return *_common.again_differentiable(norm, (x, weight, bias), needs, dy), None
-        dx, dweight, dbias = layer_norm_backward(rows(dy), rows(x), mean, rstd, weight, bias)
+        dx, dweight, dbias = BACKWARD.of(dy)(rows(dy), rows(x), mean, rstd, weight, bias)
         return *or_none((dx.view(dy.shape), dweight, dbias), needs), None
 
 
-def check_norm(op: str, x, weight, bias, eps) -> None:
+def check_norm(op: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> None:
     """Raise ValueError unless x, norm weight and norm bias fit together, and eps is one; TypeError for no number."""
     _common.check_number(op, "eps", eps, positive=True)
     if x.dim() < 2:
@@ -73,7 +73,7 @@ def check_norm(op: str, x, weight, bias, eps) -> None:
     _common.check_shape(op, "norm bias", bias, x.shape[-1:], "(D,)")
 
 
-def unsupported_norm(x) -> list[str]:
+def unsupported_norm(x: torch.Tensor) -> list[str]:
     """Why the kernels cannot normalise rows of x."""
     reasons = []
     if x.shape[-1] > MAX_COLUMNS:
@@ -98,21 +98,21 @@ def _unsupported(x, weight, bias, eps):
 
 def _as_autocast(x):
     """torch's table for CUDA: norms run in float32 and return it."""
-    return x.float() if _common.autocasting(x) and x.is_cuda else x
+    return x.float() if dispatch.autocasting(x) and x.is_cuda else x
 
 
 def _torch(x, weight, bias, eps):
     return reference.layer_norm(_as_autocast(x), weight, bias, eps)
 
 
-def _triton(x, weight, bias, eps):
-    return LayerNormFunction.apply(_as_autocast(x), dense(weight), dense(bias), eps)
+def _prepare(x, weight, bias, eps):
+    return _as_autocast(x), dense(weight), dense(bias), float(eps)
 
 
-OP = Op("layer_norm", _check, _unsupported, _torch, _triton)
+OP = Op("layer_norm", _check, _unsupported, _torch, LayerNormFunction, _prepare)
 
 
-def layer_norm(x, weight, bias, eps=1e-6):
+def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
     """LayerNorm over the last axis (arXiv 1607.06450): (x - mean) / sqrt(var + eps) * weight + bias.
 
     x (..., D) of any strides, weight and bias (D,), floating-point; statistics in float32. Returns (..., D) in x's
@@ -121,4 +121,5 @@ def layer_norm(x, weight, bias, eps=1e-6):
     the bias or as NaN, as torch's own does, which of them being up to the back end. Raises TypeError for a dtype or an
     eps that is no number, ValueError for a shape, device or eps that does not fit, before any launch.
     """
-    return OP(x, weight, bias, eps)
+    run, args = dispatch.choose(OP, (x, weight, bias, eps))
+    return run(*args)

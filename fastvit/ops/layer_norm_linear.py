@@ -1,69 +1,51 @@
 """linear(layer_norm(x)) as one op; see `fastvit.reference.layer_norm_linear` and
 `fastvit.kernels.layer_norm_linear`."""
 
+from __future__ import annotations
+
 from functools import partial
 
 import torch
 
 from fastvit import dispatch, reference
+from fastvit.dispatch import Op
 
 from . import _common
-from ._common import Op, dense, on_device_of, or_none, rows, statistics_dtype
+from ._common import Operator, dense, launchers, or_none, rows, statistics_dtype
 from .layer_norm import check_norm, unsupported_norm
 
 
-@torch.library.custom_op("fastvit::layer_norm_linear_forward", mutates_args=())
-def layer_norm_linear_forward(
-    x: torch.Tensor,
-    norm_weight: torch.Tensor,
-    norm_bias: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    eps: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    from fastvit.kernels import layer_norm_linear as kernels
-
-    with on_device_of(x):
-        return kernels.layer_norm_linear_forward(x, norm_weight, norm_bias, weight, bias, eps)
-
-
-@layer_norm_linear_forward.register_fake
-def _(x, norm_weight, norm_bias, weight, bias, eps):
+def _fake_forward(x, norm_weight, norm_bias, weight, bias, eps):
     statistics = x.new_empty(x.shape[0], dtype=statistics_dtype(x))
     return weight.new_empty(x.shape[0], weight.shape[0]), statistics, torch.empty_like(statistics)
 
 
-@torch.library.custom_op("fastvit::layer_norm_linear_backward", mutates_args=())
-def layer_norm_linear_backward(
-    dy: torch.Tensor,
-    x: torch.Tensor,
-    mean: torch.Tensor,
-    rstd: torch.Tensor,
-    norm_weight: torch.Tensor,
-    norm_bias: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    eps: float,
-    by_library: bool,
-    needs_norm: bool,
-    needs_weight: bool,
-    needs_bias: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    from fastvit.kernels import layer_norm_linear as kernels
-
-    with on_device_of(x):
-        needs = (needs_norm, needs_weight, needs_bias)
-        grads = kernels.layer_norm_linear_backward(
-            dy, x, mean, rstd, norm_weight, norm_bias, weight, eps, needs, by_library=by_library
-        )
-        return _common.gradients(grads, (x, norm_weight, norm_bias, weight, bias))
+def _backward(dy, x, mean, rstd, norm_weight, norm_bias, weight, bias, eps, by_library, needs):
+    kernels = launchers("layer_norm_linear")
+    grads = kernels.layer_norm_linear_backward(
+        dy, x, mean, rstd, norm_weight, norm_bias, weight, eps, needs, by_library=by_library
+    )
+    return _common.gradients(grads, (x, norm_weight, norm_bias, weight, bias))
 
 
-@layer_norm_linear_backward.register_fake
-def _(dy, x, mean, rstd, norm_weight, norm_bias, weight, bias, eps, by_library, needs_norm, needs_weight, needs_bias):
-    likes = (x, norm_weight, norm_bias, weight, bias)
-    needed = (needs_norm, needs_norm, needs_norm, needs_weight, needs_bias)
-    return _common.fake_gradients(likes, needed)
+def _fake_backward(dy, x, mean, rstd, norm_weight, norm_bias, weight, bias, eps, by_library, needs):
+    return _common.fake_gradients(dy, (x, norm_weight, norm_bias, weight, bias), (needs[0], needs[0], *needs))
+
+
+FORWARD = Operator(
+    "layer_norm_linear",
+    "layer_norm_linear_forward(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor weight, Tensor? bias, float eps)"
+    " -> (Tensor, Tensor, Tensor)",
+    _fake_forward,
+)
+BACKWARD = Operator(
+    "layer_norm_linear",
+    "layer_norm_linear_backward(Tensor dy, Tensor x, Tensor mean, Tensor rstd, Tensor norm_weight, Tensor norm_bias,"
+    " Tensor weight, Tensor? bias, float eps, bool by_library, bool[] needs)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _fake_backward,
+    _backward,
+)
 
 
 class LayerNormLinearFunction(torch.autograd.Function):
@@ -72,7 +54,7 @@ class LayerNormLinearFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, norm_weight, norm_bias, weight, bias, eps, by_library=False):
-        y, mean, rstd = layer_norm_linear_forward(rows(x), norm_weight, norm_bias, weight, bias, eps)
+        y, mean, rstd = FORWARD.of(x)(rows(x), norm_weight, norm_bias, weight, bias, eps)
         ctx.save_for_backward(x, mean, rstd, norm_weight, norm_bias, weight, bias)
         ctx.eps, ctx.by_library = eps, by_library
         return y.view(*x.shape[:-1], weight.shape[0])
@@ -84,9 +66,8 @@ class LayerNormLinearFunction(torch.autograd.Function):
         if _common.differentiating_again(dy):
             function = partial(reference.layer_norm_linear, eps=ctx.eps)
             return *_common.again_differentiable(function, (x, *parameters), needs, dy), None, None
-        dx, *grads = layer_norm_linear_backward(
-            rows(dy), rows(x), mean, rstd, *parameters, ctx.eps, ctx.by_library, any(needs[:3]), *needs[3:]
-        )
+        how = (ctx.eps, ctx.by_library, [any(needs[:3]), *needs[3:]])
+        dx, *grads = BACKWARD.of(dy)(rows(dy), rows(x), mean, rstd, *parameters, *how)
         dx = dx.view(x.shape) if needs[0] else dx
         return *or_none((dx, *grads), needs), None, None
 
@@ -112,21 +93,27 @@ def _torch(x, norm_weight, norm_bias, weight, bias, eps):
     return reference.layer_norm_linear(x, norm_weight, norm_bias, weight, bias, eps=eps)
 
 
-def _triton(x, norm_weight, norm_bias, weight, bias, eps, by_library=False):
+def _prepare(x, norm_weight, norm_bias, weight, bias, eps, by_library=False):
     weight, bias = _common.cast(x, weight, bias)
-    return LayerNormLinearFunction.apply(
-        x, dense(norm_weight), dense(norm_bias), dense(weight), dense(bias), eps, by_library
-    )
+    return x, dense(norm_weight), dense(norm_bias), dense(weight), dense(bias), float(eps), by_library
 
 
 def _product(x, norm_weight, norm_bias, weight, bias, eps):
     return _common.compute_dtype(x, weight), (weight,)
 
 
-OP = Op("layer_norm_linear", _check, _unsupported, _torch, _triton, _product)
+OP = Op("layer_norm_linear", _check, _unsupported, _torch, LayerNormLinearFunction, _prepare, _product)
 
 
-def layer_norm_linear(x, norm_weight, norm_bias, weight, bias=None, *, eps=1e-6):
+def layer_norm_linear(
+    x: torch.Tensor,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+) -> torch.Tensor:
     """linear(layer_norm(x)) without a normalised tensor in memory.
 
     x (..., D) of any strides, in weight's dtype or wider (a float32 residual stream beside bfloat16 weights);
@@ -134,4 +121,5 @@ def layer_norm_linear(x, norm_weight, norm_bias, weight, bias=None, *, eps=1e-6)
     autocast's when it is on. Statistics and sums in float32; the normalised values are rounded once, to weight's
     dtype. Raises TypeError for a dtype, ValueError for a shape or device that does not fit, before any launch.
     """
-    return OP(x, norm_weight, norm_bias, weight, bias, eps)
+    run, args = dispatch.choose(OP, (x, norm_weight, norm_bias, weight, bias, eps))
+    return run(*args)

@@ -1,161 +1,63 @@
 """residual + drop_path_scale * layer_scale * fc2(activation(fc1(layer_norm(x)))) as one op; see
 `fastvit.reference.layer_norm_mlp` and `fastvit.kernels.layer_norm_mlp`."""
 
+from __future__ import annotations
+
 import torch
 
 from fastvit import dispatch, reference
+from fastvit.dispatch import Op
 
 from . import _common
-from ._common import Op, dense, on_device_of, or_none, rows, statistics_dtype
+from ._common import Operator, dense, launchers, or_none, rows, statistics_dtype
 from .layer_norm import check_norm, unsupported_norm
-from .linear_residual import residual_dtype
+from .linear_residual import sum_dtype
 
 ACTIVATIONS = tuple(sorted(reference.ops.ACTIVATIONS))
 
 
-@torch.library.custom_op("fastvit::layer_norm_mlp_forward", mutates_args=())
-def layer_norm_mlp_forward(
-    x: torch.Tensor,
-    norm_weight: torch.Tensor,
-    norm_bias: torch.Tensor,
-    fc1_weight: torch.Tensor,
-    fc1_bias: torch.Tensor | None,
-    fc2_weight: torch.Tensor,
-    fc2_bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    layer_scale: torch.Tensor | None,
-    drop_path_scale: torch.Tensor | None,
-    residual_is_x: bool,
-    eps: float,
-    activation: str,
-    keep_preactivation: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    from fastvit.kernels import layer_norm_mlp as kernels
-
-    added = x if residual_is_x else residual
-    with on_device_of(x):
-        out, mean, rstd, preactivation = kernels.layer_norm_mlp_forward(
-            x,
-            norm_weight,
-            norm_bias,
-            fc1_weight,
-            fc1_bias,
-            fc2_weight,
-            fc2_bias,
-            added,
-            layer_scale,
-            drop_path_scale,
-            eps,
-            activation,
-            residual_dtype(added, fc2_weight),
-            keep_preactivation,
-        )
-        return out, mean, rstd, fc1_weight.new_empty(0, 0) if preactivation is None else preactivation
-
-
-@layer_norm_mlp_forward.register_fake
-def _(
-    x,
-    norm_weight,
-    norm_bias,
-    fc1_weight,
-    fc1_bias,
-    fc2_weight,
-    fc2_bias,
-    residual,
-    layer_scale,
-    drop_path_scale,
-    residual_is_x,
-    eps,
-    activation,
-    keep_preactivation,
-):
+def _fake_forward(x, *others):
+    _, _, fc1_weight, _, fc2_weight, *_, keep_preactivation, out_dtype = others
     tokens, hidden = x.shape[0], fc1_weight.shape[0]
-    out = x.new_empty(tokens, fc2_weight.shape[0], dtype=residual_dtype(x if residual_is_x else residual, fc2_weight))
+    out = x.new_empty(tokens, fc2_weight.shape[0], dtype=out_dtype)
     statistics = x.new_empty(tokens, dtype=statistics_dtype(x))
-    kept = (tokens, hidden) if keep_preactivation else (0, 0)
-    return out, statistics, torch.empty_like(statistics), fc1_weight.new_empty(kept)
+    kept = fc1_weight.new_empty((tokens, hidden)) if keep_preactivation else x.new_empty(0)
+    return out, statistics, torch.empty_like(statistics), kept
 
 
-@torch.library.custom_op("fastvit::layer_norm_mlp_backward", mutates_args=())
-def layer_norm_mlp_backward(
-    dout: torch.Tensor,
-    x: torch.Tensor,
-    mean: torch.Tensor,
-    rstd: torch.Tensor,
-    preactivation: torch.Tensor,
-    norm_weight: torch.Tensor,
-    norm_bias: torch.Tensor,
-    fc1_weight: torch.Tensor,
-    fc1_bias: torch.Tensor | None,
-    fc2_weight: torch.Tensor,
-    fc2_bias: torch.Tensor | None,
-    layer_scale: torch.Tensor | None,
-    drop_path_scale: torch.Tensor | None,
-    eps: float,
-    activation: str,
-    residual_is_x: bool,
-    by_library: bool,
-    needs: list[bool],
-) -> tuple[
-    torch.Tensor,
-    torch.Tensor,
-    torch.Tensor,
-    torch.Tensor,
-    torch.Tensor,
-    torch.Tensor,
-    torch.Tensor,
-    torch.Tensor,
-]:
-    from fastvit.kernels import layer_norm_mlp as kernels
-
-    with on_device_of(x):
-        grads = kernels.layer_norm_mlp_backward(
-            dout,
-            x,
-            mean,
-            rstd,
-            preactivation,
-            norm_weight,
-            norm_bias,
-            fc1_weight,
-            fc2_weight,
-            fc2_bias,
-            layer_scale,
-            drop_path_scale,
-            eps,
-            activation,
-            residual_is_x,
-            needs,
-            by_library,
-        )
-        likes = (x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale)
-        return _common.gradients(grads, likes)
-
-
-@layer_norm_mlp_backward.register_fake
-def _(
-    dout,
-    x,
-    mean,
-    rstd,
-    preactivation,
-    norm_weight,
-    norm_bias,
-    fc1_weight,
-    fc1_bias,
-    fc2_weight,
-    fc2_bias,
-    layer_scale,
-    drop_path_scale,
-    eps,
-    activation,
-    residual_is_x,
-    by_library,
-    needs,
-):
+def _backward(dout, x, mean, rstd, preactivation, *others):
+    norm_weight, norm_bias, fc1_weight, fc1_bias, *second, eps, activation, residual_is_x, by_library, needs = others
+    fc2_weight, fc2_bias, layer_scale, _ = second
+    saved = (dout, x, mean, rstd, preactivation, norm_weight, norm_bias, fc1_weight, *second)
+    launch = launchers("layer_norm_mlp").layer_norm_mlp_backward
+    grads = launch(*saved, eps, activation, residual_is_x, needs, by_library)
     likes = (x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale)
-    return _common.fake_gradients(likes, (needs[0], needs[0], *needs))
+    return _common.gradients(grads, likes)
+
+
+def _fake_backward(dout, x, mean, rstd, preactivation, *others):
+    *parameters, layer_scale, _, _, _, _, _, needs = others
+    return _common.fake_gradients(dout, (x, *parameters, layer_scale), (needs[0], needs[0], *needs))
+
+
+_PARAMETERS = (
+    "Tensor norm_weight, Tensor norm_bias, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias"
+)
+FORWARD = Operator(
+    "layer_norm_mlp",
+    f"layer_norm_mlp_forward(Tensor x, {_PARAMETERS}, Tensor? residual, Tensor? layer_scale, Tensor? drop_path_scale,"
+    " bool residual_is_x, float eps, str activation, bool keep_preactivation,"
+    " ScalarType out_dtype) -> (Tensor, Tensor, Tensor, Tensor)",
+    _fake_forward,
+)
+BACKWARD = Operator(
+    "layer_norm_mlp",
+    f"layer_norm_mlp_backward(Tensor dout, Tensor x, Tensor mean, Tensor rstd, Tensor preactivation, {_PARAMETERS},"
+    " Tensor? layer_scale, Tensor? drop_path_scale, float eps, str activation, bool residual_is_x, bool by_library,"
+    " bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _fake_backward,
+    _backward,
+)
 
 
 class LayerNormMLPFunction(torch.autograd.Function):
@@ -186,39 +88,15 @@ class LayerNormMLPFunction(torch.autograd.Function):
         keep_preactivation,
         by_library=False,
     ):
-        out, mean, rstd, preactivation = layer_norm_mlp_forward(
-            rows(x),
-            norm_weight,
-            norm_bias,
-            fc1_weight,
-            fc1_bias,
-            fc2_weight,
-            fc2_bias,
-            None if residual is None else rows(residual),
-            layer_scale,
-            drop_path_scale,
-            residual_is_x,
-            eps,
-            activation,
-            keep_preactivation,
-        )
-        ctx.save_for_backward(
-            x,
-            mean,
-            rstd,
-            preactivation,
-            norm_weight,
-            norm_bias,
-            fc1_weight,
-            fc1_bias,
-            fc2_weight,
-            fc2_bias,
-            layer_scale,
-            drop_path_scale,
-        )
+        parameters = (norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+        added = (None if residual is None else rows(residual), layer_scale, drop_path_scale, residual_is_x)
+        out_dtype = sum_dtype(x if residual_is_x else residual, fc2_weight)
+        how = (eps, activation, keep_preactivation, out_dtype)
+        out, mean, rstd, preactivation = FORWARD.of(x)(rows(x), *parameters, *added, *how)
+        ctx.save_for_backward(x, mean, rstd, preactivation, *parameters, layer_scale, drop_path_scale)
         ctx.eps, ctx.activation, ctx.residual_is_x, ctx.by_library = eps, activation, residual_is_x, by_library
         ctx.residual_dtype = None if residual is None else residual.dtype
-        return out.view(*x.shape[:-1], fc2_weight.shape[0])
+        return out.view(*x.shape[:-1], out.shape[-1])
 
     @staticmethod
     def backward(ctx, dout):
@@ -243,8 +121,7 @@ class LayerNormMLPFunction(torch.autograd.Function):
             grads = _common.again_differentiable(mlp, (x, *parameters, layer_scale), needed, dout)
         else:
             how = (ctx.eps, ctx.activation, ctx.residual_is_x, ctx.by_library, [any(needed[:3]), *needed[3:]])
-            grads = layer_norm_mlp_backward(rows(dout), rows(x), *saved, *how)
-            grads = or_none(grads, needed)
+            grads = or_none(BACKWARD.of(dout)(rows(dout), rows(x), *saved, *how), needed)
         dx, *first, dlayer_scale = grads
         dx = dx.view(x.shape) if needed[0] else None
         dresidual = dout.to(ctx.residual_dtype) if by_input[7] else None
@@ -294,20 +171,7 @@ def _check(
     _common.check_operands(name, x, fc1_weight=fc1_weight, fc1_bias=fc1_bias, fc2_weight=fc2_weight, fc2_bias=fc2_bias)
 
 
-def _unsupported(
-    x,
-    norm_weight,
-    norm_bias,
-    fc1_weight,
-    fc1_bias,
-    fc2_weight,
-    fc2_bias,
-    eps,
-    activation,
-    residual,
-    layer_scale,
-    drop_path_scale,
-):
+def _unsupported(x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, eps, activation, residual, *_):
     dtypes = [x.dtype, norm_weight.dtype, norm_bias.dtype, _common.compute_dtype(x, fc1_weight)]
     if residual is not None:
         dtypes.append(residual.dtype)
@@ -318,97 +182,42 @@ def _unsupported(
     ]
 
 
-def _torch(
-    x,
-    norm_weight,
-    norm_bias,
-    fc1_weight,
-    fc1_bias,
-    fc2_weight,
-    fc2_bias,
-    eps,
-    activation,
-    residual,
-    layer_scale,
-    drop_path_scale,
-):
-    return reference.layer_norm_mlp(
-        x,
-        norm_weight,
-        norm_bias,
-        fc1_weight,
-        fc1_bias,
-        fc2_weight,
-        fc2_bias,
-        eps=eps,
-        activation=activation,
-        residual=residual,
-        layer_scale=layer_scale,
-        drop_path_scale=drop_path_scale,
-    )
+def _torch(*args):
+    return reference.layer_norm_mlp(**dict(zip(OP.parameters, args, strict=True)))
 
 
-def _triton(
-    x,
-    norm_weight,
-    norm_bias,
-    fc1_weight,
-    fc1_bias,
-    fc2_weight,
-    fc2_bias,
-    eps,
-    activation,
-    residual,
-    layer_scale,
-    drop_path_scale,
-    by_library=False,
-):
-    keep = _common.needs_grad(
-        x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual, layer_scale
-    )
-    fc1_weight, fc1_bias, fc2_weight, fc2_bias = _common.cast(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+def _prepare(x, *others, by_library=False):
+    norm_weight, norm_bias, *layers, eps, activation, residual, layer_scale, drop_path_scale = others
+    keep = dispatch.needs_grad(x, norm_weight, norm_bias, *layers, residual, layer_scale)
+    parameters = [dense(parameter) for parameter in (norm_weight, norm_bias, *_common.cast(x, *layers))]
     residual_is_x = residual is x
-    return LayerNormMLPFunction.apply(
-        x,
-        dense(norm_weight),
-        dense(norm_bias),
-        dense(fc1_weight),
-        dense(fc1_bias),
-        dense(fc2_weight),
-        dense(fc2_bias),
-        None if residual_is_x else residual,
-        dense(layer_scale),
-        dense(drop_path_scale),
-        residual_is_x,
-        eps,
-        activation,
-        keep,
-        by_library,
-    )
+    scales = (dense(layer_scale), dense(drop_path_scale))
+    how = (residual_is_x, float(eps), activation, keep, by_library)
+    return x, *parameters, None if residual_is_x else residual, *scales, *how
 
 
 def _product(x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, *others):
     return _common.compute_dtype(x, fc1_weight), (fc1_weight, fc2_weight)
 
 
-OP = Op("layer_norm_mlp", _check, _unsupported, _torch, _triton, _product)
+OP = Op("layer_norm_mlp", _check, _unsupported, _torch, LayerNormMLPFunction, _prepare, _product)
 
 
 def layer_norm_mlp(
-    x,
-    norm_weight,
-    norm_bias,
-    fc1_weight,
-    fc1_bias,
-    fc2_weight,
-    fc2_bias,
+    x: torch.Tensor,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    fc1_weight: torch.Tensor,
+    fc1_bias: torch.Tensor | None,
+    fc2_weight: torch.Tensor,
+    fc2_bias: torch.Tensor | None,
     *,
-    eps=1e-6,
-    activation="gelu",
-    residual=None,
-    layer_scale=None,
-    drop_path_scale=None,
-):
+    eps: float = 1e-6,
+    activation: str = "gelu",
+    residual: torch.Tensor | None = None,
+    layer_scale: torch.Tensor | None = None,
+    drop_path_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
     """residual + drop_path_scale * layer_scale * fc2(activation(fc1(layer_norm(x)))), in two GEMMs.
 
     x (B, ..., D) of any strides, in the weights' dtype or wider; norm_weight, norm_bias (D,); fc1_weight (M, D),
@@ -418,17 +227,6 @@ def layer_norm_mlp(
     and weights (autocast's when it is on). Keeps the pre-activation for backward and works out the rest again. Raises
     TypeError for a dtype, ValueError for a shape, name or device that does not fit, before any launch.
     """
-    return OP(
-        x,
-        norm_weight,
-        norm_bias,
-        fc1_weight,
-        fc1_bias,
-        fc2_weight,
-        fc2_bias,
-        eps,
-        activation,
-        residual,
-        layer_scale,
-        drop_path_scale,
-    )
+    layers = (norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    run, args = dispatch.choose(OP, (x, *layers, eps, activation, residual, layer_scale, drop_path_scale))
+    return run(*args)

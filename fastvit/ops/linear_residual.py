@@ -1,79 +1,49 @@
 """residual + drop_path_scale * layer_scale * linear(x) as one op; see `fastvit.reference.linear_residual` and
 `fastvit.kernels.linear_residual`."""
 
+from __future__ import annotations
+
 import torch
 
 from fastvit import dispatch, reference
+from fastvit.dispatch import Op
 
 from . import _common
-from ._common import Op, dense, on_device_of, or_none, rows
+from ._common import Operator, dense, launchers, or_none, rows
 
 
-def residual_dtype(residual: torch.Tensor | None, weight: torch.Tensor) -> torch.dtype:
+def sum_dtype(residual: torch.Tensor | None, weight: torch.Tensor) -> torch.dtype:
     """The dtype of residual + branch, the branch in weight's dtype."""
     return weight.dtype if residual is None else torch.promote_types(residual.dtype, weight.dtype)
 
 
-@torch.library.custom_op("fastvit::linear_residual_forward", mutates_args=())
-def linear_residual_forward(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor,
-    layer_scale: torch.Tensor | None,
-    drop_path_scale: torch.Tensor | None,
-) -> torch.Tensor:
-    from fastvit.kernels import linear_residual as kernels
-
-    with on_device_of(x):
-        return kernels.linear_residual_forward(
-            x, weight, bias, residual, layer_scale, drop_path_scale, residual_dtype(residual, weight)
-        )
+def _fake_forward(x, weight, bias, residual, layer_scale, drop_path_scale, out_dtype):
+    return x.new_empty(x.shape[0], weight.shape[0], dtype=out_dtype)
 
 
-@linear_residual_forward.register_fake
-def _(x, weight, bias, residual, layer_scale, drop_path_scale):
-    return x.new_empty(x.shape[0], weight.shape[0], dtype=residual_dtype(residual, weight))
+def _backward(dout, x, weight, bias, layer_scale, drop_path_scale, by_library, needs):
+    launch = launchers("linear_residual").linear_residual_backward
+    grads = launch(dout, x, weight, bias, layer_scale, drop_path_scale, needs, by_library)
+    return _common.gradients(grads, (x, weight, bias, layer_scale))
 
 
-@torch.library.custom_op("fastvit::linear_residual_backward", mutates_args=())
-def linear_residual_backward(
-    dout: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    layer_scale: torch.Tensor | None,
-    drop_path_scale: torch.Tensor | None,
-    by_library: bool,
-    needs_x: bool,
-    needs_weight: bool,
-    needs_bias: bool,
-    needs_layer_scale: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    from fastvit.kernels import linear_residual as kernels
-
-    needs = (needs_x, needs_weight, needs_bias, needs_layer_scale)
-    with on_device_of(x):
-        grads = kernels.linear_residual_backward(dout, x, weight, bias, layer_scale, drop_path_scale, needs, by_library)
-        return _common.gradients(grads, (x, weight, bias, layer_scale))
+def _fake_backward(dout, x, weight, bias, layer_scale, drop_path_scale, by_library, needs):
+    return _common.fake_gradients(dout, (x, weight, bias, layer_scale), needs)
 
 
-@linear_residual_backward.register_fake
-def _(
-    dout,
-    x,
-    weight,
-    bias,
-    layer_scale,
-    drop_path_scale,
-    by_library,
-    needs_x,
-    needs_weight,
-    needs_bias,
-    needs_layer_scale,
-):
-    needed = (needs_x, needs_weight, needs_bias, needs_layer_scale)
-    return _common.fake_gradients((x, weight, bias, layer_scale), needed)
+FORWARD = Operator(
+    "linear_residual",
+    "linear_residual_forward(Tensor x, Tensor weight, Tensor? bias, Tensor residual, Tensor? layer_scale,"
+    " Tensor? drop_path_scale, ScalarType out_dtype) -> Tensor",
+    _fake_forward,
+)
+BACKWARD = Operator(
+    "linear_residual",
+    "linear_residual_backward(Tensor dout, Tensor x, Tensor weight, Tensor? bias, Tensor? layer_scale,"
+    " Tensor? drop_path_scale, bool by_library, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)",
+    _fake_backward,
+    _backward,
+)
 
 
 class LinearResidualFunction(torch.autograd.Function):
@@ -82,7 +52,8 @@ class LinearResidualFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, residual, layer_scale, drop_path_scale, by_library=False):
-        out = linear_residual_forward(rows(x), weight, bias, rows(residual), layer_scale, drop_path_scale)
+        scales, out_dtype = (layer_scale, drop_path_scale), sum_dtype(residual, weight)
+        out = FORWARD.of(x)(rows(x), weight, bias, rows(residual), *scales, out_dtype)
         ctx.save_for_backward(x, weight, bias, layer_scale, drop_path_scale)
         ctx.residual_dtype, ctx.by_library = residual.dtype, by_library
         return out.view(residual.shape)
@@ -101,7 +72,7 @@ class LinearResidualFunction(torch.autograd.Function):
 
             grads = _common.again_differentiable(branch, (x, weight, bias, layer_scale), needs, dout)
         else:
-            grads = linear_residual_backward(rows(dout), rows(x), *saved, ctx.by_library, *needs)
+            grads = BACKWARD.of(dout)(rows(dout), rows(x), *saved, ctx.by_library, needs)
             grads = or_none(grads, needs)
         dx, dweight, dbias, dlayer_scale = grads
         dx = dx.view(x.shape) if needs_x else None
@@ -144,21 +115,27 @@ def _torch(x, weight, bias, residual, layer_scale, drop_path_scale):
     )
 
 
-def _triton(x, weight, bias, residual, layer_scale, drop_path_scale, by_library=False):
+def _prepare(x, weight, bias, residual, layer_scale, drop_path_scale, by_library=False):
     weight, bias = _common.cast(x, weight, bias)
-    return LinearResidualFunction.apply(
-        x, dense(weight), dense(bias), residual, dense(layer_scale), dense(drop_path_scale), by_library
-    )
+    return x, dense(weight), dense(bias), residual, dense(layer_scale), dense(drop_path_scale), by_library
 
 
 def _product(x, weight, bias, residual, layer_scale, drop_path_scale):
     return _common.compute_dtype(x, weight), (weight,)
 
 
-OP = Op("linear_residual", _check, _unsupported, _torch, _triton, _product)
+OP = Op("linear_residual", _check, _unsupported, _torch, LinearResidualFunction, _prepare, _product)
 
 
-def linear_residual(x, weight, bias, residual, *, layer_scale=None, drop_path_scale=None):
+def linear_residual(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor,
+    *,
+    layer_scale: torch.Tensor | None = None,
+    drop_path_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
     """residual + drop_path_scale * layer_scale * linear(x), in one GEMM.
 
     x (B, ..., K) of any strides, in weight's dtype or wider; weight (O, K); bias (O,) or None; residual (B, ..., O);
@@ -167,4 +144,5 @@ def linear_residual(x, weight, bias, residual, *, layer_scale=None, drop_path_sc
     when it is on). Everything after the product is in float32 and rounded once. Raises TypeError for a dtype,
     ValueError for a shape or device that does not fit, before any launch.
     """
-    return OP(x, weight, bias, residual, layer_scale, drop_path_scale)
+    run, args = dispatch.choose(OP, (x, weight, bias, residual, layer_scale, drop_path_scale))
+    return run(*args)

@@ -1,80 +1,61 @@
 """Patch embedding, from image to token sequence, as one op; see `fastvit.reference.patch_embed` and
 `fastvit.kernels.patch_embed`."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 
 from fastvit import dispatch, reference
+from fastvit.dispatch import Op
 
 from . import _common
-from ._common import Op, dense, on_device_of, or_none
+from ._common import Operator, dense, launchers, or_none
 
 
-def _out_dtype(weight, pos_embed, prefix):
+def _tokens_dtype(weight, pos_embed, prefix):
     dtype = weight.dtype
     for rows in (pos_embed, prefix):
         dtype = dtype if rows is None else torch.promote_types(dtype, rows.dtype)
     return dtype
 
 
-@torch.library.custom_op("fastvit::patch_embed_forward", mutates_args=())
-def patch_embed_forward(
-    image: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    pos_embed: torch.Tensor | None,
-    prefix: torch.Tensor | None,
-    mean: list[float] | None,
-    std: list[float] | None,
-) -> torch.Tensor:
-    from fastvit.kernels import patch_embed as kernels
-
-    out_dtype = _out_dtype(weight, pos_embed, prefix)
-    with on_device_of(image):
-        return kernels.patch_embed_forward(image, weight, bias, pos_embed, prefix, mean, std, out_dtype)
-
-
-@patch_embed_forward.register_fake
-def _(image, weight, bias, pos_embed, prefix, mean, std):
+def _fake_forward(image, weight, bias, pos_embed, prefix, mean, std, out_dtype):
     batch, _, height, width = image.shape
     embed_dim, _, patch_height, patch_width = weight.shape
     tokens = height // patch_height * (width // patch_width) + (0 if prefix is None else prefix.shape[0])
-    return weight.new_empty(batch, tokens, embed_dim, dtype=_out_dtype(weight, pos_embed, prefix))
+    return weight.new_empty(batch, tokens, embed_dim, dtype=out_dtype)
 
 
-@torch.library.custom_op("fastvit::patch_embed_backward", mutates_args=())
-def patch_embed_backward(
-    dtokens: torch.Tensor,
-    image: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    pos_embed: torch.Tensor | None,
-    prefix: torch.Tensor | None,
-    mean: list[float] | None,
-    std: list[float] | None,
-    by_library: bool,
-    needs: list[bool],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    from fastvit.kernels import patch_embed as kernels
-
+def _backward(dtokens, image, weight, bias, pos_embed, prefix, mean, std, by_library, needs):
+    launch = launchers("patch_embed").patch_embed_backward
     prefix_rows = 0 if prefix is None else prefix.shape[0]
     needs_image, needs_weight, needs_bias, needs_position, needs_prefix = needs
-    with on_device_of(image):
-        dimage, dweight, by_token = kernels.patch_embed_backward(
-            dtokens, image, weight, prefix_rows, mean, std, (needs_image, needs_weight, any(needs[2:])), by_library
-        )
-        dbias = by_token[prefix_rows:].sum(dim=0) if needs_bias else None
-        # Clones: what an op returns must not share memory.
-        dposition = by_token[-pos_embed.shape[0] :].clone() if needs_position else None
-        dprefix = by_token[:prefix_rows].clone() if needs_prefix else None
-        grads = (dimage, dweight, dbias, dposition, dprefix)
-        return _common.gradients(grads, (image, weight, bias, pos_embed, prefix))
+    which = (needs_image, needs_weight, any(needs[2:]))
+    dimage, dweight, by_token = launch(dtokens, image, weight, prefix_rows, mean, std, which, by_library)
+    dbias = by_token[prefix_rows:].sum(dim=0) if needs_bias else None
+    dposition = by_token[-pos_embed.shape[0] :] if needs_position else None
+    dprefix = by_token[:prefix_rows] if needs_prefix else None
+    grads = (dimage, dweight, dbias, dposition, dprefix)
+    return _common.gradients(grads, (image, weight, bias, pos_embed, prefix))
 
 
-@patch_embed_backward.register_fake
-def _(dtokens, image, weight, bias, pos_embed, prefix, mean, std, by_library, needs):
-    dimage, *rest = _common.fake_gradients((image, weight, bias, pos_embed, prefix), needs)
+def _fake_backward(dtokens, image, weight, bias, pos_embed, prefix, mean, std, by_library, needs):
+    dimage, *rest = _common.fake_gradients(dtokens, (image, weight, bias, pos_embed, prefix), needs)
     return torch.empty_like(image) if needs[0] else dimage, *rest
+
+
+_GIVEN = "Tensor image, Tensor weight, Tensor? bias, Tensor? pos_embed, Tensor? prefix, float[]? mean, float[]? std"
+FORWARD = Operator("patch_embed", f"patch_embed_forward({_GIVEN}, ScalarType out_dtype) -> Tensor", _fake_forward)
+BACKWARD = Operator(
+    "patch_embed",
+    f"patch_embed_backward(Tensor dtokens, {_GIVEN}, bool by_library, bool[] needs)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _fake_backward,
+    _backward,
+)
 
 
 class PatchEmbedFunction(torch.autograd.Function):
@@ -85,7 +66,8 @@ class PatchEmbedFunction(torch.autograd.Function):
     def forward(ctx, image, weight, bias, pos_embed, prefix, mean, std, by_library=False):
         ctx.save_for_backward(image, weight, bias, pos_embed, prefix)
         ctx.normalisation, ctx.by_library = (mean, std), by_library
-        return patch_embed_forward(image, weight, bias, pos_embed, prefix, mean, std)
+        out_dtype = _tokens_dtype(weight, pos_embed, prefix)
+        return FORWARD.of(image)(image, weight, bias, pos_embed, prefix, mean, std, out_dtype)
 
     @staticmethod
     def backward(ctx, dtokens):
@@ -99,9 +81,8 @@ class PatchEmbedFunction(torch.autograd.Function):
                 )
 
             return *_common.again_differentiable(embed, ctx.saved_tensors, needs, dtokens), None, None, None
-        grads = patch_embed_backward(
-            dtokens.contiguous(), *ctx.saved_tensors, *ctx.normalisation, ctx.by_library, list(needs)
-        )
+        how = (*ctx.normalisation, ctx.by_library, list(needs))
+        grads = BACKWARD.of(dtokens)(dtokens.contiguous(), *ctx.saved_tensors, *how)
         return *or_none(grads, needs), None, None, None
 
 
@@ -168,28 +149,30 @@ def _torch(image, weight, bias, pos_embed, prefix, mean, std):
     return reference.patch_embed(image, weight, bias, pos_embed=pos_embed, prefix=prefix, mean=mean, std=std)
 
 
-def _triton(image, weight, bias, pos_embed, prefix, mean, std, by_library=False):
+def _prepare(image, weight, bias, pos_embed, prefix, mean, std, by_library=False):
     weight, bias = _common.cast(weight, weight, bias)
-    return PatchEmbedFunction.apply(
-        image,
-        dense(weight),
-        dense(bias),
-        dense(pos_embed),
-        dense(prefix),
-        None if mean is None else [float(value) for value in mean],
-        None if std is None else [float(value) for value in std],
-        by_library,
-    )
+    tensors = (image, dense(weight), dense(bias), dense(pos_embed), dense(prefix))
+    mean, std = (None if values is None else [float(value) for value in values] for values in (mean, std))
+    return *tensors, mean, std, by_library
 
 
 def _product(image, weight, bias, pos_embed, prefix, mean, std):
     return _common.compute_dtype(weight, weight), (weight,)
 
 
-OP = Op("patch_embed", _check, _unsupported, _torch, _triton, _product)
+OP = Op("patch_embed", _check, _unsupported, _torch, PatchEmbedFunction, _prepare, _product)
 
 
-def patch_embed(image, weight, bias=None, *, pos_embed=None, prefix=None, mean=None, std=None):
+def patch_embed(
+    image: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    pos_embed: torch.Tensor | None = None,
+    prefix: torch.Tensor | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> torch.Tensor:
     """Image to token sequence: patches, linear projection, positions, prefix rows (arXiv 2010.11929, equation 1).
 
     image (B, C, H, W) of any strides (NCHW, channels_last, ...), floating-point, or uint8, taken as pixel / 255; weight
@@ -198,4 +181,5 @@ def patch_embed(image, weight, bias=None, *, pos_embed=None, prefix=None, mean=N
     (B, P + N, D) in the widest dtype of weight (autocast's when it is on), pos_embed and prefix. Raises TypeError for
     a dtype, ValueError for a shape, size or device that does not fit, before any launch.
     """
-    return OP(image, weight, bias, pos_embed, prefix, mean, std)
+    run, args = dispatch.choose(OP, (image, weight, bias, pos_embed, prefix, mean, std))
+    return run(*args)

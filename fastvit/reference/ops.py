@@ -7,6 +7,8 @@ normalisation runs in x's dtype, the matrix product in the weights', and a resid
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 
@@ -18,7 +20,16 @@ ACTIVATIONS = {
 }
 
 
-def patch_embed(image, weight, bias=None, *, pos_embed=None, prefix=None, mean=None, std=None):
+def patch_embed(
+    image: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    pos_embed: torch.Tensor | None = None,
+    prefix: torch.Tensor | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> torch.Tensor:
     """Patches, flatten, linear projection, position table, prefix tokens (arXiv 2010.11929, section 3.1, eq. 1).
 
     image (B, C, H, W), float or uint8 (taken as pixel / 255); weight (D, C, ph, pw); bias (D,); pos_embed (N, D), or
@@ -43,7 +54,9 @@ def patch_embed(image, weight, bias=None, *, pos_embed=None, prefix=None, mean=N
     return assemble_tokens(tokens, pos_embed, prefix)
 
 
-def assemble_tokens(tokens, pos_embed=None, prefix=None):
+def assemble_tokens(
+    tokens: torch.Tensor, pos_embed: torch.Tensor | None = None, prefix: torch.Tensor | None = None
+) -> torch.Tensor:
     """Prefix rows before the patch tokens (B, N, D), positions added to the patches alone or, where the table
     has rows for them, to the prefix too. Returns (B, P + N, D)."""
     on_patches = pos_embed is not None and pos_embed.shape[0] == tokens.shape[1]
@@ -54,7 +67,14 @@ def assemble_tokens(tokens, pos_embed=None, prefix=None):
     return tokens if on_patches or pos_embed is None else tokens + pos_embed
 
 
-def attention(qkv, *, scale=None, key_padding_mask=None, attn_bias=None, dropout_p=0.0):
+def attention(
+    qkv: torch.Tensor,
+    *,
+    scale: float | None = None,
+    key_padding_mask: torch.Tensor | None = None,
+    attn_bias: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> torch.Tensor:
     """Multi-head self-attention: softmax(q k^T * scale + bias) v (arXiv 1706.03762, eq. 1).
 
     qkv (B, N, 3, H, d); scale defaults to d ** -0.5; key_padding_mask (B, N) bool, True = attend; attn_bias,
@@ -67,7 +87,13 @@ def attention(qkv, *, scale=None, key_padding_mask=None, attn_bias=None, dropout
     return (probabilities @ v).transpose(1, 2).flatten(2)
 
 
-def attention_probabilities(q, k, scale, key_padding_mask=None, attn_bias=None):
+def attention_probabilities(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    scale: float,
+    key_padding_mask: torch.Tensor | None = None,
+    attn_bias: torch.Tensor | None = None,
+) -> torch.Tensor:
     """softmax(q k^T * scale + bias) over the keys, of q and k (B, H, N, d); zeros for a query that may attend to none.
     Returns (B, H, N, N)."""
     scores = q @ k.transpose(-2, -1) * scale
@@ -79,7 +105,7 @@ def attention_probabilities(q, k, scale, key_padding_mask=None, attn_bias=None):
     return torch.where(alive, scores, 0).softmax(dim=-1) * alive
 
 
-def layer_norm(x, weight, bias, eps=1e-6):
+def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
     """(x - mean) / sqrt(var + eps) * weight + bias over the last axis (arXiv 1607.06450). x (..., D) -> (..., D)."""
     if x.dtype == weight.dtype == bias.dtype:
         return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
@@ -91,12 +117,28 @@ def _linear(x, weight, bias):
     return F.linear(x if x.dtype == weight.dtype else x.to(weight.dtype), weight, bias)
 
 
-def layer_norm_linear(x, norm_weight, norm_bias, weight, bias=None, *, eps=1e-6):
+def layer_norm_linear(
+    x: torch.Tensor,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+) -> torch.Tensor:
     """linear(layer_norm(x)). x (..., D), weight (O, D), bias (O,) -> (..., O) in weight's dtype."""
     return _linear(layer_norm(x, norm_weight, norm_bias, eps), weight, bias)
 
 
-def linear_residual(x, weight, bias, residual, *, layer_scale=None, drop_path_scale=None):
+def linear_residual(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor,
+    *,
+    layer_scale: torch.Tensor | None = None,
+    drop_path_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
     """residual + drop_path_scale * layer_scale * linear(x).
 
     x (B, ..., K), weight (O, K), bias (O,) or None, residual (B, ..., O); layer_scale (O,) (arXiv 2103.17239);
@@ -112,20 +154,20 @@ def linear_residual(x, weight, bias, residual, *, layer_scale=None, drop_path_sc
 
 
 def layer_norm_mlp(
-    x,
-    norm_weight,
-    norm_bias,
-    fc1_weight,
-    fc1_bias,
-    fc2_weight,
-    fc2_bias,
+    x: torch.Tensor,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    fc1_weight: torch.Tensor,
+    fc1_bias: torch.Tensor | None,
+    fc2_weight: torch.Tensor,
+    fc2_bias: torch.Tensor | None,
     *,
-    eps=1e-6,
-    activation="gelu",
-    residual=None,
-    layer_scale=None,
-    drop_path_scale=None,
-):
+    eps: float = 1e-6,
+    activation: str = "gelu",
+    residual: torch.Tensor | None = None,
+    layer_scale: torch.Tensor | None = None,
+    drop_path_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
     """fc2(activation(fc1(layer_norm(x)))), scaled and added to the residual as in `linear_residual` when there is one.
 
     x (B, ..., D); fc1_weight (M, D), fc2_weight (O, M), biases (M,), (O,) or None; activation one of

@@ -105,9 +105,12 @@ class Launcher(driver.CudaLauncher):
         options = f"num_warps={metadata.num_warps} num_stages={metadata.num_stages}"
         self.description = " ".join([src.fn.__name__, *constants, options])
         self.factor = 0.5 + (zlib.crc32(self.description.encode()) & 0xFFFF) / 0x10000
+        self.seconds = 0.0
 
     def __call__(self, *args):
-        work(self.factor * seconds(args))
+        # Only a kernel's first launch is given its tensors, later ones their addresses.
+        self.seconds = max(self.seconds, seconds(args))
+        work(self.factor * self.seconds)
         State.launches += 1
         super().__call__(*args)
         for kind, pattern in State.faults:

@@ -24,9 +24,9 @@ from dataclasses import dataclass
 
 import torch
 
-from . import configs
-from .configs import AttentionConfig, Config, GemmConfig, Request, RowConfig
 from .hardware import Arch
+from .request import MAX_PARTIALS, AttentionConfig, Config, GemmConfig, Request, RowConfig, ceil_div
+from .validity import shared_memory
 
 
 @dataclass(frozen=True)
@@ -232,7 +232,7 @@ def _metrics(metadata, about: str, cost: Cost, itemsize: int) -> dict:
 
 def gemm_launch(grid, metadata, args: dict) -> dict:
     """`launch_metadata` of `gemm.gemm_kernel`: every matrix that loaders and epilogue are given, once."""
-    m, n, k = args["M"], args["N"], args["K"]
+    m, n, k = (args["tokens"] if args[size] is None else args[size] for size in "MNK")
     moved = _matrix_bytes(*args["a"], *args["b"], *args["target"])
     made_of = " ".join(args[role].__name__ for role in ("LOAD_A", "LOAD_B", "EPILOGUE"))
     cost = Cost(gemm(m, n, k, 0).flops, moved)
@@ -317,7 +317,7 @@ def request_cost(request: Request) -> Cost:
     itemsize = request.dtype.itemsize
     if request.kernel == "gemm":
         m, n, k = request.shape
-        return weight_gradient(k, n, m, itemsize) if "partial" in request.traits else gemm(m, n, k, itemsize)
+        return weight_gradient(k, n, m, itemsize) if request.parts.epilogue.sums else gemm(m, n, k, itemsize)
     if request.kernel in _ATTENTION:
         return _ATTENTION[request.kernel][0](*request.shape, itemsize)
     rows, columns = request.shape
@@ -327,7 +327,7 @@ def request_cost(request: Request) -> Cost:
 def _matrices_moved(request: Request) -> int:
     """How many matrices of (rows, columns) a row-wise kernel reads or writes."""
     moves = {"layer_norm_statistics": 1, "layer_norm_forward": 2, "column_sum": 1}
-    return moves.get(request.kernel, 3 + ("residual" in request.traits))
+    return moves.get(request.kernel, 3 + request.parts.residual)
 
 
 def request_seconds(request: Request, config: Config, arch: Arch, sms: int | None = None) -> float:
@@ -335,24 +335,21 @@ def request_seconds(request: Request, config: Config, arch: Arch, sms: int | Non
     `arch` of `sms` multiprocessors (None: those of `arch.gpu`), each with the rates of one of `arch.gpu`'s.
 
     Every operand is taken to be in request.dtype, and an epilogue to write one matrix and read none. Whether the config
-    is valid is not asked: that is `configs.why_invalid`'s.
+    is valid is not asked: that is `validity.why_invalid`'s.
     """
     itemsize = request.dtype.itemsize
-    how = {"shared": configs.shared_memory(config, request, arch), "sms": sms}
+    how = {"shared": shared_memory(config, request, arch), "sms": sms}
     if request.kernel == "gemm":
         return gemm_seconds(*request.shape, itemsize, config, arch, **how)
     if request.kernel in _ATTENTION:
         return attention_seconds(*request.shape, itemsize, config, arch, request.kernel, **how)
-    from . import layer_norm, reduce  # which import this file
-
-    stretches = {"layer_norm_backward": layer_norm.MAX_PARTIALS, "column_sum": reduce.MAX_PARTIALS}
     return row_seconds(
         *request.shape,
         itemsize,
         config,
         arch,
         _matrices_moved(request),
-        stretches.get(request.kernel),
+        MAX_PARTIALS.get(request.kernel),
         sms,
     )
 
@@ -372,12 +369,12 @@ def gemm_seconds(
     Products on tensor cores for 16-bit operands, in full precision without them for wider ones. shared: bytes of shared
     memory that a block needs; sms: see `request_seconds`.
     """
-    depth = _ceil(k, config.SPLIT_K)
-    tiles = _ceil(m, config.BLOCK_M) * _ceil(n, config.BLOCK_N) * config.SPLIT_K
+    depth = ceil_div(k, config.SPLIT_K)
+    tiles = ceil_div(m, config.BLOCK_M) * ceil_div(n, config.BLOCK_N) * config.SPLIT_K
     intensity = config.BLOCK_M * config.BLOCK_N / (config.BLOCK_M + config.BLOCK_N)
     share = _interpolate(DEPTH_SHARE, depth) * _interpolate(TILE_SHARE, intensity)
     step = 2 * config.BLOCK_M * config.BLOCK_N * config.BLOCK_K / (share * _flops_of_sm(itemsize, arch))
-    compute = _seconds_of_programs(tiles, _ceil(depth, config.BLOCK_K), step, config, arch, shared, sms)
+    compute = _seconds_of_programs(tiles, ceil_div(depth, config.BLOCK_K), step, config, arch, shared, sms)
     if config.SPLIT_K == 1:
         return max(compute, _memory_seconds(gemm(m, n, k, itemsize).bytes, arch)) + LAUNCH_SECONDS
     partial = m * n * _wide(itemsize)
@@ -398,14 +395,14 @@ def attention_seconds(
     shared: int = 0,
     sms: int | None = None,
 ) -> float:
-    """An estimate, not a promise: one kernel of attention, by its name in `configs.CONFIGS`. shared, sms: see
+    """An estimate, not a promise: one kernel of attention, by its name in `request.CONFIGS`. shared, sms: see
     `gemm_seconds`."""
     of_kernel, products, share = _ATTENTION[kernel]
     # As many columns as whole products of 16 take.
-    flops = 2 * products * config.BLOCK_ROWS * config.BLOCK_STEP * 16 * _ceil(head_dim, 16)
-    programs = batch * num_heads * _ceil(tokens, config.BLOCK_ROWS)
+    flops = 2 * products * config.BLOCK_ROWS * config.BLOCK_STEP * 16 * ceil_div(head_dim, 16)
+    programs = batch * num_heads * ceil_div(tokens, config.BLOCK_ROWS)
     step = flops / (share * _flops_of_sm(itemsize, arch))
-    compute = _seconds_of_programs(programs, _ceil(tokens, config.BLOCK_STEP), step, config, arch, shared, sms)
+    compute = _seconds_of_programs(programs, ceil_div(tokens, config.BLOCK_STEP), step, config, arch, shared, sms)
     moved = of_kernel(batch, tokens, num_heads, head_dim, itemsize).bytes
     return max(compute, _memory_seconds(moved, arch)) + LAUNCH_SECONDS
 
@@ -422,9 +419,9 @@ def row_seconds(
 ) -> float:
     """An estimate, not a promise: a row-wise kernel that reads or writes `moves` matrices of (rows, columns), each
     program a tile of rows, or one of at most `stretches` of them. sms: see `request_seconds`."""
-    tiles = _ceil(rows, config.BLOCK_ROWS)
-    steps = 1 if stretches is None else _ceil(tiles, stretches)
-    programs = _ceil(tiles, steps) * _ceil(columns, config.BLOCK_D)
+    tiles = ceil_div(rows, config.BLOCK_ROWS)
+    steps = 1 if stretches is None else ceil_div(tiles, stretches)
+    programs = ceil_div(tiles, steps) * ceil_div(columns, config.BLOCK_D)
     moved = moves * config.BLOCK_ROWS * min(columns, config.BLOCK_D) * itemsize
     instructions = ROW_INSTRUCTIONS * config.BLOCK_ROWS * config.BLOCK_D
     # An SM's share of the bandwidth, and of the data sheet's FLOP/s, which count two an instruction.
@@ -438,7 +435,7 @@ def _seconds_of_programs(programs: int, steps: int, step_seconds: float, config,
     other's latency, which no step of them all is shorter than, beyond what its stages prefetch."""
     resident = max(1, min(arch.shared // (shared + 1024), arch.warps // config.num_warps, arch.blocks))
     latency = LATENCY_CYCLES / arch.clock / max(1, getattr(config, "num_stages", 1) - 1)
-    full, rest = divmod(_ceil(programs, arch.sms if sms is None else sms), resident)
+    full, rest = divmod(ceil_div(programs, arch.sms if sms is None else sms), resident)
     waves = full * max(resident * step_seconds, latency)
     return steps * (waves + (max(rest * step_seconds, latency) if rest else 0.0))
 
@@ -449,10 +446,6 @@ def _flops_of_sm(itemsize: int, arch: Arch) -> float:
 
 def _memory_seconds(moved: float, arch: Arch) -> float:
     return moved / (REACHED_BANDWIDTH * arch.bandwidth)
-
-
-def _ceil(a: int, b: int) -> int:
-    return -(-a // b)
 
 
 def _interpolate(points: tuple[tuple[float, float], ...], x: float) -> float:

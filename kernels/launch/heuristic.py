@@ -1,0 +1,106 @@
+"""The config of a launch, chosen without measuring."""
+
+from __future__ import annotations
+
+from .hardware import Arch
+from .request import AttentionConfig, Config, GemmConfig, Request, RowConfig, ceil_div, next_power_of_2
+
+# 16-bit products. LARGE: the largest tile that leaves the loaders and most epilogues their registers; HEAVY: for the
+# epilogue that holds three tiles at once, and where operands take registers; SMALL: for outputs of few tiles.
+LARGE = GemmConfig(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3)
+HEAVY = GemmConfig(BLOCK_M=128, BLOCK_N=64, BLOCK_K=64, num_warps=8, num_stages=3)
+SMALL = GemmConfig(BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, num_warps=4, num_stages=3)
+# Gathered pixels pass through registers: nothing to pipeline.
+GATHERED = GemmConfig(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, num_warps=4, num_stages=1)
+# float32 in full precision has no tensor cores.
+FULL_PRECISION = GemmConfig(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, num_warps=8, num_stages=3)
+
+
+def heuristic(request: Request, arch: Arch, sms: int) -> Config:
+    """The config for a request on a GPU of `sms` multiprocessors, chosen without measuring."""
+    if request.kernel == "gemm":
+        config = _gemm_tile(request, arch, sms)
+        return config._replace(SPLIT_K=split_k(request, config, sms)) if request.parts.epilogue.sums else config
+    if request.kernel == "attention_forward":
+        return _attention_forward(request, arch)
+    if request.kernel.startswith("attention_backward"):
+        return _attention_backward(request, arch)
+    if request.kernel == "column_sum":
+        # Four warps hold so much float32 that Triton 3.9 spills on sm_100.
+        return RowConfig(BLOCK_ROWS=32, BLOCK_D=128, num_warps=4 if request.dtype.itemsize <= 2 else 8)
+    # Whole rows, about as many elements at a time; the backward pass holds several tiles.
+    elements = 2048 if request.kernel == "layer_norm_backward" else 4096
+    block = next_power_of_2(request.shape[1])
+    return RowConfig(BLOCK_ROWS=max(1, elements // block), BLOCK_D=block, num_warps=8 if block > 2048 else 4)
+
+
+def _gemm_tile(request: Request, arch: Arch, sms: int) -> GemmConfig:
+    m, n, _ = request.shape
+    left, right, epilogue, *_ = request.parts
+    if request.dtype.itemsize > 2:
+        config = FULL_PRECISION
+    elif request.parts.gathers:
+        config = GATHERED
+    elif epilogue.tiles > 2 or not arch.has_wgmma:
+        config = HEAVY
+    elif ceil_div(m, LARGE.BLOCK_M) * ceil_div(n, LARGE.BLOCK_N) < sms:
+        config = SMALL
+    else:
+        config = LARGE
+        plain = left.plain and right.plain
+        if arch.name == "sm_90" and plain and request.parts.out_dtype.itemsize > request.dtype.itemsize:
+            # Triton 3.6 serializes the products of LARGE where these two epilogues store float32.
+            if epilogue.bare:
+                config = LARGE._replace(num_warps=4)
+            elif epilogue.scatters:
+                config = HEAVY
+    # CDNA3 has 64 KiB of shared memory a block, room for two stages.
+    return config._replace(num_stages=min(config.num_stages, 2)) if arch.backend == "hip" else config
+
+
+def split_k(request: Request, config: GemmConfig, sms: int) -> int:
+    """Into how many parts to cut the reduction of a weight gradient, which has few output tiles and a long k."""
+    m, n, k = request.shape
+    tiles = ceil_div(m, config.BLOCK_M) * ceil_div(n, config.BLOCK_N)
+    # A part of fewer than 8 steps would spend more on writing its partial sums than on making them.
+    return filled_parts(k, max(1, min(sms // tiles, k // (8 * config.BLOCK_K))), config.BLOCK_K)
+
+
+def filled_parts(k: int, parts: int, block: int) -> int:
+    """How many of `parts` are left something to do when a part's length is rounded up to whole blocks."""
+    return ceil_div(k, ceil_div(ceil_div(k, parts), block) * block)
+
+
+# By whether the head is wider than 64.
+FULL_PRECISION_ATTENTION = (
+    AttentionConfig(BLOCK_ROWS=32, BLOCK_STEP=32, num_warps=8, num_stages=1),
+    AttentionConfig(BLOCK_ROWS=16, BLOCK_STEP=16, num_warps=8, num_stages=1),
+)
+
+
+def _attention_forward(request: Request, arch: Arch) -> AttentionConfig:
+    head_dim, masked = request.shape[3], request.parts.masked
+    if request.dtype.itemsize > 2:
+        return FULL_PRECISION_ATTENTION[head_dim > 64]
+    # Pipelined, the loads of a mask between the two products make the compiler serialize them on Hopper.
+    stages = 1 if masked or arch.backend == "hip" else 3
+    wide_and_masked = masked and head_dim > 64
+    step = 64 if arch.has_wgmma and not wide_and_masked else 32
+    warps = 8 if wide_and_masked else 4
+    return AttentionConfig(BLOCK_ROWS=64, BLOCK_STEP=step, num_warps=warps, num_stages=stages)
+
+
+def _attention_backward(request: Request, arch: Arch) -> AttentionConfig:
+    """The tile of either backward kernel."""
+    head_dim, masked = request.shape[3], request.parts.masked
+    if request.dtype.itemsize > 2:
+        return FULL_PRECISION_ATTENTION[head_dim > 64]
+    if not arch.has_wgmma:
+        if head_dim <= 64:
+            return AttentionConfig(BLOCK_ROWS=64, BLOCK_STEP=32, num_warps=4, num_stages=1)
+        # Wider steps of wide heads spill with these compilers.
+        spills = request.kernel == "attention_backward_dkdv" and head_dim > 80 and arch.name in ("sm_120", "gfx942")
+        return AttentionConfig(BLOCK_ROWS=32, BLOCK_STEP=16 if masked or spills else 32, num_warps=8, num_stages=1)
+    if head_dim <= 64:
+        return AttentionConfig(BLOCK_ROWS=64, BLOCK_STEP=64, num_warps=8 if masked else 4, num_stages=1)
+    return AttentionConfig(BLOCK_ROWS=64, BLOCK_STEP=32 if masked else 64, num_warps=8, num_stages=1)

@@ -1,0 +1,208 @@
+"""A launch that has a choice, described as data: what it computes (`Request`), and what is chosen for it (a config).
+
+A product's prologue and epilogue say what the choice depends on (`Prologue`, `Epilogue`), each beside its own code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from .._math import float32_precision
+
+
+class GemmConfig(NamedTuple):
+    """Tile (BLOCK_M, BLOCK_N) of the output, step BLOCK_K of the reduction, GROUP_M row tiles that share L2; SPLIT_K:
+    into how many parts the reduction is cut, each with partial sums of its own."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    num_warps: int
+    num_stages: int
+    GROUP_M: int = 8
+    SPLIT_K: int = 1
+
+
+class AttentionConfig(NamedTuple):
+    """BLOCK_ROWS rows of the result a program (queries, or keys for dk and dv) against BLOCK_STEP of the other at a
+    time."""
+
+    BLOCK_ROWS: int
+    BLOCK_STEP: int
+    num_warps: int
+    num_stages: int
+
+
+class RowConfig(NamedTuple):
+    """BLOCK_ROWS rows of BLOCK_D columns at a time: whole rows for a LayerNorm."""
+
+    BLOCK_ROWS: int
+    BLOCK_D: int
+    num_warps: int
+
+
+Config = GemmConfig | AttentionConfig | RowConfig
+
+# The kernels that have a choice, and what they choose.
+CONFIGS: dict[str, type[Config]] = {
+    "gemm": GemmConfig,
+    "attention_forward": AttentionConfig,
+    "attention_backward_dq": AttentionConfig,
+    "attention_backward_dkdv": AttentionConfig,
+    "layer_norm_statistics": RowConfig,
+    "layer_norm_forward": RowConfig,
+    "layer_norm_backward": RowConfig,
+    "column_sum": RowConfig,
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Prologue:
+    """How a product loads an operand.
+
+    name: in keys of the tuner's table. load: the Triton function. plain: tiles of a matrix as they are. transforms: it
+    computes with what it loads. gathers: by less than 16 bytes at a time, or converting bytes, which passes through
+    registers. registers: a thread's, beside a plain load's: as left operand, as a left operand wider in memory than
+    the products, as right operand.
+    """
+
+    name: str
+    load: Callable
+    plain: bool = False
+    transforms: bool = False
+    gathers: bool = False
+    registers: tuple[int, int, int] = (0, 0, 0)
+
+
+@dataclass(frozen=True, eq=False)
+class Epilogue:
+    """How a product finishes and stores a tile.
+
+    name: in keys of the tuner's table. store: the Triton function. tiles: how many tiles of the output it holds at
+    once. beside: it reads or writes another matrix beside its result. bare: it does nothing but store. scatters: pixel
+    by pixel; gathers: by less than 16 bytes at a time. sums: partial ones, so that the reduction may be cut (SPLIT_K).
+    input_gradient: of products whose right operand is the weight as it is.
+    """
+
+    name: str
+    store: Callable
+    tiles: int = 1
+    beside: bool = False
+    bare: bool = False
+    scatters: bool = False
+    gathers: bool = False
+    sums: bool = False
+    input_gradient: bool = False
+
+
+class Product(NamedTuple):
+    """What a gemm is made of; the dtypes are of the matrices in memory."""
+
+    left: Prologue
+    right: Prologue
+    epilogue: Epilogue
+    activation: str | None
+    left_dtype: torch.dtype
+    right_dtype: torch.dtype
+    out_dtype: torch.dtype
+
+    @property
+    def gathers(self) -> bool:
+        """Whether pixels pass through registers."""
+        return self.left.gathers or self.right.gathers or self.epilogue.gathers
+
+    def words(self, dtype: torch.dtype) -> list[str]:
+        """What a key says of it beside the products' dtype."""
+        named = (("left", self.left_dtype), ("right", self.right_dtype), ("out", self.out_dtype))
+        others = [f"{matrix}={dtype_name(other)}" for matrix, other in named if other != dtype]
+        parts = [self.left.name, self.right.name, self.epilogue.name]
+        return [*parts, *([self.activation] if self.activation else []), *others]
+
+
+class Scores(NamedTuple):
+    """What is done with attention's scores: a key padding mask, a bias of this dtype, the bias's gradient stored."""
+
+    mask: bool = False
+    bias: torch.dtype | None = None
+    bias_gradient: bool = False
+
+    def words(self, dtype: torch.dtype) -> list[str]:
+        bias = {None: [], dtype: ["bias"]}.get(self.bias, ["bias", f"bias={dtype_name(self.bias)}"])
+        return ["mask"] * self.mask + bias + ["bias_gradient"] * self.bias_gradient
+
+    @property
+    def masked(self) -> bool:
+        """Whether something is loaded between a tile's two products."""
+        return self.mask or self.bias is not None
+
+
+class Rows(NamedTuple):
+    """What a row-wise kernel does beside: add a residual's gradient, write a dtype that is not the request's."""
+
+    residual: bool = False
+    out_dtype: torch.dtype | None = None
+
+    def words(self, dtype: torch.dtype) -> list[str]:
+        out = [] if self.out_dtype in (None, dtype) else [f"out={dtype_name(self.out_dtype)}"]
+        return ["residual"] * self.residual + out
+
+
+class Request(NamedTuple):
+    """One launch that has a choice of config.
+
+    kernel: a name in `CONFIGS`. shape: (m, n, k) of a gemm; (batch, tokens, heads, head_dim) of attention;
+    (rows, columns) of the others. dtype: of a gemm's products, of attention's qkv, of what the others read. parts: the
+    rest that changes the code. tf32: of products in float32.
+    """
+
+    kernel: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    parts: Product | Scores | Rows
+    tf32: bool = False
+
+    @property
+    def key(self) -> str:
+        """A stable string, the same for equal requests only."""
+        words = (*self.parts.words(self.dtype), *(["tf32"] if self.tf32 else []))
+        return " ".join((self.kernel, "x".join(map(str, self.shape)), dtype_name(self.dtype), *words))
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As a key spells it: "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
+def uses_tf32(dtype: torch.dtype) -> bool:
+    """Whether torch's switch has products in `dtype` run in TF32."""
+    return dtype == torch.float32 and float32_precision() == "tf32"
+
+
+# So many rows of partial sums the row-wise kernels that sum over rows write at most.
+MAX_PARTIALS = {"layer_norm_backward": 256, "column_sum": 64}
+
+
+def rows_per_program(kernel: str, rows: int, block: int) -> int:
+    """How many rows a program of such a kernel sums, in steps of `block`."""
+    return ceil_div(ceil_div(rows, MAX_PARTIALS[kernel]), block) * block
+
+
+def split_head(head_dim: int) -> tuple[int, int]:
+    """Widths of the two parts that a head is loaded in; powers of two of at least 16, or 0 for no second part."""
+    first = max(16, 1 << (head_dim.bit_length() - 1))
+    rest = head_dim - first
+    return first, max(16, next_power_of_2(rest)) if rest > 0 else 0
+
+
+def ceil_div(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The least power of two that is at least n, for n of at least 1."""
+    return 1 << (n - 1).bit_length()
