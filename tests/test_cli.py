@@ -18,6 +18,9 @@ import torch
 
 import fastvit
 from fastvit import cli
+from fastvit.commands import embed
+from fastvit.commands._common import DTYPES
+from fastvit.commands.classify import imagenet_classes
 
 ROOT = Path(__file__).parent.parent
 PHOTOS = ROOT / "benchmarks" / "photos"
@@ -148,7 +151,7 @@ def test_classify(checkpoint, folder, capsys):
     expected = logits.softmax(-1).topk(5)
     assert [entry["class"] for entry in results[0]["top5"]] == expected.indices[0].tolist()
     assert results[0]["top5"][0]["probability"] == pytest.approx(expected.values[0, 0].item(), rel=1e-4)
-    assert results[0]["top5"][0]["label"] == cli.imagenet_classes()[expected.indices[0, 0]]
+    assert results[0]["top5"][0]["label"] == imagenet_classes()[expected.indices[0, 0]]
 
     assert run("classify", folder / "chelsea.jpg", *weights(checkpoint)) == 0
     printed = capsys.readouterr().out
@@ -521,7 +524,7 @@ def test_a_full_disk_costs_no_row(checkpoint, folder, tmp_path, capsys, monkeypa
         right(path, data)
 
     monkeypatch.setattr(features, "write_atomically", full)
-    monkeypatch.setattr(cli, "SAVE_SECONDS", -1)
+    monkeypatch.setattr(embed, "SAVE_SECONDS", -1)
     arguments = [folder, "-o", tmp_path / "out.npz", "--batch-size", "1", *weights(checkpoint)]
     assert run("embed", *arguments) == 1
     assert calls == ["out.npz.partial"] * 3 + ["out.npz", "out.npz.partial"]
@@ -659,7 +662,7 @@ def strict_json(text: str):
 def test_numbers_that_are_not_finite_are_an_error_of_their_image_alone(dtype, limit, overflowing, tmp_path, capsys):
     arguments = [*overflowing(limit), "--dtype", dtype]
     flat, spike = tmp_path / "flat.png", tmp_path / "spike.png"
-    skipped = f"skipped {spike}: the model's output is not finite in {cli.DTYPES[dtype]}"
+    skipped = f"skipped {spike}: the model's output is not finite in {DTYPES[dtype]}"
     skipped += "; --dtype bfloat16 and float32 reach further\n" if dtype == "fp16" else "\n"
     for more in ([], ["--batch-size", "1"]):
         assert run("classify", spike, flat, "--json", *arguments, *more) == 1
@@ -803,7 +806,7 @@ def test_without_pillow_there_is_one_line(arguments, monkeypatch, checkpoint, ca
 
 
 def test_the_imagenet_classes():
-    classes = cli.imagenet_classes()
+    classes = imagenet_classes()
     assert len(set(classes)) == 1000
     assert (classes[0], classes[285], classes[999]) == ("tench", "Egyptian cat", "toilet tissue")
     data = pytest.importorskip("timm.data")
@@ -845,7 +848,7 @@ def test_embed_saves_on_the_way(checkpoint, folder, tmp_path, monkeypatch):
 
     right, saved = Features.save_partial, []
     monkeypatch.setattr(Features, "save_partial", lambda self: (saved.append(len(self.rows)), right(self))[1])
-    monkeypatch.setattr(cli, "SAVE_SECONDS", -1)
+    monkeypatch.setattr(embed, "SAVE_SECONDS", -1)
     assert run("embed", folder, "-o", tmp_path / "x.npz", "--batch-size", "1", *weights(checkpoint)) == 0
     assert saved == [1, 2, 3]
 
@@ -860,7 +863,7 @@ def test_a_polite_kill_ends_like_ctrl_c():
     code = (
         "import os, signal, sys, time\nfrom fastvit import cli\n"
         "def info(a): os.kill(os.getpid(), signal.SIGTERM); time.sleep(5)\n"
-        "cli.info = info\nsys.argv = ['fastvit', 'info']\nsys.exit(cli.main())"
+        "cli.info.run = info\nsys.argv = ['fastvit', 'info']\nsys.exit(cli.main())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (130, "fastvit info: error: interrupted\n")
@@ -869,7 +872,7 @@ def test_a_polite_kill_ends_like_ctrl_c():
 def test_output_is_flushed_where_it_can_fail_and_names_come_out_as_they_are():
     code = (
         "import sys\nfrom fastvit import cli\ndef info(a): print('\\udce9.jpg'); return 0\n"
-        "cli.info = info\nsys.argv = ['fastvit', 'info']\nsys.exit(cli.main())"
+        "cli.info.run = info\nsys.argv = ['fastvit', 'info']\nsys.exit(cli.main())"
     )
     usual = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     usual["PYTHONIOENCODING"] = "utf-8:strict"
@@ -890,7 +893,7 @@ def test_output_is_flushed_where_it_can_fail_and_names_come_out_as_they_are():
 def run_elsewhere(info: str, redirect: str = "", **environment) -> tuple[int, bytes, bytes]:
     """Exit status, stdout and stderr of `fastvit info` in a process of its own, with `info` as its function's body."""
     code = f"import sys\nfrom fastvit import cli\ndef info(a): {info}\n"
-    code += "cli.info = info\nsys.argv = ['fastvit', 'info']\nsys.exit(cli.main())"
+    code += "cli.info.run = info\nsys.argv = ['fastvit', 'info']\nsys.exit(cli.main())"
     command = ["sh", "-c", f'exec "$@" {redirect}', "sh", sys.executable, "-c", code]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True)
     return done.returncode, done.stdout, done.stderr
@@ -905,7 +908,10 @@ def test_a_name_that_the_terminal_cannot_show_stops_nothing():
     ("redirect", "shown"), [(">&-", (b"", b"note\n")), ("2>&-", (b"result\n", b"")), ("<&- >&- 2>&-", (b"", b""))]
 )
 def test_closed_streams_are_as_devnull(redirect, shown):
-    assert run_elsewhere("print('result'); cli._note('note'); return 0", redirect) == (0, *shown)
+    assert run_elsewhere("from fastvit import report; report.note('note'); print('result'); return 0", redirect) == (
+        0,
+        *shown,
+    )
 
 
 @pytest.mark.parametrize("variable", ["FASTVIT_BACKEND", "FASTVIT_TUNING"])
