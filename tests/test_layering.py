@@ -130,8 +130,8 @@ def test_imports_point_down():
 
 
 def test_tests_import_helpers_only():
-    tests = {path.stem for path in (ROOT / "tests").glob("test_*.py")} | {"tests", "conftest"}
-    for path in (ROOT / "tests").glob("*.py"):
+    tests = {path.stem for path in (ROOT / "tests").rglob("test_*.py")} | {"tests", "conftest"}
+    for path in (ROOT / "tests").rglob("*.py"):
         for entry in imports(path, path.stem, set()):
             assert entry.imported.partition(".")[0] not in tests, f"{path.name}:{entry.line}"
 
