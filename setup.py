@@ -27,6 +27,7 @@ setup(
         "fastvit.benchmarks.peers",
         "fastvit.benchmarks.report",
         "fastvit.benchmarks.static",
+        "fastvit.commands",
         "fastvit.interpret",
         "fastvit.kernels",
         "fastvit.models",

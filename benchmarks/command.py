@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-import sys
 from pathlib import Path
 
-from fastvit.report import Table, device_name
+from fastvit.report import Table, device_name, note
 
 from . import report, schema
 from .bench import FILE, record
@@ -20,9 +19,9 @@ def run(settings: Settings, folder: Path, before: schema.Run | None = None) -> i
     """Measure what `before` has not, print and write everything into `folder`; returns the exit status: 0 when
     something was timed and nothing of ours was wrong or failed, 1 otherwise, 130 after Ctrl-C."""
     folder.mkdir(parents=True, exist_ok=True)
-    _note(f"Timing on {device_name(settings.device)}: {describe(settings)}")
+    note(f"Timing on {device_name(settings.device)}: {describe(settings)}")
     if settings.interpreted:
-        _note(f"Last, the photographs are classified on the Triton kernels in the interpreter: {settings.interpreted}.")
+        note(f"Last, the photographs are classified on the Triton kernels in the interpreter: {settings.interpreted}.")
     rows = None
 
     def planned(schedule: Plan) -> None:
@@ -32,7 +31,7 @@ def run(settings: Settings, folder: Path, before: schema.Run | None = None) -> i
 
     found, interrupted = record(settings, folder, before, lambda row: rows.row(row), planned)
     if interrupted:
-        _note(f"Interrupted after {len(found.rows)} of {len(settings.cases)} rows.")
+        note(f"Interrupted after {len(found.rows)} of {len(settings.cases)} rows.")
     if any(side.ratio for row in found.rows for side in row.contestants.values()):
         print(words.INTERVAL)
     if beyond := words.beyond_the_limit(found.rows):
@@ -43,7 +42,7 @@ def run(settings: Settings, folder: Path, before: schema.Run | None = None) -> i
         _print_interpreted(interpreted)
     print(f"results: {folder / FILE}")
     if importlib.util.find_spec("matplotlib") is None:
-        _note("No pictures: matplotlib is not installed.")
+        note("No pictures: matplotlib is not installed.")
     for path in report.write(found, folder):
         print(f"written: {path}")
     if interrupted:
@@ -71,17 +70,13 @@ def _tell(schedule: Plan, settings: Settings) -> None:
         limit = settings.time_limit
         cut = limit is not None and schedule.seconds > limit
         stop = f" The time limit of {words.minutes(limit)} cuts the end off; --resume goes on." if cut else ""
-        _note(f"This will take about {words.minutes(schedule.seconds)}{beside}: {cases}.{stop}")
+        note(f"This will take about {words.minutes(schedule.seconds)}{beside}: {cases}.{stop}")
     if schedule.left_out:
-        _note(f"Left out, because the time limit is {settings.time_limit:g} s:")
+        note(f"Left out, because the time limit is {settings.time_limit:g} s:")
         for case, seconds in schedule.left_out.items():
-            _note(f"  {case}, about {words.minutes(seconds)}")
+            note(f"  {case}, about {words.minutes(seconds)}")
         resume = "" if "--resume" in settings.command else " --resume"
-        _note(f"What measures them, a limit's worth at a time: {settings.command}{resume}")
-
-
-def _note(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+        note(f"What measures them, a limit's worth at a time: {settings.command}{resume}")
 
 
 def _print_top5(found: dict[str, dict], settings: Settings) -> None:

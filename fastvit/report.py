@@ -42,6 +42,11 @@ class Table:
         print("  ".join(padded).rstrip(), file=self._out or sys.stdout, flush=True)
 
 
+def note(text: str) -> None:
+    """Say on stderr, at once, something about the run."""
+    print(text, file=sys.stderr, flush=True)
+
+
 def write_atomically(path: str | Path, data: bytes) -> None:
     """Write `data` to `path`, or what it links to, by way of a file beside it: no reader ever sees half of it."""
     path = Path(os.path.realpath(path))

@@ -1,8 +1,10 @@
 """The benchmark: honest numbers, nothing timed that is wrong, and a peer's trouble that stays in its row."""
 
 import dataclasses
+import importlib.util
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -611,12 +613,12 @@ def test_command_prints_a_table_and_writes_everything(quick, photos, tmp_path, c
     assert run.environment["seed"] == 0
     assert run.environment["torch_threads"] == torch.get_num_threads()
     assert {"commit", "device", "packages"} <= set(run.environment)
-    assert run.settings["command"] == cli.shlex.join(["fastvit", *typed])
+    assert run.settings["command"] == shlex.join(["fastvit", *typed])
     assert run.ceilings.bytes_per_s == 1e10
     assert set(run.extra["top5"]) == {f"{MODEL}@224/fp32", f"{MODEL}@224/bf16"}
     assert (output / "bench.csv").exists()
     assert (output / "index.html").exists()
-    if cli.importlib.util.find_spec("matplotlib"):
+    if importlib.util.find_spec("matplotlib"):
         assert list(output.glob("*.png"))
     else:
         assert "No pictures" in printed.err

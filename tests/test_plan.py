@@ -1,6 +1,7 @@
 """How long a run will take, and what is left out before it starts. With invented ceilings; nothing is measured."""
 
 import re
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -140,12 +141,12 @@ def test_a_run_names_what_is_left_out_and_resuming_measures_it(monkeypatch, tmp_
     assert ": 1 case, 2 sides each." in printed
     assert f"  {TINY}/fp32/b2/inference, about " in printed and f"  {TINY}/fp32/b3/inference, about " in printed
     command = printed.splitlines()[-1].partition(": ")[2]
-    assert command == cli.shlex.join(["fastvit", *typed, "--resume"])
+    assert command == shlex.join(["fastvit", *typed, "--resume"])
     run = schema.load(tmp_path / "bench.json")
     assert (len(run.rows), run.finished) == (1, False)
     assert list(run.extra["left_out"]) == [f"{TINY}/fp32/b{batch}/inference" for batch in (2, 3)]
     for _ in range(2):
-        assert cli.main(cli.shlex.split(command)[1:]) == 0
+        assert cli.main(shlex.split(command)[1:]) == 0
     assert measured == [1, 2, 3]
     run = schema.load(tmp_path / "bench.json")
     assert (len(run.rows), run.finished, "left_out" in run.extra) == (3, True, False)

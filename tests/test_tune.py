@@ -532,7 +532,7 @@ def test_without_a_gpu_it_says_so(monkeypatch, capsys):
 def test_tune_reports_and_stops_in_time(table, tmp_path, monkeypatch, capsys):
     """The command as on a GPU, with a clock that measures nothing."""
     monkeypatch.delenv("TRITON_INTERPRET")
-    monkeypatch.setattr(cli, "_device", lambda asked: "cuda")
+    monkeypatch.setattr("fastvit.commands._common.checked_device", lambda asked: "cuda")
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(report, "environment", lambda device: {"device": "Some GPU"})
     for device in (torch.device("cuda"), torch.device("cuda", 0)):

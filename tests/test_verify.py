@@ -1,6 +1,7 @@
 """`fastvit verify` itself: sound kernels pass, and every planted fault fails its row, and only its row."""
 
 import dataclasses
+import importlib.util
 import json
 import math
 import re
@@ -10,6 +11,7 @@ import torch
 
 import fastvit
 from fastvit import cli, verify, workers
+from fastvit.commands._common import OPS
 from fastvit.dispatch import requested_backend
 
 needs_interpreter = pytest.mark.skipif(torch.cuda.is_available(), reason="the small list is for the interpreter")
@@ -103,7 +105,7 @@ def test_the_lists_cover_every_op_and_dtype(sizes):
     cases = verify.cases(sizes)
     assert len({case.name for case in cases}) == len(cases)
     for dtype in verify.FACTOR:
-        assert {case.op for case in cases if case.dtype == dtype} == set(cli.OPS)
+        assert {case.op for case in cases if case.dtype == dtype} == set(OPS)
     assert [case.rank for case in cases] == sorted(case.rank for case in cases)
     assert {case.op for case in verify.cases(sizes, ops=["attention"])} == {"attention"}
 
@@ -250,8 +252,8 @@ def test_command_refuses_a_path_it_could_not_write(tmp_path, capsys):
 
 
 def test_command_without_triton(monkeypatch, capsys):
-    find_spec = cli.importlib.util.find_spec
-    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None if name == "triton" else find_spec(name))
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "triton" else find_spec(name))
     assert cli.main(["verify", "--device", "cpu"]) == 2
     error = capsys.readouterr().err
     assert "Triton is not installed" in error

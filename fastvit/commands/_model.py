@@ -1,0 +1,95 @@
+"""What embed, classify and attention share: the model that is asked for, and images that are skipped."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ._common import DTYPES, as_usage_error, positive
+
+if TYPE_CHECKING:
+    import torch
+
+    from .. import VisionTransformer, ViTConfig
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="vit_base_patch16_224", help="see fastvit.list_models()")
+    weights = parser.add_mutually_exclusive_group(required=True)
+    weights.add_argument("--pretrained", action="store_true", help="download timm's weights from the Hugging Face hub")
+    weights.add_argument("--checkpoint", type=Path, metavar="FILE", help="weights in a .safetensors or .pth file")
+    parser.add_argument("--img-size", type=positive(int), help="another image size than the model's own")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+
+
+def config_of(arguments: argparse.Namespace) -> ViTConfig:
+    """The config of the model that is asked for, without building it; raises UsageError where there is none."""
+    from dataclasses import replace  # which takes as long to import as all commands
+
+    from ..models.registry import model_entry
+
+    with as_usage_error(ValueError):
+        config = model_entry(arguments.model).config
+        return config if arguments.img_size is None else replace(config, img_size=arguments.img_size)
+
+
+def build(arguments: argparse.Namespace, device: str, num_classes: int) -> VisionTransformer:
+    """The model that is asked for, with its weights, in evaluation; raises UsageError for weights that do not fit."""
+    import torch
+
+    from .. import create_model, load_checkpoint
+
+    overrides = {} if arguments.img_size is None else {"img_size": arguments.img_size}
+    with as_usage_error(ValueError, OSError):
+        model = create_model(arguments.model, arguments.pretrained, num_classes=num_classes, **overrides)
+        if arguments.checkpoint:  # create_model would leave a classifier that does not fit as it was drawn
+            load_checkpoint(model, arguments.checkpoint, new_classifier=num_classes == 0)
+    return model.to(device, getattr(torch, DTYPES[arguments.dtype])).eval()
+
+
+def quiet_about_large_images() -> None:
+    """fastvit.images refuses what Pillow only warns of."""
+    import warnings
+
+    from PIL import Image
+
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+
+
+class Skipped(list):
+    """Why images were skipped; each is named on stderr as it comes."""
+
+    def __call__(self, reason: object) -> None:
+        from ..report import note
+
+        self.append(reason)
+        note(f"skipped {reason}")
+
+
+def finite(
+    arguments: argparse.Namespace, model: VisionTransformer, paths: list[Path], rows: torch.Tensor, skip: Skipped
+) -> tuple[list[Path], torch.Tensor]:
+    """paths and rows (B, n) of those images whose numbers are all finite; the others are skipped, with the reason."""
+    is_finite = rows.isfinite().all(dim=1)
+    if is_finite.all():
+        return paths, rows
+    reason = why_not_finite(arguments, model)
+    good = []
+    for path, fine in zip(paths, is_finite.tolist(), strict=True):
+        if fine:
+            good.append(path)
+        else:
+            skip(f"{path}: {reason}")
+    return good, rows[is_finite]
+
+
+def why_not_finite(arguments: argparse.Namespace, model: VisionTransformer) -> str:
+    """What to say of an output that is not: the weights that are not either, or what else could help."""
+    dtype = DTYPES[arguments.dtype]
+    reason = f"the model's output is not finite in {dtype}"
+    bad = [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
+    if bad:
+        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        reason += f", nor are the weights of {arguments.checkpoint or arguments.model}: {bad[0]}{more}"
+    return reason + ("; --dtype bfloat16 and float32 reach further" if dtype == "float16" else "")

@@ -1,0 +1,135 @@
+"""`fastvit embed`: features of a folder of images, in a file that an interrupted run goes on with."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from . import _common
+from ._common import DONE, DTYPES, FAILED, UsageError, positive
+from ._model import Skipped, add_model_arguments, build, config_of, finite, quiet_about_large_images
+
+SAVE_SECONDS = 60  # how much a power cut may cost
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    parser = _common.add_command(commands, "embed", "features of a folder of images", run)
+    parser.add_argument("folder", type=Path, help="searched at any depth")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help=".npz or .safetensors")
+    parser.add_argument(
+        "--resume",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="go on from OUT.partial, left by an interrupted run, or start anew; it goes on if not said",
+    )
+    add_model_arguments(parser)
+    parser.add_argument("--batch-size", type=positive(int), default=32)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    output = _common.check_writable(arguments.output, "OUT")
+    from .. import features
+
+    with _common.as_usage_error(ValueError):
+        features.check_format(output)
+    device = _common.checked_device(arguments.device)
+    config = config_of(arguments)
+    facts = {"model": arguments.model, "weights": _weights(arguments), "img_size": config.img_size[0]}
+    facts |= {"dtype": DTYPES[arguments.dtype], "folder": str(arguments.folder.resolve())}
+    from .. import images
+    from ..report import note, progress
+
+    quiet_about_large_images()
+    skip = Skipped()
+    with _common.as_usage_error(NotADirectoryError):
+        paths = images.find_images(arguments.folder, skip)
+    if not paths and not skip:
+        raise UsageError(f"no images in {arguments.folder}")
+    names, stamps = {}, {}
+    for path in paths:
+        try:
+            status = path.stat()  # before it is read: what is overwritten in between is seen as changed by the next run
+        except OSError as error:
+            skip(f"{path}: {error.strerror}")
+            continue
+        names[path] = path.relative_to(arguments.folder).as_posix()
+        stamps[names[path]] = (status.st_size, status.st_mtime_ns)
+    table = features.Features(output, facts, stamps)
+    _common.check_writable(table.partial, "OUT.partial")
+    left_out = 0
+    if arguments.resume:
+        try:
+            left_out = table.resume()
+        except ValueError as error:
+            raise UsageError(f"{error}; --no-resume starts anew") from None
+    model = build(arguments, device, num_classes=0)  # a checkpoint's classifier, of whatever size, is not used
+    if left_out:
+        note(f"Left out {left_out} rows of {table.partial}: their images are gone or have changed.")
+    if table.rows:
+        note(f"Resuming: {len(table.rows)} of {len(paths)} images are done.")
+    if output.exists():
+        note(f"{output} exists: it is replaced when this run is through.")
+    todo = [path for path, name in names.items() if name not in table.rows]
+    import torch
+
+    def save_partial() -> bool:
+        try:
+            return table.save_partial()
+        except OSError as error:  # a full disk may have room again later
+            note(f"{table.partial} could not be written and is as it was: {error.strerror}")
+            return False
+
+    batches = images.read_batches(todo, config, arguments.batch_size, skip)
+    saved = time.monotonic()
+    try:
+        with torch.inference_mode():
+            for batch_paths, pixels in progress(batches, -(-len(todo) // arguments.batch_size), "embedding"):
+                tokens = model.forward_features(pixels.to(device))
+                pooled = model.forward_head(tokens, pre_logits=True).float()
+                good, rows = finite(arguments, model, batch_paths, pooled, skip)
+                table.rows |= zip((names[path] for path in good), rows.cpu().numpy(), strict=True)
+                if time.monotonic() - saved > SAVE_SECONDS:
+                    save_partial()
+                    saved = time.monotonic()
+        if table.rows:
+            table.save()
+    except BaseException:
+        with _undisturbed():
+            if table.rows:
+                note(f"Saving {len(table.rows)} images; another Ctrl-C does not stop that.")
+            if save_partial():
+                note(f"Stopped: {len(table.rows)} images are kept in {table.partial}; the same command goes on.")
+        raise
+    if not table.rows:
+        raise ValueError("no image gave features; nothing written")
+    print(f"{len(table.rows)} images, {len(skip)} skipped: {output}")
+    return FAILED if skip else DONE
+
+
+def _weights(arguments: argparse.Namespace) -> str:
+    """What tells these weights from others: the checkpoint's path, size and modification time."""
+    if arguments.pretrained:
+        return "pretrained"
+    try:
+        status = arguments.checkpoint.stat()
+    except OSError:
+        raise UsageError(f"no checkpoint at {arguments.checkpoint}") from None
+    return f"{arguments.checkpoint.resolve()}, {status.st_size} bytes, modified {status.st_mtime_ns} ns"
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Ctrl-C and polite kills are ignored in the `with` body."""
+    # Python hands signals to its main thread only, and lets only that one say what becomes of them.
+    numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
