@@ -10,7 +10,8 @@ help:
 	@echo "make bench     verify the kernels, then time ViT models beside their peers on photographs"
 	@echo "make verify    every kernel against the reference"
 	@echo "make test      the tests; make test-all: with the slow ones"
-	@echo "make static    compile every kernel for six architectures with two Tritons: docs/static, in about 12 minutes"
+	@echo "make static    compile every kernel for six architectures with two Tritons: docs/static, and all that was"
+	@echo "               found in results/static; in about 12 minutes"
 	@echo "make gpu       all that is worth knowing on this machine's GPU, with the python3 on PATH, under 9 minutes:"
 	@echo "               OUT=folder FROM=archive COMMIT=name BUDGET=seconds MODELS=names BATCH=n STEPS=names"
 	@echo "make pages     the pages and tables of benchmarks/results/ anew, and the table in README.md"
@@ -42,15 +43,16 @@ $(VENV)/.test: $(VENV)/.bench
 	@touch $@
 
 # The oldest Triton that is supported, and the newest release: each alone in a folder that goes before $(VENV)'s own on
-# the path. A Triton whose report fails does not stop the other's.
+# the path. A Triton whose report fails does not stop the other's, nor the pages.
 TRITONS := 3.6.0 3.9.0
 
 static: $(TRITONS:%=$(VENV)-static-%/.installed)
-	@status=0; for version in $(TRITONS); do \
+	@rm -rf results/static; status=0; for version in $(TRITONS); do \
 		PYTHONPATH=$(VENV)-static-$$version:. PYTHONDONTWRITEBYTECODE=1 $(ONE_THREAD) $(VENV)/bin/python \
-			benchmarks/static_report.py --output docs/static || status=$$?; \
-		if [ $$status -eq 130 ]; then break; fi; \
-	done; exit $$status
+			benchmarks/static_report.py --json results/static/$$version.json || status=$$?; \
+		if [ $$status -eq 130 ]; then exit 130; fi; \
+	done; \
+	$(VENV)/bin/python -m fastvit.benchmarks.static.pages docs/static $(TRITONS:%=results/static/%.json) && exit $$status
 
 $(VENV)-static-%/.installed: $(VENV)/.bench
 	@echo "installing Triton $* in $(@D)"

@@ -1,31 +1,27 @@
 """Compiles every kernel for GPUs that are not here, and reads registers, spills, memory and instructions off the code.
 
-    python benchmarks/static_report.py [--arch sm_90 ...] [--match TEXT] [--configs shipped|all] [--output FOLDER]
-                                       [--json FILE]
+    python benchmarks/static_report.py [--arch sm_90 ...] [--match TEXT] [--configs shipped|all] [--json FILE]
 
 The exit status is 1 when a kernel fails a gate (see `static/gates.py`) that `static/allowed.py` does not let it
-through, or an entry there has become needless; 2 for bad arguments; 130 when interrupted: finished pages are kept.
-A static figure is evidence about the code, never a speed.
+through, or an entry there has become needless; 2 for bad arguments; 130 when interrupted: FILE keeps the
+architectures that were finished. A static figure is evidence about the code, never a speed.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 import triton
-from fastvit.benchmarks.static import allowed, cases, estimate, pages
-from fastvit.benchmarks.static.compile import compile_all, launches
+from fastvit.benchmarks.static import allowed, cases, pages
+from fastvit.benchmarks.static.compile import Case, compile_all, launches
 from fastvit.benchmarks.static.gates import judge, unused
 from fastvit.benchmarks.static.record import Record
 from fastvit.kernels.launch.hardware import ARCHS
-
-RESULTS = Path(__file__).parent / "results"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -37,32 +33,22 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--configs", choices=("shipped", "all"), default="all", help="all: with the tuner's likeliest candidates"
     )
-    parser.add_argument("--output", type=Path, metavar="FOLDER", help="write the pages and their index to FOLDER")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the records to FILE as well")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write what was found to FILE: see static/pages.py")
     options = parser.parse_args(arguments)
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set: kernels are interpreted, not compiled")
     chosen = [case for case in cases.cases() if options.match in case.label]
     if not chosen:
         parser.error(f"no case's label holds {options.match!r}")
-    if options.match and options.output:
-        parser.error("--output is of whole pages, --match leaves cases out")
-    try:
-        measured = {arch: estimate.measurements(RESULTS, arch) for arch in options.arch}
-    except ValueError as error:
-        parser.error(str(error))
 
     print(f"Triton {triton.__version__}, torch {torch.__version__}", flush=True)
     records: list[Record] = []
 
-    def finish(arch: str, of_arch: list[Record]) -> None:
-        records.extend(of_arch)
-        if options.output:
-            verdict = judge(of_arch, triton.__version__, allowed.ALLOWED)
-            pages.write(options.output, triton.__version__, arch, of_arch, verdict, measured[arch])
-
     try:
-        _compile(chosen, dict.fromkeys(options.arch), options.configs == "all", finish)
+        for of_arch in _compile(chosen, dict.fromkeys(options.arch), options.configs == "all"):
+            records += of_arch
+            if options.json:
+                pages.save(options.json, pages.Run(triton.__version__, options.match, records))
     except KeyboardInterrupt:
         done = list(dict.fromkeys(record.arch for record in records))
         print(f"interrupted; finished: {', '.join(done) or 'none'}", file=sys.stderr)
@@ -79,14 +65,11 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"FAILED needless exception, take it out of static/allowed.py: {entry}")
     failures = len(verdict.failures) + len(needless)
     print(f"{len(records)} kernels, {failures} failures, {len(verdict.excused)} let through")
-    if options.json:
-        options.json.write_text(json.dumps([asdict(record) for record in records]) + "\n")
     return 1 if failures else 0
 
 
-def _compile(chosen, archs, candidates: bool, finish) -> None:
-    """finish(arch, records) as each architecture's are compiled, with a line on stderr for each, and within it on a
-    terminal, that says what is left."""
+def _compile(chosen: list[Case], archs: Iterable[str], candidates: bool) -> Iterator[list[Record]]:
+    """The records of each architecture, as they are compiled, with lines on stderr that say what is left."""
     found = {arch: launches(chosen, arch, candidates) for arch in archs}
     total = sum(map(len, found.values()))
     start, done = time.monotonic(), 0
@@ -102,7 +85,7 @@ def _compile(chosen, archs, candidates: bool, finish) -> None:
                 print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
             elif done % 100 == 0 or done == total:
                 print(line, file=sys.stderr, flush=True)
-        finish(arch, of_arch)
+        yield of_arch
     if sys.stderr.isatty():
         print("\r\033[K", end="", file=sys.stderr, flush=True)
 

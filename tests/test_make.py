@@ -34,7 +34,9 @@ def test_static_makes_an_environment_for_each_triton():
     for version in ("3.6.0", "3.9.0"):
         folder = f"no-such-environment-static-{version}"
         assert f"--no-deps --upgrade --target {folder} triton=={version}" in steps
-    assert "PYTHONPATH=no-such-environment-static-$version:." in steps and "--output docs/static" in steps
+    assert "PYTHONPATH=no-such-environment-static-$version:." in steps
+    assert "--json results/static/$version.json" in steps
+    assert "static.pages docs/static results/static/3.6.0.json results/static/3.9.0.json" in steps
 
 
 def test_bench_verifies_first():

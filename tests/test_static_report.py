@@ -158,7 +158,7 @@ def planted(tmp_path_factory):
     def report(*arguments: str):
         done = run([script, "--json", out, *arguments])
         assert done.returncode in (0, 1), done.stderr
-        records = {record["case"]: record for record in json.loads(out.read_text())}
+        records = {record["case"]: record for record in json.loads(out.read_text())["kernels"]}
         failures: dict[str, list[str]] = {case: [] for case in records}
         for line in done.stdout.splitlines():
             if found := re.match(r"FAILED (.*?): \S+ .* \((.*); .*\): ", line):
@@ -274,7 +274,6 @@ def test_amd_code_is_read(planted):
     [
         ([], {"TRITON_INTERPRET": "1"}, "TRITON_INTERPRET is set: kernels are interpreted, not compiled"),
         (["--match", "nonsense"], {}, "no case's label holds 'nonsense'"),
-        (["--match", "good", "--output", "x"], {}, "--output is of whole pages, --match leaves cases out"),
         (["--arch", "sm_1"], {}, "invalid choice: 'sm_1'"),
     ],
 )
@@ -315,7 +314,7 @@ def test_every_shipped_kernel_passes(tmp_path, arch):
     done = run([REPORT, "--arch", arch, "--configs", "shipped", "--json", tmp_path / "records.json"])
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr
     assert f"Triton {triton.__version__}" in done.stdout
-    records = json.loads((tmp_path / "records.json").read_text())
+    records = json.loads((tmp_path / "records.json").read_text())["kernels"]
     uses = [use for record in records for use in record["uses"]]
     assert {request_of(use["request"]).kernel for use in uses} == CONFIGS.keys()
     gpu = ARCHS[arch]
@@ -329,7 +328,7 @@ def test_candidates_of_the_tuner_are_compiled_where_a_case_asks(tmp_path):
     out = tmp_path / "records.json"
     done = run([REPORT, "--arch", "sm_90", "--match", "attention d=64 bf16", "--json", out])
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr
-    records = json.loads(out.read_text())
+    records = json.loads(out.read_text())["kernels"]
     candidates = [record for record in records if not record["shipped"]]
     assert {record["case"] for record in candidates} == {"attention d=64 bf16"}
     assert {record["case"] for record in records} == {"attention d=64 bf16", "attention d=64 bf16, masked"}
@@ -341,19 +340,23 @@ def test_candidates_of_the_tuner_are_compiled_where_a_case_asks(tmp_path):
 
 
 @pytest.mark.slow
-def test_an_interrupt_keeps_the_finished_pages(tmp_path):
+def test_an_interrupt_keeps_what_is_finished(tmp_path):
     (tmp_path / "planted.py").write_text(SCRIPT)
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, tmp_path / "planted.py", "--output", tmp_path / "pages"]
+    out = tmp_path / "results" / "records.json"
+    command = [sys.executable, tmp_path / "planted.py", "--json", out]
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-    first = tmp_path / "pages" / f"{triton.__version__}-sm_80.md"
-    while not first.exists() and process.poll() is None:
+    while not out.exists() and process.poll() is None:
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130 and "interrupted; finished: sm_80" in said
-    assert first.exists() and first.stem in (tmp_path / "pages" / "README.md").read_text()
-    assert not (tmp_path / "pages" / f"{triton.__version__}-gfx942.md").exists()
+    archs = {record.arch for record in pages.load(out).records}
+    assert "sm_80" in archs and "gfx942" not in archs
+    # What is not whole makes no pages.
+    done = run(["-m", "fastvit.benchmarks.static.pages", tmp_path / "pages", out])
+    assert done.returncode == 2 and f"{out}: not of all cases on all architectures" in done.stderr
+    assert not (tmp_path / "pages").exists()
 
 
 def test_configs_of_shipped_tables_are_compiled(tmp_path):
@@ -497,7 +500,7 @@ def test_an_estimate_follows_the_compiled_code():
         ("column_sum", RowConfig(32, 128, 4), 8),
     ],
 )
-def test_turns_of_the_main_loop(kernel, config, steps):
+def test_iterations_of_the_main_loop(kernel, config, steps):
     request = request_of(f"{kernel} {'64x197x12x64' if kernel.startswith('attention') else '12608x768'} bfloat16")
     blocks = {"attention_forward": 3072, "layer_norm_forward": 3152, "column_sum": 6 * 50}[kernel]
     assert estimate.use(request, config, blocks, ARCHS["sm_90"]).steps == steps
@@ -533,16 +536,21 @@ def records():
     return made
 
 
-def write(folder: Path, records: list[Record], entries=(), measured=None) -> tuple[str, dict]:
-    verdict = judge(records, "3.6.0", entries)
-    pages.write(folder, "3.6.0", "sm_90", records, verdict, measured or {})
-    return (folder / "3.6.0-sm_90.md").read_text(), pages.load(folder / "3.6.0-sm_90.json")
+def write(folder: Path, records: list[Record], entries=(), results=Path("none"), others=()) -> str:
+    """The page of sm_90, by way of the JSON files; others: (Triton, its records)."""
+    folder.mkdir()
+    runs = []
+    for version, made in [("3.10.0", records), *others]:
+        pages.save(folder / "json", pages.Run(version, "", made))
+        runs.append(pages.load(folder / "json"))
+    pages.write(folder, runs, entries, results)
+    return (folder / "sm_90.md").read_text()
 
 
 def test_pages_do_not_depend_on_the_order_of_compilation(tmp_path, records):
     write(tmp_path / "a", records)
     write(tmp_path / "b", records[::-1])
-    names = ["3.6.0-sm_90.json", "3.6.0-sm_90.md", "README.md"]
+    names = ["README.md", "json", "sm_90.md"]
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == names
     for name in names:
         text = (tmp_path / "a" / name).read_text()
@@ -550,19 +558,60 @@ def test_pages_do_not_depend_on_the_order_of_compilation(tmp_path, records):
         assert str(ROOT) not in text and str(tmp_path) not in text
 
 
+def test_what_is_saved_is_loaded(tmp_path):
+    record = replace(used(), loads_by_bits={128: 4, 16: 2}, loop={"HGMMA": 4, "LDG": 2}, rest={"EXIT": 1})
+    pages.save(tmp_path / "new" / "run.json", pages.Run("3.6.0", "", [record]))
+    assert pages.load(tmp_path / "new" / "run.json") == pages.Run("3.6.0", "", [record])
+
+
 def test_a_page_says_what_failed_what_was_let_through_and_what_is_an_estimate(tmp_path, records):
-    text, found = write(tmp_path, records)
-    assert "5 shipped kernels, 1 failures, 0 let through with a reason; 1 candidates of the tuner." in text
+    text = write(tmp_path / "a", records)
+    assert "5 shipped kernels, 1 failures, 0 let through with a reason; 1 candidates of the tuner" in text
     assert "- **serialized**: `kernel`, flawed" in text and "- of the candidates: spill 1" in text
     assert "Each is an estimate from code and shape, not a measurement" in text
-    assert "No kernel has been measured on sm_90 yet" in text and "By spills: none." in text
-    assert [row["failed"] for row in found["kernels"] if row["failed"]] == [["serialized"]]
-    shown = {(row["request"], row["config"]): row["estimated_seconds"] for row in found["estimates"]}
+    assert "No kernel has been measured on sm_90 yet" in text
+    found = json.loads((tmp_path / "a" / "json").read_text())["kernels"]
+    shown = {
+        (use["request"], use["config"]): estimated
+        for row in found
+        for use, estimated in zip(row["uses"], row["estimated_seconds"], strict=True)
+    }
     assert len(shown) == 5 and shown[REQUEST.key, "128x128x64 w8 s3 g8 k1"] == pytest.approx(seconds(used()), rel=1e-3)
 
-    text, found = write(tmp_path, records, [Allowed("serialized", "It is planted here.", case="flawed")])
-    assert "0 failures, 1 let through" in text and "It is planted here." in text
-    assert "| [3.6.0-sm_90](3.6.0-sm_90.md) | 5 | 0 | 1 | 0 | 100 | 25% | 1 |" in (tmp_path / "README.md").read_text()
+    text = write(tmp_path / "b", records, [Allowed("serialized", "It is planted here.", case="flawed")])
+    assert "0 failures, 1 let through" in text and "let through. It is planted here. 1: `kernel`: flawed." in text
+    row = "| 3.10.0 | [sm_90](sm_90.md) | 5 | 0 | 1 | 0 | 100 | 25% | 1 |"
+    assert row in (tmp_path / "b" / "README.md").read_text()
+
+
+def test_a_kernel_has_one_row_its_worst(tmp_path, records):
+    spills = replace(GOOD, case="spills", spill_bytes=4)
+    errs = replace(GOOD, kernel="other", case="errs", error="it raised")
+    idle = replace(GOOD, case="idle", occupancy=0.125)
+    rows = [line for line in write(tmp_path / "a", [*records, idle, spills]).splitlines() if "| kernel |" in line]
+    assert len(rows) == 2 and rows[1].startswith("| kernel | 7 | spills |  | 100 | 4 |")
+    rows = write(tmp_path / "b", [*records, errs, idle]).splitlines()
+    first = rows.index("## Kernels, each in its worst case") + 4
+    assert rows[first].startswith("| other | 1 | errs |  | ERROR it raised |")
+    assert rows[first + 1].startswith("| kernel | 6 | idle |") and "| 12% (2x8 warps, registers) |" in rows[first + 1]
+
+
+def test_a_page_says_what_differs_with_the_other_triton(tmp_path):
+    serialized, spilling = FLAWED["serialized"], replace(GOOD, case="b", spill_bytes=4)
+    newest = [serialized, replace(spilling, spill_bytes=0)]
+    other = [replace(serialized, serialized=False), replace(spilling, occupancy=0.125)]
+    entries = [Allowed(gate, "It is planted here.") for gate in ("serialized", "spill")]
+    text = write(tmp_path / "a", newest, entries, others=[("3.9.0", other)])
+    assert "by Triton 3.10.0" in text
+    assert text.split("## With Triton 3.9.0 instead\n\n")[1].splitlines() == [
+        "- spill, let through. It is planted here. 1: `kernel`: b.",
+        "- no serialized: 1: `kernel`: case.",
+        "- of 2 kernels (by name, case and config), 0 have a higher occupancy, 1 lower",
+    ]
+    assert "- **spill**: `kernel`, b, :" in write(tmp_path / "b", newest, others=[("3.9.0", other)])
+    text = write(tmp_path / "c", newest, entries, others=[("3.9.0", newest)])
+    same = "- of 2 kernels (by name, case and config), 0 have a higher occupancy, 0 lower"
+    assert text.endswith(f"## With Triton 3.9.0 instead\n\n{same}\n")
 
 
 def test_measured_kernels_stand_beside_their_estimates(tmp_path, records):
@@ -582,10 +631,11 @@ def test_measured_kernels_stand_beside_their_estimates(tmp_path, records):
         for record, factor in zip(records[:4], (1.5, 1.2, 1.1, 2.0), strict=True)
     ]
     (folder / "micro.json").write_text(json.dumps({"finished": True, "arch": "sm_90", "launches": rows}))
-    measured = estimate.measurements(tmp_path / "results", "sm_90")
-    text, _ = write(tmp_path / "pages", records, measured=measured)
+    text = write(tmp_path / "pages", records, results=tmp_path / "results")
     line = "Against nvidia-h100/abc/micro.json: 4 kernels, Spearman's rank correlation 1.00 of estimate"
     assert line in text and "No kernel has been measured" not in text
+    estimated, timed = (f"{scale * seconds(records[2]) * 1e6:.3g}" for scale in (1, 1.1))
+    assert f"| {REQUEST.key} | 128x128x64 w8 s3 g8 k1 | {estimated} | {timed} |" in text
     assert estimate.measurements(tmp_path / "results", "sm_120") == {}
 
 
@@ -599,8 +649,17 @@ def test_a_damaged_file_of_measurements_is_named(tmp_path, content):
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"kind": "fastvit static report", "schema": 0}'])
-def test_a_foreign_page_is_refused(tmp_path, content):
-    path = tmp_path / "3.6.0-sm_90.json"
+def test_a_foreign_file_is_refused(tmp_path, content):
+    path = tmp_path / "3.6.0.json"
     path.write_text(content)
-    with pytest.raises(ValueError, match=f"{re.escape(str(path))}: not a fastvit static report of schema 1"):
+    with pytest.raises(ValueError, match=f"{re.escape(str(path))}: not a fastvit static report of schema 2"):
         pages.load(path)
+    with pytest.raises(SystemExit):
+        pages.main([str(tmp_path / "pages"), str(path)])
+    assert not (tmp_path / "pages").exists()
+
+
+def test_the_committed_pages_are_of_every_architecture():
+    folder = ROOT / "docs" / "static"
+    assert {path.name for path in folder.iterdir()} == {"README.md", *(f"{arch}.md" for arch in ARCHS)}
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 150_000

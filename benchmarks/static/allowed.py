@@ -1,4 +1,4 @@
-"""What the gates stop and is let through all the same. An entry that a whole run does not need any more fails it."""
+"""The exceptions to the gates, with their reasons. An entry that a whole run does not need any more fails it."""
 
 from .gates import SCALAR, SERIALIZED, SPILL, Allowed
 

@@ -18,7 +18,7 @@ BATCH = 64
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    """A tensor without memory: aligned as an allocation would be."""
+    """A placeholder with a shape and no data, aligned as an allocation would be."""
     return torch.empty(shape, dtype=dtype, device="meta")
 
 

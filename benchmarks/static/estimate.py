@@ -2,12 +2,12 @@
 
 An estimate is the greatest of
 
-- what kernels/cost.py says of the request and config: products at the share of the data sheet's rate that tiles of that
+- what kernels/launch/cost.py says of the request and config: products at the share of the data sheet's rate that tiles of that
   size and depth reach, padding and the last, partial wave included; bytes of device memory;
 - the cycles that one multiprocessor needs to issue all instructions of its blocks, by the compiled code's mix: in all,
   those of the FP32 lanes and those of the special functions apart;
-- the latency of one load each turn of the main loop, beyond what its stages prefetch, for as many rounds as the blocks
-  that are resident together (by registers and shared memory as compiled) leave.
+- the latency of one load each iteration of the main loop, beyond what its stages prefetch, for as many rounds as the
+  blocks that are resident together (by registers and shared memory as compiled) leave.
 
 Caches, clocks, bank conflicts and dependencies are not in it.
 

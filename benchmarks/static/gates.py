@@ -1,4 +1,4 @@
-"""What must not ship: the gates, and the form of the list of what is let through all the same."""
+"""The gates that every shipped kernel must pass, and the form of the exceptions to them."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ GATES = {
     "does not, for a stride whose divisibility is lost or a gather, takes eight to sixty-four loads where one to eight "
     "would do. The few narrow loads of a row's statistics or scales, beside wide ones of the tiles, are as they"
     " should be",
-    FUSION: "eight or more products of a thread, a tile's worth, are read by additions alone and yet not fused with "
-    "them: `tl.where` stands between, or fusion is switched off. A product that something else reads too (softmax's "
-    "row maximum) and additions of what is no product (softmax's sums) do not count, nor does one product a row",
+    FUSION: "eight or more multiplications a thread have a result that only additions read, and are not fused with "
+    "them: `tl.where` stands between, or fusion is switched off. A multiplication whose result something else reads "
+    "too (softmax's row maximum) and additions of other values (softmax's sums) do not count, nor does one "
+    "multiplication a row",
 }
 # A candidate of the tuner that is not shipped is held to these only: by the others it is slow, which the tuner finds
 # out, but by these it fails on the device although `configs.why_invalid` lets it pass.
@@ -53,7 +54,7 @@ def findings(record: Record) -> dict[str, str]:
     if record.dot != NO_DOT and narrow >= FEW and narrow > wide:
         found[SCALAR] = f"{narrow} loads of 32 bits or less in its main loop, beside {wide} wider ones"
     if record.missed_fusions >= FEW:
-        found[FUSION] = f"{record.missed_fusions} products that only additions read are not fused with them"
+        found[FUSION] = f"{record.missed_fusions} multiplications that only additions read are not fused with them"
     return found
 
 
@@ -64,8 +65,8 @@ def held_to(record: Record) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Allowed:
-    """Lets what a gate stops through: for architectures, versions of Triton, kernels (with the names of their loaders
-    and epilogue) and cases by `fnmatch` patterns. Raises ValueError without a reason, or for an unknown gate."""
+    """An exception to a gate: for the architectures, versions of Triton, kernels (with the names of their loaders and
+    epilogue) and cases that match `fnmatch` patterns. Raises ValueError without a reason, or for an unknown gate."""
 
     gate: str
     reason: str
@@ -90,7 +91,7 @@ class Allowed:
         return self.gate == gate and all(fnmatchcase(value, pattern) for pattern, value in pairs)
 
     def covered_by(self, archs: Iterable[str], triton: str) -> bool:
-        """Whether a run of these architectures would have met all that this entry is about."""
+        """Whether a run of these architectures compiles everything that this entry could be for."""
         return fnmatchcase(triton, self.triton) and {a for a in ARCHS if fnmatchcase(a, self.arch)} <= set(archs)
 
     def __str__(self) -> str:

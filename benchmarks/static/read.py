@@ -149,12 +149,12 @@ _PTX = re.compile(r"^\s*(?:@!?%\w+\s+)?([a-z][\w.]+)\s+([^;]*);", re.MULTILINE)
 
 
 def missed_fusions(ptx: str) -> int:
-    """How many products of a thread are read by additions alone and yet not fused with them.
+    """How many of a thread's multiplications have a result that only additions read, and are not fused with them.
 
     PTX names a value once, so that its readers are known. ptxas fuses a `mul.f32` with the `add.f32` that reads it; it
     cannot where a `selp` stands between (a `tl.where` around the product), nor where both carry a rounding (`.rn`, from
-    `enable_fp_fusion=False`). A product that anything else reads as well (softmax's row maximum, a store) is needed by
-    itself and does not count, nor do additions of what is no product, as softmax's sums.
+    `enable_fp_fusion=False`). A result that anything else reads as well (softmax's row maximum, a store) is needed by
+    itself and does not count, nor do additions of other values, as softmax's sums.
     """
     readers: dict[str, list[tuple[str, str]]] = collections.defaultdict(list)
     made: list[tuple[str, str]] = []

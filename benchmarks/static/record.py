@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-# The kinds of matrix product that the gates tell apart: by the operands' width.
+# The kinds of matrix product that the gates tell apart, by the width of the operands' elements.
 NO_DOT, DOT_16, DOT_WIDE = "", "16-bit", "wide"
 
 
 @dataclass(frozen=True)
 class Use:
     """A launch of the kernel. request: the key of the choice that it serves, empty for a kernel without one; config: of
-    the choice, as text; blocks: of the grid; steps: how often its main loop turns; base_seconds: what kernels/cost.py
+    the choice, as text; blocks: of the grid; steps: iterations of its main loop; base_seconds: what kernels/launch/cost.py
     estimates for the whole request, None where it has no estimate."""
 
     request: str
@@ -28,8 +28,8 @@ class Record:
     case: the first that launches it; shipped: whether the heuristic or a shipped table chooses it, else it is only a
     candidate of the tuner; options: sizes and options of the launch. Bytes are of a thread (spills, stack) or a block
     (shared); *_by_bits: instructions by the bits that each moves a thread; loop, rest: instructions of the main loop
-    and of all else, by kind; flops_per_byte: of one turn of the main loop, of products over bytes of the tiles that it
-    loads; missed_fusions: see `read.missed_fusions`.
+    and of all else, by kind; flops_per_byte: of one iteration of the main loop, FLOPs of matrix products over bytes of
+    the tiles that it loads; missed_fusions: see `read.missed_fusions`.
     """
 
     arch: str
