@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 
 import fastvit
-from fastvit import report
+from fastvit import accuracy, report
 from fastvit.measure import verdict
-from fastvit.verify import FACTOR, SHORT, floor, relative_rms
+from fastvit.verify import SHORT
 
 from . import plan, roofline, timing
 from .cases import Case
@@ -355,13 +355,13 @@ def classify_interpreted(settings: Settings) -> dict:
                 logits = model(images)
     finally:
         torch.set_num_threads(threads)
-    error, plain_error = (relative_rms(found, truth) for found in (logits, plain))
+    error, plain_error = (accuracy.relative_rms(found, truth) for found in (logits, plain))
     return {
         "model": subject.name,
         "dtype": SHORT[dtype],
         "error": error,
         "plain_error": plain_error,
-        "ok": error <= max(FACTOR[dtype] * plain_error, floor(dtype)),
+        "ok": error <= accuracy.limit(dtype, plain_error),
         "seconds": round(time.perf_counter() - start, 1),
         **subject.top5(logits, dtype),
     }

@@ -1,7 +1,7 @@
 """A case made ready: who can run it, what the right answer is, and the call that is timed.
 
-The truth is `fastvit.reference` in float64 on values already rounded to the case's dtype, and the limit of an error is
-that of `fastvit.verify`: so many times plain PyTorch's in the same dtype. Of a training step the gradients count too.
+What is right is `fastvit.accuracy`'s to say: the truth is `fastvit.reference` in float64. Of a training step the
+gradients count too.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import copy
+import functools
 import itertools
 import math
 import sys
@@ -17,8 +18,8 @@ from collections.abc import Callable
 import torch
 
 import fastvit
-from fastvit import dispatch
-from fastvit.verify import FACTOR, floor, randomise, reference_options, relative_rms
+from fastvit import accuracy, dispatch
+from fastvit.verify import randomise, reference_options
 
 from . import ops, timing
 from .cases import Case
@@ -61,12 +62,12 @@ class _Work:
         for name, tensor in found.items():
             if tensor.shape != self.truth[name].shape:
                 return None, f"{name} is {tuple(tensor.shape)}, expected {tuple(self.truth[name].shape)}"
-            errors[name] = relative_rms(tensor, self.truth[name])
+            errors[name] = accuracy.relative_rms(tensor, self.truth[name])
         error = errors[OUT] if math.isfinite(errors[OUT]) else None
         wrong = [name for name in errors if not errors[name] <= self.limits[name]]
         if not wrong:
             return error, ""
-        worst = max(wrong, key=lambda name: _excess(errors[name], self.limits[name]))
+        worst = max(wrong, key=lambda name: accuracy.excess(errors[name], self.limits[name]))
         what = "error" if worst == OUT else f"error of {worst}"
         return error, f"{what} {errors[worst]:.2e} is more than the limit {self.limits[worst]:.2e}"
 
@@ -185,12 +186,16 @@ class OpWork(_Work):
         self._inputs = ops.inputs(case, settings.device)
         self._copies = ops.cold(self._inputs, settings.device)
         self.turns = len(self._copies)
-        precise = ops.precise(self._inputs)
-        self._upstream = None
+        generator = torch.Generator().manual_seed(SEED)
+        self._upstream = functools.cache(
+            lambda shape: torch.randn(shape, generator=generator).to(settings.device, case.dtype)
+        )
         with self.gradients():
-            self.truth = self._gradients_of(getattr(fastvit.reference, case.op), precise)
+            inputs = accuracy.precise(self._inputs)
+            out = getattr(fastvit.reference, case.op)(**inputs)
+            self.truth = accuracy.results(out, inputs, self._upstream)
             with fastvit.use_backend("torch"):
-                plain = self._gradients_of(self.ours, self._inputs)
+                plain = self.evaluate(self.ours)
         self.limits = limits(case.dtype, plain, self.truth)
 
     def build(self, peer):
@@ -198,25 +203,7 @@ class OpWork(_Work):
 
     def evaluate(self, call):
         with self.gradients():
-            return self._gradients_of(call, self._inputs)
-
-    def _gradients_of(self, call, inputs) -> dict[str, torch.Tensor]:
-        out = call(**inputs)
-        found = {OUT: out.detach().clone()}
-        if self.training:
-            if self._upstream is None:
-                generator = torch.Generator().manual_seed(SEED)
-                self._upstream = torch.randn(out.shape, generator=generator).to(out.device)
-            wanted = {
-                id(value): (f"d {name}", value)
-                for name, value in inputs.items()
-                if isinstance(value, torch.Tensor) and value.requires_grad
-            }
-            names, tensors = zip(*wanted.values(), strict=True)
-            found |= zip(
-                names, torch.autograd.grad(out, tensors, self._upstream.to(self.case.dtype).to(out.dtype)), strict=True
-            )
-        return found
+            return accuracy.results(call(**self._inputs), self._inputs, self._upstream)
 
     def step(self, call):
         return _step([lambda inputs=inputs: call(**inputs) for inputs in self._copies], self.training)
@@ -233,11 +220,7 @@ def run_watched(step: timing.Call) -> str:
 
 def limits(dtype: torch.dtype, plain: dict[str, torch.Tensor], truth: dict[str, torch.Tensor]) -> dict[str, float]:
     """The most that the error of each tensor may be, from plain PyTorch's in the same dtype."""
-    return {name: max(FACTOR[dtype] * relative_rms(plain[name], truth[name]), floor(dtype)) for name in truth}
-
-
-def _excess(error: float, limit: float) -> float:
-    return error / limit if math.isfinite(error) else math.inf
+    return {name: accuracy.limit(dtype, accuracy.relative_rms(plain[name], truth[name])) for name in truth}
 
 
 def _evaluate(call, images, chunks, upstream, names, shapes) -> dict[str, torch.Tensor]:
@@ -296,7 +279,7 @@ def _step(forwards: list[Callable[[], torch.Tensor]], training: bool) -> timing.
     def run():
         turn, forward = next(turns)
         out = forward()
-        if turn not in known:  # walking the graph takes time that is not the contestant's
+        if turn not in known:  # walking the graph takes time that is not the entry's
             # Not drawn on the GPU: a CUDA graph that failed to be captured leaves its generator unusable.
             known[turn] = _leaves(out), torch.randn(out.shape).to(out)
         return torch.autograd.grad(out, *known[turn])

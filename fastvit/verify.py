@@ -1,8 +1,7 @@
 """Every kernel against the reference, on this machine: the same inputs three times, in float64, plain and ours.
 
-The truth is `fastvit.reference` in float64 on inputs already rounded to the case's dtype. The bar is the error of
-plain PyTorch (back end "torch") in that dtype; ours is the error of the Triton kernels. Both are relative rms errors
-over each whole tensor: the output, and the gradient of every input, weight, bias and table.
+What is accurate enough stands in `accuracy`: the truth is `fastvit.reference`, plain is the back end "torch", ours are
+the Triton kernels. The arguments of the ops come from `examples`.
 """
 
 from __future__ import annotations
@@ -19,36 +18,13 @@ import torch
 
 import fastvit
 
-from . import report, workers
+from . import examples, report, workers
+from .accuracy import FACTOR, excess, floor, limit, precise, relative_rms, results
 from .dispatch import LIBRARY_GRADIENTS
 
-# How many times plain PyTorch's own error ours may be, by dtype; and the order in which they are verified.
-FACTOR = {torch.bfloat16: 1.5, torch.float32: 2.0, torch.float16: 1.5}
 SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-# Given as data, never trained: they have no gradient.
-_CONSTANT = ("drop_path_scale",)
 CASE_SECONDS = 60.0  # what no case takes, with a process's start and all its compiling, on a busy machine
 OUT_OF_MEMORY = "OutOfMemoryError"
-
-
-def floor(dtype: torch.dtype) -> float:
-    """The error below which a tensor stored in `dtype` is never called wrong, whatever plain PyTorch's is.
-
-    Where both results are exact up to rounding, their ratio is luck. A result rounded once, correctly, to a half
-    precision is off by up to eps / sqrt(12) rms (uniform in half a unit in the last place): no kernel that stores that
-    dtype does better. In float32 the sums themselves round too, in an order that is the kernel's own: one eps.
-    """
-    eps = torch.finfo(dtype).eps
-    return eps if dtype in (torch.float32, torch.float64) else eps / math.sqrt(12)
-
-
-def relative_rms(got: torch.Tensor, truth: torch.Tensor) -> float:
-    """||got - truth|| / ||truth||; the plain rms of `got` where the truth is zero throughout."""
-    got, truth = got.double(), truth.double()
-    norm = torch.linalg.vector_norm(truth)
-    if norm == 0:
-        return torch.linalg.vector_norm(got).item() / math.sqrt(max(1, got.numel()))
-    return (torch.linalg.vector_norm(got - truth) / norm).item()
 
 
 @dataclass(frozen=True)
@@ -94,7 +70,7 @@ class Result:
     @property
     def worst(self) -> TensorResult | None:
         """The tensor nearest to its limit, or furthest beyond it."""
-        return max(self.tensors, key=lambda t: t.ours / t.limit if math.isfinite(t.ours) else math.inf, default=None)
+        return max(self.tensors, key=lambda t: excess(t.ours, t.limit), default=None)
 
     def as_dict(self) -> dict:
         """For JSON, which has no NaN and no infinity: those become strings."""
@@ -140,8 +116,7 @@ def _compare(name, dtype, ours, plain, truth) -> TensorResult:
             f"{name} is {tuple(ours.shape)} {ours.dtype}, expected {tuple(truth.shape)} {plain.dtype}",
         )
     plain_error = relative_rms(plain, truth)
-    limit = max(FACTOR[dtype] * plain_error, floor(ours.dtype))
-    return TensorResult(name, relative_rms(ours, truth), plain_error, limit)
+    return TensorResult(name, relative_rms(ours, truth), plain_error, limit(dtype, plain_error, floor(ours.dtype)))
 
 
 def run(cases: Iterable[Case], device: str, time_limit: float | None = None) -> Iterator[Result]:
@@ -228,143 +203,37 @@ def use_interpreter() -> None:
 
 
 def _op_case(
-    op: str, label: str, dtype: torch.dtype, build: Callable, rank: int = 0, ours: Callable | None = None
+    dtype: torch.dtype,
+    op: str,
+    label: str,
+    rank: int,
+    sizes: dict,
+    dtypes: dict[str, torch.dtype] | None = None,
+    channels_last: bool = False,
+    ours: Callable | None = None,
+    **options,
 ) -> Case:
-    """`build(draw)` gives the op's tensors by argument name, and its other arguments; ours: what is verified, the op
-    if not said."""
+    """The op on its example tensors of these sizes, some of `dtypes` of their own, with these further arguments; ours:
+    what is verified, the op if not said."""
 
     def prepare(device):
         generator = torch.Generator(device).manual_seed(zlib.crc32(f"{op} {label}".encode()))
+        draw = examples.Draw(dtype, device, generator, dtypes or {}, trained=True, channels_last=channels_last)
+        tensors = examples.tensors(op, draw, **sizes)
+        upstream = functools.cache(lambda shape: draw("out", *shape).detach())
 
-        def draw(*shape, mean=0.0, scale=1.0, dtype=dtype):
-            values = torch.randn(shape, generator=generator, device=device)
-            return (mean + scale * values).to(dtype)
-
-        tensors, options = build(draw)
-        upstream = {}  # the output gradient, drawn once the output's shape is known: the same for all three
-
-        def evaluate(function, precise):
-            leaves = {}
-            for name, tensor in tensors.items():
-                tensor = tensor.double() if precise and tensor.is_floating_point() else tensor
-                leaves[name] = tensor.detach().requires_grad_(tensor.is_floating_point() and name not in _CONSTANT)
-            out = function(**leaves, **options)
-            if not upstream:
-                upstream["out"] = draw(*out.shape)
-            wanted = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
-            gradients = torch.autograd.grad(out, list(wanted.values()), upstream["out"].to(out.dtype))
-            return {"out": out.detach(), **{f"d {name}": g for name, g in zip(wanted, gradients, strict=True)}}
+        def evaluate(function, tensors):
+            return results(function(**tensors, **options), tensors, upstream)
 
         return (
-            lambda: evaluate(getattr(fastvit.reference, op), precise=True),
+            lambda: evaluate(getattr(fastvit.reference, op), precise(tensors)),
             # With a bias, PyTorch's own attention may compute in float32 whatever the dtype: no bar for a computation
             # in half precision. The formula, op by op in the dtype, is.
-            lambda: evaluate(getattr(fastvit.reference if "attn_bias" in tensors else fastvit.ops, op), precise=False),
-            lambda: evaluate(ours or getattr(fastvit.ops, op), precise=False),
+            lambda: evaluate(getattr(fastvit.reference if "attn_bias" in tensors else fastvit.ops, op), tensors),
+            lambda: evaluate(ours or getattr(fastvit.ops, op), tensors),
         )
 
     return Case(op, label, dtype, prepare, rank)
-
-
-def _norm(draw, dim):
-    return {"norm_weight": draw(dim, mean=1.0, scale=0.2), "norm_bias": draw(dim, scale=0.2)}
-
-
-def _layer_norm(draw, batch, tokens, dim):
-    return {
-        "x": draw(batch, tokens, dim, mean=0.5),
-        "weight": draw(dim, mean=1.0, scale=0.2),
-        "bias": draw(dim, scale=0.2),
-    }, {}
-
-
-def _layer_norm_linear(draw, batch, tokens, dim, out, wide_x=False, bias=True):
-    x = draw(batch, tokens, dim, mean=0.5, **({"dtype": torch.float32} if wide_x else {}))
-    tensors = {"x": x, **_norm(draw, dim), "weight": draw(out, dim, scale=dim**-0.5)}
-    return tensors | ({"bias": draw(out, scale=0.2)} if bias else {}), {}
-
-
-def _linear_residual(draw, batch, tokens, dim, layer_scale=False, drop_path=False, bias=True, wide_x=False):
-    tensors = {
-        "x": draw(batch, tokens, dim),
-        "weight": draw(dim, dim, scale=dim**-0.5),
-        "bias": draw(dim, scale=0.2) if bias else None,
-        "residual": draw(batch, tokens, dim, **({"dtype": torch.float32} if wide_x else {})),
-    }
-    return _scales(draw, tensors, batch, dim, layer_scale, drop_path)
-
-
-def _layer_norm_mlp(
-    draw,
-    batch,
-    tokens,
-    dim,
-    hidden,
-    activation="gelu",
-    residual=True,
-    layer_scale=False,
-    drop_path=False,
-    bias=True,
-    wide_x=False,
-):
-    x = draw(batch, tokens, dim, mean=0.5, **({"dtype": torch.float32} if wide_x else {}))
-    tensors = {
-        "x": x,
-        **_norm(draw, dim),
-        "fc1_weight": draw(hidden, dim, scale=dim**-0.5),
-        "fc1_bias": draw(hidden, scale=0.2) if bias else None,
-        "fc2_weight": draw(dim, hidden, scale=hidden**-0.5),
-        "fc2_bias": draw(dim, scale=0.2) if bias else None,
-    }
-    if residual:
-        tensors["residual"] = draw(batch, tokens, dim, dtype=x.dtype)
-    tensors, options = _scales(draw, tensors, batch, dim, layer_scale, drop_path)
-    return tensors, options | {"activation": activation}
-
-
-def _scales(draw, tensors, batch, dim, layer_scale, drop_path):
-    options = {name: None for name, tensor in tensors.items() if tensor is None}
-    tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    if layer_scale:
-        tensors["layer_scale"] = draw(dim, mean=0.5, scale=0.2)
-    if drop_path:
-        keep = torch.tensor([i % 3 != 1 for i in range(batch)], device=tensors["x"].device)
-        tensors["drop_path_scale"] = keep.to(tensors["x"].dtype) * 1.25
-    return tensors, options
-
-
-def _attention(draw, batch, tokens, heads, dim, mask=False, bias=False, scale=None):
-    tensors = {"qkv": draw(batch, tokens, 3, heads, dim)}
-    if mask:
-        lengths = torch.arange(batch, device=tensors["qkv"].device) * tokens // batch  # the first attends to nothing
-        tensors["key_padding_mask"] = torch.arange(tokens, device=lengths.device) < lengths[:, None]
-    if bias:
-        tensors["attn_bias"] = draw(1, heads, tokens, tokens)
-    return tensors, {"scale": scale}
-
-
-def _patch_embed(
-    draw, batch, size, patch, dim, channels=3, prefix=1, pos="all", bias=True, pixels="float", channels_last=False
-):
-    height, width = size
-    ph, pw = patch
-    patches = (height // ph) * (width // pw)
-    fan_in = channels * ph * pw
-    image = draw(batch, channels, height, width)
-    if pixels == "uint8":
-        image = (image.float() * 50 + 120).clamp(0, 255).to(torch.uint8)
-    if channels_last:
-        image = image.contiguous(memory_format=torch.channels_last)
-    tensors = {"image": image, "weight": draw(dim, channels, ph, pw, scale=fan_in**-0.5)}
-    if bias:
-        tensors["bias"] = draw(dim, scale=0.2)
-    if prefix:
-        tensors["prefix"] = draw(prefix, dim)
-    if pos is not None:
-        tensors["pos_embed"] = draw(patches + (prefix if pos == "all" else 0), dim)
-    if pixels == "float":
-        return tensors, {}
-    return tensors, {"mean": [0.485, 0.456, 0.406][:channels], "std": [0.229, 0.224, 0.225][:channels]}
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -406,25 +275,18 @@ def _model_case(name: str, label: str, dtype: torch.dtype, batch: int, rank: int
         model = fastvit.create_model(name, **overrides)
         randomise(model)
         model = model.to(device, dtype).eval()
-        generator = torch.Generator(device).manual_seed(1)
-        shape = (batch, model.config.in_chans, *model.config.img_size)
-        images = torch.randn(shape, generator=generator, device=device).to(dtype)
-        upstream = {}
+        draw = examples.Draw(dtype, device, torch.Generator(device).manual_seed(1))
+        images = draw("image", batch, model.config.in_chans, *model.config.img_size)
+        upstream = functools.cache(lambda shape: draw("out", *shape))
 
-        def evaluate(forward, parameters):
-            out = forward()
-            if not upstream:
-                upstream["out"] = torch.randn(out.shape, generator=generator, device=device).to(dtype)
-            gradients = torch.autograd.grad(out, list(parameters.values()), upstream["out"].to(out.dtype))
-            return {"out": out.detach(), **{f"d {n}": g for n, g in zip(parameters, gradients, strict=True)}}
+        parameters = dict(model.named_parameters())
 
         def truth():
-            state = {n: p.detach().double().requires_grad_() for n, p in model.named_parameters()}
-            options = reference_options(model.config)
-            return evaluate(lambda: fastvit.reference.vision_transformer(images.double(), state, **options), state)
+            state, options = precise(parameters), reference_options(model.config)
+            return results(fastvit.reference.vision_transformer(images.double(), state, **options), state, upstream)
 
         def ours():
-            return evaluate(lambda: model(images), dict(model.named_parameters()))
+            return results(model(images), parameters, upstream)
 
         return truth, ours, ours
 
@@ -509,9 +371,7 @@ def cases(sizes: Sizes, dtypes: tuple[torch.dtype, ...] = tuple(FACTOR), ops: It
 
 def _cases_of(sizes: Sizes, dtype: torch.dtype) -> Iterator[Case]:
     batch, first = sizes.batch, sizes.tokens[0]
-
-    def op(name, label, build, rank, ours=None, **arguments):
-        return _op_case(name, label, dtype, lambda draw: build(draw, **arguments), rank, ours)
+    op = functools.partial(_op_case, dtype)
 
     # Each op at each width, then at each sequence length.
     for width, tokens in [(w, first) for w in sizes.widths] + [(sizes.main, n) for n in sizes.tokens[1:]]:
@@ -519,18 +379,18 @@ def _cases_of(sizes: Sizes, dtype: torch.dtype) -> Iterator[Case]:
         shape = {"batch": batch, "tokens": tokens, "dim": dim}
         rank = 0 if (width, tokens) == (sizes.main, first) else 2
         label = f"{width} {batch}x{tokens}x{dim}"
-        yield op("layer_norm", label, _layer_norm, rank, **shape)
-        yield op("layer_norm_linear", f"{label} qkv", _layer_norm_linear, rank, out=3 * dim, **shape)
-        yield op("linear_residual", label, _linear_residual, rank, **shape)
-        yield op("layer_norm_mlp", label, _layer_norm_mlp, rank, hidden=4 * dim, **shape)
+        yield op("layer_norm", label, rank, shape)
+        yield op("layer_norm_linear", f"{label} qkv", rank, shape | {"out": 3 * dim})
+        yield op("linear_residual", label, rank, shape | {"out": dim})
+        yield op("layer_norm_mlp", label, rank, shape | {"hidden": 4 * dim, "also": ["residual"]})
     for tokens, heads, dim in sizes.attention_shapes:
         rank = 0 if tokens == sizes.attention_shapes[0][0] else 2
-        yield op("attention", f"{batch}x{tokens} {heads}x{dim}", _attention, rank, batch=batch, tokens=tokens,
-                 heads=heads, dim=dim)  # fmt: skip
+        qkv = {"batch": batch, "tokens": tokens, "heads": heads, "head_dim": dim}
+        yield op("attention", f"{batch}x{tokens} {heads}x{dim}", rank, qkv)
     for label, side, patch, dim in sizes.patches:
         rank = 0 if label == sizes.patches[0][0] else 2
-        image = {"batch": batch, "size": (side, side), "patch": (patch, patch), "dim": dim}
-        yield op("patch_embed", label, _patch_embed, rank, **image)
+        image = {"batch": batch, "size": (side,) * 2, "patch": (patch,) * 2, "dim": dim, "also": examples.TABLES}
+        yield op("patch_embed", label, rank, image)
 
     for name, overrides in sizes.models:
         label = " ".join([name, *(f"{key}={value}" for key, value in overrides.items())])
@@ -539,43 +399,44 @@ def _cases_of(sizes: Sizes, dtype: torch.dtype) -> Iterator[Case]:
     # Every option of every op, at one width.
     dim = sizes.widths[sizes.main]
     shape = {"batch": batch, "tokens": first, "dim": dim}
+    linear, mlp = shape | {"out": dim}, shape | {"hidden": dim, "also": ["residual"]}
+    scales = {"also": examples.SCALES}
+    scaled_mlp = mlp | {"also": ["residual", *examples.SCALES]}
     for activation in ("gelu_tanh", "quick_gelu", "silu"):
-        yield op("layer_norm_mlp", activation, _layer_norm_mlp, 3, hidden=2 * dim, activation=activation, **shape)
-    yield op("layer_norm_mlp", "no residual, no bias", _layer_norm_mlp, 3, hidden=dim, residual=False, bias=False,
-             **shape)  # fmt: skip
-    yield op("layer_norm_mlp", "layer-scale, drop-path", _layer_norm_mlp, 3, hidden=dim, layer_scale=True,
-             drop_path=True, **shape)  # fmt: skip
-    yield op("linear_residual", "layer-scale, drop-path", _linear_residual, 3, layer_scale=True, drop_path=True,
-             **shape)  # fmt: skip
-    yield op("linear_residual", "no bias", _linear_residual, 3, bias=False, **shape)
-    yield op("layer_norm_linear", "no bias, odd sizes", _layer_norm_linear, 3, batch=1, tokens=13, dim=100, out=77,
-             bias=False)  # fmt: skip
-    if dtype != torch.float32:  # the residual stream stays in float32, as under autocast
-        yield op("layer_norm_linear", "fp32 stream", _layer_norm_linear, 3, out=dim, wide_x=True, **shape)
-        yield op("linear_residual", "fp32 stream", _linear_residual, 3, wide_x=True, **shape)
-        yield op("layer_norm_mlp", "fp32 stream", _layer_norm_mlp, 3, hidden=dim, wide_x=True, **shape)
+        yield op("layer_norm_mlp", activation, 3, mlp | {"hidden": 2 * dim}, activation=activation)
+    yield op("layer_norm_mlp", "no residual, no bias", 3, mlp | {"also": [], "bias": False})
+    yield op("layer_norm_mlp", "layer-scale, drop-path", 3, scaled_mlp)
+    yield op("linear_residual", "layer-scale, drop-path", 3, linear | scales)
+    yield op("linear_residual", "no bias", 3, linear | {"bias": False})
+    odd = {"batch": 1, "tokens": 13, "dim": 100, "out": 77, "bias": False}
+    yield op("layer_norm_linear", "no bias, odd sizes", 3, odd)
+    image = {"batch": batch, "size": (64, 48), "patch": (16, 16), "dim": 192, "also": examples.TABLES}
+    uint8 = {"dtypes": {"image": torch.uint8}, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+    if dtype != torch.float32:
+        stream = dict.fromkeys(("x", "residual"), torch.float32)  # stays in float32, as under autocast
+        yield op("layer_norm_linear", "fp32 stream", 3, linear, stream)
+        yield op("linear_residual", "fp32 stream", 3, linear, {"residual": torch.float32})
+        yield op("layer_norm_mlp", "fp32 stream", 3, mlp, stream)
         # Under "auto", weight gradients are the library's in half precision.
-        scales = {"layer_scale": True, "drop_path": True}
-        image = {"batch": batch, "size": (64, 48), "patch": (16, 16), "dim": 192, "pixels": "uint8"}
-        for name, build, arguments in (
-            ("layer_norm_linear", _layer_norm_linear, {**shape, "out": dim}),
-            ("linear_residual", _linear_residual, shape | scales),
-            ("layer_norm_mlp", _layer_norm_mlp, {**shape, "hidden": dim, **scales}),
-            ("patch_embed", _patch_embed, image),
+        for name, given, more in (
+            ("layer_norm_linear", linear, {}),
+            ("linear_residual", linear | scales, {}),
+            ("layer_norm_mlp", scaled_mlp, {}),
+            ("patch_embed", image, uint8),
         ):
             ours = functools.partial(fastvit.ops.run_candidate, name, LIBRARY_GRADIENTS)
-            yield op(name, "weight gradients by torch.mm", build, 3, ours, **arguments)
+            yield op(name, "weight gradients by torch.mm", 3, given, ours=ours, **more)
     for head_dim in sizes.head_dims:
-        yield op("attention", f"head dim {head_dim}", _attention, 3, batch=batch, tokens=first, heads=2, dim=head_dim)
-    attention = {"batch": 3, "tokens": first, "heads": 2, "dim": 64}
-    yield op("attention", "padding mask", _attention, 3, mask=True, **attention)
-    yield op("attention", "bias", _attention, 3, bias=True, scale=0.1, **attention)
-    yield op("attention", "mask and bias", _attention, 3, mask=True, bias=True, **attention)
-    image = {"batch": batch, "size": (64, 48), "patch": (16, 16), "dim": 192}
-    yield op("patch_embed", "uint8", _patch_embed, 3, pixels="uint8", **image)
-    yield op("patch_embed", "uint8 channels_last", _patch_embed, 3, pixels="uint8", channels_last=True, **image)
-    yield op("patch_embed", "channels_last", _patch_embed, 3, channels_last=True, **image)
-    yield op("patch_embed", "no bias, no prefix, no positions", _patch_embed, 3, bias=False, prefix=0, pos=None,
-             **image)  # fmt: skip
-    yield op("patch_embed", "5 prefix tokens, positions of patches", _patch_embed, 3, prefix=5, pos="patches", **image)
-    yield op("patch_embed", "patch 8x16, 4 channels", _patch_embed, 3, channels=4, **image | {"patch": (8, 16)})
+        qkv = {"batch": batch, "tokens": first, "heads": 2, "head_dim": head_dim}
+        yield op("attention", f"head dim {head_dim}", 3, qkv)
+    qkv = {"batch": 3, "tokens": first, "heads": 2, "head_dim": 64}
+    yield op("attention", "padding mask", 3, qkv | {"also": ["key_padding_mask"]})
+    yield op("attention", "bias", 3, qkv | {"also": ["attn_bias"]}, scale=0.1)
+    yield op("attention", "mask and bias", 3, qkv | {"also": ["key_padding_mask", "attn_bias"]})
+    yield op("patch_embed", "uint8", 3, image, **uint8)
+    yield op("patch_embed", "uint8 channels_last", 3, image, channels_last=True, **uint8)
+    yield op("patch_embed", "channels_last", 3, image, channels_last=True)
+    yield op("patch_embed", "no bias, no prefix, no positions", 3, image | {"bias": False, "also": []})
+    of_patches = {"prefix": 5, "prefix_has_positions": False}
+    yield op("patch_embed", "5 prefix tokens, positions of patches", 3, image | of_patches)
+    yield op("patch_embed", "patch 8x16, 4 channels", 3, image | {"channels": 4, "patch": (8, 16)})

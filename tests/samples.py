@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 import fastvit
+from fastvit import examples
+from fastvit.accuracy import relative_rms as relative_rms
 
 B, N, D, H, M = 2, 21, 24, 3, 40  # no size is a multiple of a block
 BATCHED = ("x", "qkv", "image", "residual", "key_padding_mask", "drop_path_scale")  # the tensors of one row a sample
@@ -20,21 +22,20 @@ class Sample:
 
     name: str
     op: str
-    build: Callable[[Callable], dict]
-    options: dict
+    sizes: Callable[[], dict]
+    options: dict = field(default_factory=dict)
+    dtypes: dict = field(default_factory=dict)
 
     def __str__(self):
         return self.name
 
     def tensors(self, dtype=torch.float32, device="cpu") -> dict[str, torch.Tensor]:
-        """Fresh tensors; those of a floating dtype require grad, except drop_path_scale."""
-
-        def draw(*shape, mean=0.0, scale=1.0):
-            return (mean + scale * torch.randn(shape)).to(device, dtype)
-
-        tensors = {name: t.to(device) for name, t in self.build(draw).items()}
-        for name, tensor in tensors.items():
-            tensor.requires_grad_(tensor.is_floating_point() and name != "drop_path_scale")
+        """Fresh tensors; those of a floating dtype require grad, except drop_path_scale, which is always float32."""
+        draw = examples.Draw(dtype, device, dtypes={"drop_path_scale": torch.float32, **self.dtypes}, trained=True)
+        tensors = examples.tensors(self.op, draw, **self.sizes())
+        if "key_padding_mask" in tensors:  # with holes, and with a key for every query
+            tensors["key_padding_mask"] = torch.rand(B, N, device=device) < 0.7
+            tensors["key_padding_mask"][:, 0] = True
         return tensors
 
     def run(self, tensors, module=None):
@@ -42,86 +43,41 @@ class Sample:
         return getattr(module or fastvit.ops, self.op)(**tensors, **self.options)
 
 
-def _norm(draw, weight="norm_weight", bias="norm_bias"):
-    return {weight: draw(D, mean=1.0, scale=0.2), bias: draw(D, scale=0.2)}
+def _rows(dim, **more):
+    return {"batch": B, "tokens": N, "dim": dim, **more}
 
 
-def _layer_norm(draw):
-    return {"x": draw(B, N, D, mean=0.5), **_norm(draw, "weight", "bias")}
+def _heads(head_dim, *also):
+    return {"batch": B, "tokens": N, "heads": H, "head_dim": head_dim, "also": also}
 
 
-def _layer_norm_linear(draw):
-    return {"x": draw(B, N, D, mean=0.5), **_norm(draw), "weight": draw(M, D, scale=0.2), "bias": draw(M)}
+def _image(**more):
+    return {"batch": B, "size": (12, 20), "patch": (4, 5), "dim": D, "prefix": 2, "also": examples.TABLES, **more}
 
 
-def _linear_residual(draw):
-    return {
-        "x": draw(B, N, M),
-        "weight": draw(D, M, scale=0.2),
-        "bias": draw(D),
-        "residual": draw(B, N, D),
-        "layer_scale": draw(D),
-        "drop_path_scale": torch.tensor([1.25, 0.0]),
-    }
-
-
-def _layer_norm_mlp(draw):
-    return {
-        "x": draw(B, N, D, mean=0.5),
-        **_norm(draw),
-        "fc1_weight": draw(M, D, scale=0.2),
-        "fc1_bias": draw(M),
-        "fc2_weight": draw(D, M, scale=0.2),
-        "fc2_bias": draw(D),
-    }
-
-
-def _layer_norm_mlp_residual(draw):
-    return {
-        **_layer_norm_mlp(draw),
-        "residual": draw(B, N, D),
-        "layer_scale": draw(D),
-        "drop_path_scale": torch.tensor([1.25, 0.0]),
-    }
-
-
-def _attention(draw):
-    return {"qkv": draw(B, N, 3, H, 8)}
-
-
-def _attention_biased(draw):
-    mask = torch.rand(B, N) < 0.7
-    mask[:, 0] = True
-    return {"qkv": draw(B, N, 3, H, 20), "key_padding_mask": mask, "attn_bias": draw(H, N, N)}
-
-
-def _patch_embed(draw):
-    return {
-        "image": draw(B, 3, 12, 20),
-        "weight": draw(D, 3, 4, 5, scale=0.2),
-        "bias": draw(D),
-        "pos_embed": draw(12 + 2, D),
-        "prefix": draw(2, D),
-    }
-
-
-def _patch_embed_uint8(draw):
-    tensors = _patch_embed(draw)
-    return {**tensors, "image": torch.randint(0, 256, (B, 3, 12, 20), dtype=torch.uint8), "pos_embed": draw(12, D)}
-
-
-_NORMALISED = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.25, 0.3)}
+NORMALISED = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.25, 0.3)}
 
 SAMPLES = [
-    Sample("layer_norm", "layer_norm", _layer_norm, {}),
-    Sample("layer_norm_linear", "layer_norm_linear", _layer_norm_linear, {}),
-    Sample("linear_residual", "linear_residual", _linear_residual, {}),
-    Sample("layer_norm_mlp", "layer_norm_mlp", _layer_norm_mlp, {}),
-    Sample("layer_norm_mlp-residual", "layer_norm_mlp", _layer_norm_mlp_residual, {"activation": "quick_gelu"}),
-    Sample("attention", "attention", _attention, {}),
-    Sample("attention-biased", "attention", _attention_biased, {"scale": 0.3}),
-    Sample("patch_embed", "patch_embed", _patch_embed, _NORMALISED),
-    Sample("patch_embed-uint8", "patch_embed", _patch_embed_uint8, _NORMALISED),
+    Sample("layer_norm", "layer_norm", lambda: _rows(D)),
+    Sample("layer_norm_linear", "layer_norm_linear", lambda: _rows(D, out=M)),
+    Sample("linear_residual", "linear_residual", lambda: _rows(M, out=D, also=examples.SCALES)),
+    Sample("layer_norm_mlp", "layer_norm_mlp", lambda: _rows(D, hidden=M)),
+    Sample(
+        "layer_norm_mlp-residual",
+        "layer_norm_mlp",
+        lambda: _rows(D, hidden=M, also=("residual", *examples.SCALES)),
+        {"activation": "quick_gelu"},
+    ),
+    Sample("attention", "attention", lambda: _heads(8)),
+    Sample("attention-biased", "attention", lambda: _heads(20, "key_padding_mask", "attn_bias"), {"scale": 0.3}),
+    Sample("patch_embed", "patch_embed", lambda: _image(), NORMALISED),
+    Sample(
+        "patch_embed-uint8",
+        "patch_embed",
+        lambda: _image(prefix_has_positions=False),
+        NORMALISED,
+        {"image": torch.uint8},
+    ),
 ]
 
 
@@ -147,12 +103,6 @@ def outputs_of(model, names, run: Callable) -> dict[str, torch.Tensor]:
             hooks.enter_context(model.get_submodule(name).register_forward_hook(note))
         run(model)
     return seen
-
-
-def relative_rms(got: torch.Tensor, truth: torch.Tensor) -> float:
-    """||got - truth|| / ||truth||, in float64."""
-    got, truth = got.detach().double(), truth.detach().double()
-    return (torch.linalg.vector_norm(got - truth) / torch.linalg.vector_norm(truth)).item()
 
 
 def results(sample: Sample, tensors: dict, module=None, upstream=None) -> dict[str, torch.Tensor]:

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from samples import relative_rms
 
 import fastvit
 from fastvit import ops, reference
+from fastvit.accuracy import FACTOR, limit, relative_rms, rounding
 
 pytestmark = pytest.mark.usefixtures("triton_backend")
 
@@ -28,9 +28,8 @@ def assert_matches(qkv, **kwargs):
     with fastvit.use_backend("torch"):
         plain = run(plain_op, qkv, upstream, **kwargs)
     ours = run(ops.attention, qkv, upstream, **kwargs)
-    factor = 2.0 if dtype == torch.float32 else 1.5
     for t, p, o in zip(truth, plain, ours, strict=True):
-        assert relative_rms(o, t) <= max(factor * relative_rms(p, t), torch.finfo(dtype).eps / 12**0.5)
+        assert relative_rms(o, t) <= limit(dtype, relative_rms(p, t), rounding(dtype))
     return ours
 
 
@@ -74,7 +73,7 @@ def test_bias_broadcasts_and_has_a_gradient(shape, dtype, device):
         reference.attention(qkv.double(), attn_bias=full).square().sum().backward()
         assert ours.abs() <= torch.finfo(dtype).eps * full.grad.abs().sum()
         return
-    assert relative_rms(ours, truth) <= (2.0 if dtype == torch.float32 else 1.5) * relative_rms(plain, truth)
+    assert relative_rms(ours, truth) <= FACTOR[dtype] * relative_rms(plain, truth)
 
 
 @pytest.mark.parametrize("shape", [(), (21,), (1,), (21, 1), (2, 1, 21), (3, 1, 21, 21)], ids=str)
@@ -106,10 +105,10 @@ def test_the_error_in_half_precision_does_not_depend_on_the_layout(dtype, spread
     bias = torch.zeros(197, 197, device=device)
     for layout, options in ((qkv, {}), (strided, {}), (permuted, {}), (qkv, {"attn_bias": bias})):
         got = run(ops.attention, layout, upstream, **options)
-        assert relative_rms(got[0], truth[0]) <= 1.5 * relative_rms(bar[0], truth[0])
+        assert relative_rms(got[0], truth[0]) <= FACTOR[dtype] * relative_rms(bar[0], truth[0])
         for part in range(3):  # dq, dk, dv
-            error, limit = (relative_rms(grad[:, :, part], truth[1][:, :, part]) for grad in (got[1], bar[1]))
-            assert error <= 1.5 * limit
+            error, plain = (relative_rms(grad[:, :, part], truth[1][:, :, part]) for grad in (got[1], bar[1]))
+            assert error <= FACTOR[dtype] * plain
 
 
 def test_masked_keys_do_not_count(device):

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 from fastvit.kernels import gemm
-from samples import BATCHED, SAMPLES, B, D, gradients, relative_rms, results
+from samples import BATCHED, SAMPLES, B, D, gradients, results
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import fastvit
-from fastvit import dispatch, ops, reference
+from fastvit import accuracy, dispatch, ops, reference
+from fastvit.accuracy import relative_rms
 from fastvit.dispatch import LIBRARY_GRADIENTS, interpreting
 
 pytestmark = pytest.mark.usefixtures("triton_backend")
@@ -26,20 +27,16 @@ HALF = [torch.bfloat16, torch.float16]
 
 def in_float64(sample, tensors):
     """The truth for these tensors: the reference in float64."""
-    wide = {n: t.detach().double() if t.is_floating_point() else t for n, t in tensors.items()}
-    for name, tensor in wide.items():
-        tensor.requires_grad_(tensors[name].requires_grad)
-    return results(sample, wide, reference)
+    return results(sample, accuracy.precise(tensors), reference)
 
 
-def assert_as_good_as_torch(sample, tensors, got, factor):
-    """Each tensor's error against float64 is at most `factor` times plain PyTorch's in the same dtype."""
+def assert_as_good_as_torch(sample, tensors, got, dtype):
+    """Each tensor's error against float64 is within the limit of `dtype`, which is one rounding at least."""
     truth, plain = in_float64(sample, tensors), results(sample, tensors, reference)
     for name, value in got.items():
         assert value.dtype == plain[name].dtype, name
         assert value.shape == truth[name].shape, name
-        # A result rounded once is off by eps / sqrt(12); below that the ratio of two errors is luck.
-        limit = max(factor * relative_rms(plain[name], truth[name]), torch.finfo(value.dtype).eps / 12**0.5)
+        limit = accuracy.limit(dtype, relative_rms(plain[name], truth[name]), accuracy.rounding(value.dtype))
         assert relative_rms(value, truth[name]) <= limit, name
 
 
@@ -47,7 +44,7 @@ def assert_as_good_as_torch(sample, tensors, got, factor):
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
 def test_matches_reference(sample, dtype, device):
     tensors = sample.tensors(dtype, device)
-    assert_as_good_as_torch(sample, tensors, results(sample, tensors), 2.0 if dtype == torch.float32 else 1.5)
+    assert_as_good_as_torch(sample, tensors, results(sample, tensors), dtype)
 
 
 @every_op
@@ -234,14 +231,14 @@ def test_attention_keeps_its_accuracy_where_torch_stands_in(dtype, bias, device)
     truth = run(wide, reference)
     (want,) = torch.autograd.grad(truth, wide, upstream.double())
     (bar,) = torch.autograd.grad(run(leaf), leaf, upstream)
-    limit = 1.5 * relative_rms(bar, want)
+    limit = accuracy.FACTOR[dtype] * relative_rms(bar, want)
     for create_graph in (False, True):
         assert relative_rms(torch.autograd.grad(run(leaf), leaf, upstream, create_graph=create_graph)[0], want) <= limit
     with fastvit.use_backend("torch"):
         got = torch.func.vjp(run, qkv)[1](upstream)[0]
         batched = torch.func.vmap(run)(qkv[None])[0]
     assert relative_rms(got, want) <= limit
-    assert relative_rms(batched, truth) <= 1.5 * relative_rms(run(qkv), truth)
+    assert relative_rms(batched, truth) <= accuracy.FACTOR[dtype] * relative_rms(run(qkv), truth)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
@@ -288,7 +285,7 @@ def test_weight_gradients_by_the_library(sample, dtype, batch, device, monkeypat
     by_library = functools.partial(ops.run_candidate, sample.op, LIBRARY_GRADIENTS)
     got = results(sample, tensors, types.SimpleNamespace(**{sample.op: by_library}))
     if batch:
-        assert_as_good_as_torch(sample, tensors, got, 2.0 if dtype == torch.float32 else 1.5)
+        assert_as_good_as_torch(sample, tensors, got, dtype)
     else:
         assert not any(value.any() for value in got.values())
 
@@ -359,7 +356,7 @@ def test_batch_of_none_and_of_one(sample, batch, device):
             tensors[name] = tensors[name].detach()[:batch].requires_grad_(tensors[name].requires_grad)
     got = results(sample, tensors)
     if batch:
-        assert_as_good_as_torch(sample, tensors, got, 2.0)
+        assert_as_good_as_torch(sample, tensors, got, torch.float32)
     for name, tensor in tensors.items():
         if name in got:
             assert got[name].shape == tensor.shape
@@ -423,7 +420,8 @@ def test_autocast_follows_torch(sample, device):
     truth = in_float64(sample, tensors)
     for name, value in got.items():
         assert value.dtype == plain[name].dtype, name
-        limit = max(1.5 * relative_rms(plain[name], truth[name]), torch.finfo(torch.float32).eps)
+        plain_error = relative_rms(plain[name], truth[name])
+        limit = accuracy.limit(torch.bfloat16, plain_error, accuracy.floor(torch.float32))
         assert relative_rms(value, truth[name]) <= limit, name
 
 

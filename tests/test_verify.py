@@ -10,14 +10,13 @@ import pytest
 import torch
 
 import fastvit
-from fastvit import cli, verify, workers
+from fastvit import accuracy, cli, verify, workers
 from fastvit.commands._common import OPS
 from fastvit.dispatch import requested_backend
 
 needs_interpreter = pytest.mark.skipif(torch.cuda.is_available(), reason="the small list is for the interpreter")
-SMALL = verify._op_case(
-    "layer_norm", "small", torch.float32, lambda draw: verify._layer_norm(draw, batch=2, tokens=5, dim=64)
-)
+ROWS = {"batch": 2, "tokens": 5, "dim": 64}
+SMALL = verify._op_case(torch.float32, "layer_norm", "small", 0, ROWS)
 
 
 def plant(monkeypatch, op: str, fault):
@@ -33,17 +32,17 @@ def plant(monkeypatch, op: str, fault):
 
 def test_relative_rms():
     truth = torch.tensor([3.0, 4.0], dtype=torch.float64)
-    assert verify.relative_rms(truth * 1.25, truth) == pytest.approx(0.25)
-    assert verify.relative_rms(truth.bfloat16(), truth) == 0
-    assert verify.relative_rms(torch.full((4,), 2.0), torch.zeros(4)) == 2
-    assert math.isnan(verify.relative_rms(truth * math.nan, truth))
+    assert accuracy.relative_rms(truth * 1.25, truth) == pytest.approx(0.25)
+    assert accuracy.relative_rms(truth.bfloat16(), truth) == 0
+    assert accuracy.relative_rms(torch.full((4,), 2.0), torch.zeros(4)) == 2
+    assert math.isnan(accuracy.relative_rms(truth * math.nan, truth))
 
 
 def test_floor_is_what_one_rounding_costs():
     values = torch.rand(100_000, dtype=torch.float64) + 1
     for dtype in (torch.bfloat16, torch.float16):
-        rounding = verify.relative_rms(values.to(dtype), values)
-        assert 0.5 * verify.floor(dtype) < rounding <= verify.floor(dtype)
+        rounding = accuracy.relative_rms(values.to(dtype), values)
+        assert 0.5 * accuracy.floor(dtype) < rounding <= accuracy.floor(dtype)
 
 
 def test_nan_is_never_ok():
@@ -86,9 +85,7 @@ def test_an_exception_is_a_failed_row_and_the_rest_goes_on(monkeypatch):
         raise RuntimeError("kernel fault\nand its details")
 
     plant(monkeypatch, "layer_norm", explode)
-    other = verify._op_case(
-        "linear_residual", "small", torch.float32, lambda draw: verify._linear_residual(draw, batch=2, tokens=5, dim=64)
-    )
+    other = verify._op_case(torch.float32, "linear_residual", "small", 0, ROWS | {"out": 64})
     broken, sound = verify.run([SMALL, other], "cpu")
     assert (broken.status, broken.reason) == ("failed", "RuntimeError: kernel fault")
     assert sound.status == "passed"
@@ -104,7 +101,7 @@ def test_the_time_limit_skips_and_says_so():
 def test_the_lists_cover_every_op_and_dtype(sizes):
     cases = verify.cases(sizes)
     assert len({case.name for case in cases}) == len(cases)
-    for dtype in verify.FACTOR:
+    for dtype in accuracy.FACTOR:
         assert {case.op for case in cases if case.dtype == dtype} == set(OPS)
     assert [case.rank for case in cases] == sorted(case.rank for case in cases)
     assert {case.op for case in verify.cases(sizes, ops=["attention"])} == {"attention"}
@@ -127,7 +124,7 @@ def test_every_listed_model_agrees_with_the_reference_in_plain_pytorch(name):
     truth = truth_of()
     assert ours.keys() == truth.keys()
     for key in truth:
-        assert verify.relative_rms(ours[key], truth[key]) < 1e-5, key
+        assert accuracy.relative_rms(ours[key], truth[key]) < 1e-5, key
 
 
 def test_randomise_makes_every_parameter_matter():

@@ -3,29 +3,20 @@
 from __future__ import annotations
 
 import torch
-from fastvit.kernels import (
-    attention,
-    layer_norm,
-    layer_norm_linear,
-    layer_norm_mlp,
-    linear_residual,
-    patch_embed,
-)
+from fastvit.kernels import attention, layer_norm, layer_norm_linear, layer_norm_mlp, linear_residual, patch_embed
+
+from fastvit.examples import SCALES, TABLES, Draw, tensors
 
 from .compile import Case
 
 BATCH = 64
 
 
-def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    """A placeholder with a shape and no data, aligned as an allocation would be."""
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
 def _attention(tokens, heads, head_dim, dtype, masked=False, batch=BATCH):
-    qkv = meta(batch, tokens, 3, heads, head_dim, dtype=dtype)
-    mask = meta(batch, tokens, dtype=torch.bool) if masked else None
-    bias = meta(heads, tokens, tokens, dtype=dtype) if masked else None
+    also = ["key_padding_mask", "attn_bias"] if masked else []
+    sizes = {"batch": batch, "tokens": tokens, "heads": heads, "head_dim": head_dim}
+    made = tensors("attention", Draw(dtype, "meta"), also, **sizes)
+    qkv, mask, bias = made["qkv"], made.get("key_padding_mask"), made.get("attn_bias")
     out, lse = attention.attention_forward(qkv, head_dim**-0.5, mask, bias)
     attention.attention_backward(out, qkv, out, lse, head_dim**-0.5, mask, bias, needs_bias=masked)
 
@@ -33,41 +24,47 @@ def _attention(tokens, heads, head_dim, dtype, masked=False, batch=BATCH):
 def _block(tokens, dim, dtype, stream=None, scaled=False, activation="gelu", batch=BATCH):
     """Everything of a block but attention; stream: the dtype of the residual stream; scaled: with layer-scale and drop
     path."""
-    rows = batch * tokens
-    x = meta(rows, dim, dtype=stream or dtype)
-    inner = meta(rows, dim, dtype=dtype)
-    norm = [meta(dim, dtype=stream or dtype) for _ in range(2)]
-    scales = [meta(dim, dtype=dtype), meta(batch, dtype=dtype)] if scaled else [None, None]
-    weight = {n: meta(n * dim, dim, dtype=dtype) for n in (1, 3, 4)}
-    bias = {n: meta(n * dim, dtype=dtype) for n in (1, 3, 4)}
-    fc2 = meta(dim, 4 * dim, dtype=dtype)
 
+    def rows(op, *wide, **sizes):
+        """The op's, in the order of its signature, rows in two dimensions; wide: what has the stream's dtype."""
+        draw = Draw(dtype, "meta", dtypes=dict.fromkeys(wide, stream or dtype))
+        made = tensors(op, draw, batch=batch, tokens=tokens, dim=dim, **sizes)
+        return [tensor.flatten(0, 1) if name in ("x", "residual") else tensor for name, tensor in made.items()]
+
+    normalised = ("x", "norm_weight", "norm_bias")
+    also = SCALES if scaled else ()
+
+    x, *norm, weight, bias = rows("layer_norm_linear", *normalised, out=3 * dim)
     layer_norm.layer_norm_forward(x, *norm, 1e-6)
-    qkv, mean, rstd = layer_norm_linear.layer_norm_linear_forward(x, *norm, weight[3], bias[3], 1e-6)
-    layer_norm_linear.layer_norm_linear_backward(qkv, x, mean, rstd, *norm, weight[3], 1e-6, (True,) * 3)
-    out = linear_residual.linear_residual_forward(inner, weight[1], bias[1], x, *scales, x.dtype)
-    needs = (True, True, True, scaled)
-    linear_residual.linear_residual_backward(out, inner, weight[1], bias[1], *scales, needs)
+    qkv, mean, rstd = layer_norm_linear.layer_norm_linear_forward(x, *norm, weight, bias, 1e-6)
+    layer_norm_linear.layer_norm_linear_backward(qkv, x, mean, rstd, *norm, weight, 1e-6, (True,) * 3)
+
+    inner, weight, bias, x, *scales = rows("linear_residual", "residual", out=dim, also=also)
+    scales = scales or [None, None]
+    out = linear_residual.linear_residual_forward(inner, weight, bias, x, *scales, x.dtype)
+    linear_residual.linear_residual_backward(out, inner, weight, bias, *scales, (True, True, True, scaled))
+
+    x, norm_weight, norm_bias, fc1, fc1_bias, fc2, fc2_bias, residual, *scales = rows(
+        "layer_norm_mlp", *normalised, "residual", hidden=4 * dim, also=["residual", *also]
+    )
+    norm, scales = (norm_weight, norm_bias), scales or [None, None]
     for keep in (False, True):
         out, mean, rstd, preactivation = layer_norm_mlp.layer_norm_mlp_forward(
-            x, *norm, weight[4], bias[4], fc2, bias[1], None, *scales, True, 1e-6, activation, keep, x.dtype
+            x, *norm, fc1, fc1_bias, fc2, fc2_bias, None, *scales, True, 1e-6, activation, keep, x.dtype
         )
     needs = (True,) * 5 + (scaled,)
     layer_norm_mlp.layer_norm_mlp_backward(
-        out, x, mean, rstd, preactivation, *norm, weight[4], fc2, bias[1], *scales, 1e-6, activation, True, needs
+        out, x, mean, rstd, preactivation, *norm, fc1, fc2, fc2_bias, *scales, 1e-6, activation, True, needs
     )
 
 
 def _patch_embed(size, patch, dim, dtype, image_dtype=None, channels_last=False, prefix=1, batch=BATCH):
-    image = meta(batch, 3, size, size, dtype=image_dtype or dtype)
-    if channels_last:
-        image = image.to(memory_format=torch.channels_last)
-    weight, bias = meta(dim, 3, patch, patch, dtype=dtype), meta(dim, dtype=dtype)
-    tokens = (size // patch) ** 2 + prefix
-    rows = [meta(tokens, dim, dtype=dtype), meta(prefix, dim, dtype=dtype)]
+    draw = Draw(dtype, "meta", dtypes={"image": image_dtype or dtype}, channels_last=channels_last)
+    sizes = {"batch": batch, "size": (size, size), "patch": (patch, patch), "dim": dim, "prefix": prefix}
+    image, weight, *rest = tensors("patch_embed", draw, TABLES, **sizes).values()
     # Each image dtype is normalised as the models do it: uint8 in the kernel, floats before.
     normalisation = [(0.5,) * 3, (0.5,) * 3] if image_dtype == torch.uint8 else [None, None]
-    out = patch_embed.patch_embed_forward(image, weight, bias, *rows, *normalisation, dtype)
+    out = patch_embed.patch_embed_forward(image, weight, *rest, *normalisation, dtype)
     needs_image = image.is_floating_point()
     patch_embed.patch_embed_backward(out, image, weight, prefix, *normalisation, (needs_image, True, True))
 

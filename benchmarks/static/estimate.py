@@ -2,8 +2,8 @@
 
 An estimate is the greatest of
 
-- what kernels/launch/cost.py says of the request and config: products at the share of the data sheet's rate that tiles of that
-  size and depth reach, padding and the last, partial wave included; bytes of device memory;
+- what kernels/launch/cost.py says of the request and config: products at the share of the data sheet's rate that tiles
+  of that size and depth reach, padding and the last, partial wave included; bytes of device memory;
 - the cycles that one multiprocessor needs to issue all instructions of its blocks, by the compiled code's mix: in all,
   those of the FP32 lanes and those of the special functions apart;
 - the latency of one load each iteration of the main loop, beyond what its stages prefetch, for as many rounds as the

@@ -11,8 +11,8 @@ NO_DOT, DOT_16, DOT_WIDE = "", "16-bit", "wide"
 @dataclass(frozen=True)
 class Use:
     """A launch of the kernel. request: the key of the choice that it serves, empty for a kernel without one; config: of
-    the choice, as text; blocks: of the grid; steps: iterations of its main loop; base_seconds: what kernels/launch/cost.py
-    estimates for the whole request, None where it has no estimate."""
+    the choice, as text; blocks: of the grid; steps: iterations of its main loop; base_seconds: what `cost` estimates
+    for the whole request, None where it has no estimate."""
 
     request: str
     config: str
