@@ -6,7 +6,8 @@ import importlib.util
 import sys
 from pathlib import Path
 
-from fastvit.report import Table, device_name
+from fastvit.environment import device_name
+from fastvit.report import Table
 
 from . import report, schema
 from .bench import FILE, record

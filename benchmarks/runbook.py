@@ -28,7 +28,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fastvit.report import write_atomically, write_json
+from fastvit.report import slug, write_atomically, write_json
 from fastvit.workers import GPU_LOST
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -303,12 +303,12 @@ def main(arguments: list[str] | None = None) -> int:
     if options.commit:
         os.environ["FASTVIT_COMMIT"] = options.commit
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill ends it as Ctrl-C does
-    from fastvit import report
+    from fastvit.environment import environment
 
     from .report import gpu
 
-    facts = report.environment("cuda")
-    out = Out(options.out.resolve(), f"{report.slug(facts['device'])}-{report.slug(facts['commit'])}")
+    facts = environment("cuda")
+    out = Out(options.out.resolve(), f"{slug(facts['device'])}-{slug(facts['commit'])}")
     todo = tuple(
         step for step in steps(options.models, options.batch) if options.only is None or step.name in options.only
     )

@@ -318,7 +318,7 @@ def info(arguments: argparse.Namespace) -> int:
     import fastvit
 
     from .dispatch import interpreting, requested_backend
-    from .report import environment
+    from .environment import environment
     from .tuned import folder, mode
 
     facts = environment(device)
@@ -367,6 +367,7 @@ def verify(arguments: argparse.Namespace) -> int:
         raise UsageError("TRITON_INTERPRET=1 is set, which runs kernels on the CPU: unset it to verify a GPU")
     from . import report
     from . import verify as checks
+    from .environment import environment as describe
 
     jobs = arguments.jobs or len(os.sched_getaffinity(0))
     if not on_gpu and jobs == 1:
@@ -377,7 +378,7 @@ def verify(arguments: argparse.Namespace) -> int:
         output = Path(str(output).replace("{device}", _slug(device)))
         _make_folder(output.parent, "--json")
     output = output and _writable(output, "--json")
-    environment = report.environment(device)
+    environment = describe(device)
     dtypes = _dtypes(arguments.dtypes) or tuple(checks.FACTOR)
     cases = checks.cases(checks.sizes_for(device), dtypes, arguments.ops)
     kept = _passed_before(arguments, output, environment)
@@ -458,7 +459,8 @@ def _passed_before(arguments: argparse.Namespace, output: Path | None, environme
 
 
 def _slug(device: str) -> str:
-    from .report import device_name, slug
+    from .environment import device_name
+    from .report import slug
 
     return slug(device_name(device))
 
@@ -511,6 +513,7 @@ def tune(arguments: argparse.Namespace) -> int:
 
     from . import precompile
     from .attempts import GpuLost
+    from .environment import environment as describe
     from .tuned import table
     from .workers import GPU_LOST
 
@@ -519,7 +522,7 @@ def tune(arguments: argparse.Namespace) -> int:
     _make_folder(path.parent, "the table")
     _writable(path, "the table")
     output = arguments.json and _writable(arguments.json, "--json")
-    environment = report.environment(device)
+    environment = describe(device)
     _note(f"Tuning {len(calls)} calls of ops on {environment['device']}; decisions go to {path}.")
     said = []
 
