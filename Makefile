@@ -42,13 +42,21 @@ $(VENV)/.test: $(VENV)/.bench
 	@.ci/environment $(VENV) bench,cli,hub,test transformers
 	@touch $@
 
+# What is on Python's path where nothing is installed: a folder that holds fastvit alone. With the repo's root there,
+# whoever looks for the package `kernels` finds our folder. `python -m` would put the root there, scripts do not.
+PLACE := build/path
+
+$(PLACE)/fastvit:
+	@mkdir -p $(@D)
+	@ln -sfn ../../fastvit $@
+
 # The oldest Triton that is supported, and the newest release: each alone in a folder that goes before $(VENV)'s own on
 # the path. A Triton whose report fails does not stop the other's, nor the pages.
 TRITONS := 3.6.0 3.9.0
 
-static: $(TRITONS:%=$(VENV)-static-%/.installed)
+static: $(TRITONS:%=$(VENV)-static-%/.installed) $(PLACE)/fastvit
 	@rm -rf results/static; status=0; for version in $(TRITONS); do \
-		PYTHONPATH=$(VENV)-static-$$version:. PYTHONDONTWRITEBYTECODE=1 $(ONE_THREAD) $(VENV)/bin/python \
+		PYTHONPATH=$(VENV)-static-$$version:$(PLACE) PYTHONDONTWRITEBYTECODE=1 $(ONE_THREAD) $(VENV)/bin/python \
 			benchmarks/static_report.py --json results/static/$$version.json || status=$$?; \
 		if [ $$status -eq 130 ]; then exit 130; fi; \
 	done; \
@@ -63,8 +71,8 @@ $(VENV)-static-%/.installed: $(VENV)/.bench
 # OUT: the folder for what it finds, results/gpu if not said. FROM: the archive of an earlier call, where OUT has none.
 # COMMIT: what to call these sources where there is no git. BUDGET: seconds. MODELS, BATCH: for a smaller GPU.
 # STEPS: only these.
-gpu:
-	@PYTHONPATH=".:$$PYTHONPATH" PYTHONDONTWRITEBYTECODE=1 python3 -m fastvit.benchmarks.runbook \
+gpu: $(PLACE)/fastvit
+	@PYTHONPATH="$(PLACE)$${PYTHONPATH:+:$$PYTHONPATH}" PYTHONDONTWRITEBYTECODE=1 python3 benchmarks/runbook.py \
 		$(if $(OUT),--out "$(OUT)") $(if $(FROM),--from "$(FROM)") $(if $(COMMIT),--commit "$(COMMIT)") \
 		$(if $(BUDGET),--budget $(BUDGET)) $(if $(MODELS),--models $(MODELS)) $(if $(BATCH),--batch $(BATCH)) \
 		$(if $(STEPS),--only $(STEPS))

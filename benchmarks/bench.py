@@ -20,6 +20,7 @@ import torch
 
 import fastvit
 from fastvit import accuracy, report
+from fastvit.environment import environment
 from fastvit.measure import verdict
 from fastvit.verify import SHORT
 
@@ -269,9 +270,9 @@ def record(
     """
     timing.pin_threads()
     timing.pin_precision()
-    environment = report.environment(settings.device) | {"seed": SEED}
+    facts = environment(settings.device) | {"seed": SEED}
     started = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    run = Run(environment, settings.as_dict(), started)
+    run = Run(facts, settings.as_dict(), started)
     start = time.perf_counter()
     bench = Bench(settings)
     found, failed = {}, set()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from fastvit.report import Table, device_name, note
+from fastvit.environment import device_name
+from fastvit.report import Table, note
 
 from . import report, schema
 from .bench import FILE, record

@@ -1,7 +1,7 @@
 """`make gpu`: what is worth knowing about a GPU, in one unattended run of a few minutes, in order of worth.
 
-    python3 -m fastvit.benchmarks.runbook [--out FOLDER] [--from ARCHIVE] [--commit NAME] [--budget SECONDS]
-                                          [--models NAME,...] [--batch N] [--only STEP ...]
+    python3 benchmarks/runbook.py [--out FOLDER] [--from ARCHIVE] [--commit NAME] [--budget SECONDS]
+                                  [--models NAME,...] [--batch N] [--only STEP ...]
 
 Each step is processes of its own: one that hangs, or that a kernel left without its GPU, is ended and started again,
 goes on where it stopped and leaves out what it died of. A step gets its share of the time that is left, is asked to end
@@ -28,10 +28,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fastvit.report import write_atomically, write_json
+import fastvit
+from fastvit.report import slug, write_atomically, write_json
 from fastvit.workers import GPU_LOST
 
 ROOT = Path(__file__).resolve().parent.parent
+FASTVIT = Path(fastvit.__file__).parents[1]  # where every step finds it, too
 BUDGET = 510.0  # seconds; with what ends a process that hangs, under nine minutes
 MODELS = "vit_base_patch16_224,vit_small_patch16_224,vit_large_patch16_224"
 BATCH = 256
@@ -73,7 +75,7 @@ class Step:
 
 def steps(models: str = MODELS, batch: int = BATCH) -> tuple[Step, ...]:
     """The run for these models, of which the first matters most, at a batch."""
-    from .cases import OPS  # which imports torch
+    from fastvit.benchmarks.cases import OPS  # which imports torch
 
     def fastvit(*arguments: str) -> Callable[[Path, float], list[str]]:
         """A command of fastvit's; {folder} in its arguments is where results go."""
@@ -229,7 +231,7 @@ def _run(
 ) -> tuple[int, bool]:
     """Run to the end, every line going to `out`: the exit status, and whether it had to be stopped, for its time was up
     or it said nothing for too long. meanwhile: called about once a second."""
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = subprocess.Popen(command, cwd=FASTVIT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     printed = _Lines(process.stdout.fileno(), out.say)
     end, overdue = time.monotonic() + seconds, False
     try:
@@ -303,16 +305,16 @@ def main(arguments: list[str] | None = None) -> int:
     if options.commit:
         os.environ["FASTVIT_COMMIT"] = options.commit
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill ends it as Ctrl-C does
-    from fastvit import report
+    from fastvit.benchmarks.report import gpu
 
-    from .report import gpu
+    from fastvit.environment import environment
 
-    facts = report.environment("cuda")
-    out = Out(options.out.resolve(), f"{report.slug(facts['device'])}-{report.slug(facts['commit'])}")
+    facts = environment("cuda")
+    out = Out(options.out.resolve(), f"{slug(facts['device'])}-{slug(facts['commit'])}")
     todo = tuple(
         step for step in steps(options.models, options.batch) if options.only is None or step.name in options.only
     )
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(filter(None, [str(FASTVIT), os.environ.get("PYTHONPATH")]))
     places = {"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONUNBUFFERED": "1"}
     status = 130
     with tempfile.TemporaryDirectory(prefix="fastvit-gpu-") as folder:

@@ -111,9 +111,10 @@ class Ceilings:
 
 @dataclass
 class Run:
-    """One results file. environment: as `fastvit.report.environment` gives it, with commit, seed and clocks; started:
-    ISO 8601, UTC; finished: nothing is left to do; extra: what belongs to one kind of run only (the photographs'
-    classes; "left_out", seconds by the id of each case that did not fit the time limit and was not started)."""
+    """One results file. environment: as `fastvit.environment.environment` gives it, with commit, seed and clocks;
+    started: ISO 8601, UTC; finished: nothing is left to do; extra: what belongs to one kind of run only (the
+    photographs' classes; "left_out", seconds by the id of each case that did not fit the time limit and was not
+    started)."""
 
     environment: dict
     settings: dict

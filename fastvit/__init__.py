@@ -7,15 +7,8 @@ state; every public name is imported on first use.
 from __future__ import annotations
 
 import importlib
-import os
 
 __version__ = "0.1.0"
-
-# In a checkout, `kernels/` and `benchmarks/` stand beside `fastvit/` instead of inside it. Looking there too lets a
-# clone run with no install at all (`python -m fastvit` from its root), as on a GPU machine without a network.
-_checkout = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-if os.path.isfile(os.path.join(_checkout, "kernels", "gemm.py")):
-    __path__.append(_checkout)
 
 _PUBLIC = {
     "create_model": "fastvit.models",

@@ -31,7 +31,7 @@ MODES = ("off", "read-only", "measure")
 KINDS = ("configs", "ops")
 # What a shipped file must share with this machine; a user's file, everything.
 SHIPPED_MATCH = ("device", "capability", "kernels")
-KERNELS = Path(importlib.util.find_spec("fastvit.kernels").origin).parent
+KERNELS = Path(importlib.util.find_spec("fastvit.kernels.gemm").origin).parent
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import fastvit
-from fastvit import cli, tuned
+from fastvit import cli, environment, tuned
 from fastvit.dispatch import interpreting
 from fastvit.verify import reference_options
 
@@ -702,7 +702,7 @@ def test_command_keeps_what_it_has_when_interrupted_and_resumes(quick, photos, m
     assert (again.finished, [row.batch for row in again.rows]) == (True, [1, 2])
     assert again.rows[0] == run.rows[0]
     # Nothing of other code, and nothing without being told.
-    monkeypatch.setattr(bench.report, "revision", lambda: "another")
+    monkeypatch.setattr(environment, "revision", lambda: "another")
     assert cli.main(typed) == 0
     assert cli.main(typed[:-1]) == 0
     # Nor of other choices of the tuner.
@@ -753,16 +753,17 @@ def test_two_states_of_an_uncommitted_checkout_are_told_apart(monkeypatch, tmp_p
     (tmp_path / ".git").mkdir()
     (tmp_path / "kernels").mkdir()
     described = SimpleNamespace(stdout="0123456789ab-dirty\n")
-    monkeypatch.setattr(bench.report, "__file__", str(tmp_path / "fastvit" / "report.py"))
-    monkeypatch.setattr(bench.report.subprocess, "run", lambda *args, **kwargs: described)
+    monkeypatch.setattr(environment, "__file__", str(tmp_path / "fastvit" / "environment.py"))
+    monkeypatch.setattr(tuned, "KERNELS", tmp_path / "kernels")
+    monkeypatch.setattr(environment.subprocess, "run", lambda *args, **kwargs: described)
     seen = set()
     for source in ("x = 1", "x = 2"):
         (tmp_path / "kernels" / "gemm.py").write_text(source)
-        seen.add(bench.report.revision())
+        seen.add(environment.revision())
     assert len(seen) == 2
     assert all(revision.startswith("0123456789ab-dirty-") for revision in seen)
     described.stdout = "0123456789ab\n"
-    assert bench.report.revision() == "0123456789ab"
+    assert environment.revision() == "0123456789ab"
 
 
 def test_a_row_that_the_time_limit_cut_short_is_measured_again(quick, tmp_path):

@@ -30,6 +30,7 @@ def results(tmp_path):
     ]
     write(tmp_path, "verify.json", {"results": [*rows, {"status": "passed"}]})
     launches = [launch(f"op{i}", 1e-3 * (i + 1), {"library mm": 1e-3}, 5e-4) for i in range(9)]
+    del launches[8]["without"]  # its time was up before what explains it
     launches.append(launch("alone", 5e-2, {}, 1e-3, without={"plain": 3e-4}))
     micro = {"model": "m", "batch": 256, "dtype": "bf16", "launches": launches, "failed": ["patch_embed: no memory"]}
     write(tmp_path, "micro.json", micro)

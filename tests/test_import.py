@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import subprocess
@@ -72,3 +73,26 @@ def test_kernels_is_no_top_level_import(tmp_path):
     """A well-known package has that name, and transformers imports it wherever it finds one."""
     code = "import importlib.util as u; spec = u.find_spec('kernels'); print(spec and spec.submodule_search_locations)"
     assert str(ROOT) not in run(code, cwd=tmp_path, PYTHONPATH="").stdout
+
+
+def test_a_checkout_has_every_file_under_one_name():
+    names = [
+        "fastvit.tests",
+        "fastvit.fastvit",
+        "fastvit.docs",
+        "fastvit.kernels.kernels",
+        "fastvit.benchmarks.kernels",
+    ]
+    code = f"import importlib.util as u, fastvit; print([name for name in {names} if u.find_spec(name)])"
+    assert run(code).stdout == "[]\n"
+    code = "import importlib.util as u; print(u.find_spec('fastvit.{0}.{1}').origin, u.find_spec('fastvit.{0}').origin)"
+    for folder, name in (("kernels", "gemm"), ("benchmarks", "cases")):
+        found = run(code.format(folder, name)).stdout.split()
+        assert found == [str(ROOT / folder / f"{name}.py"), str(ROOT / "fastvit" / folder / "__init__.py")]
+
+
+def test_the_mapped_folders_do_nothing_as_they_are_imported():
+    """Their `__init__.py` is run where the package is installed, and not in a checkout."""
+    for folder in ("kernels", "benchmarks"):
+        (docstring,) = ast.parse((ROOT / folder / "__init__.py").read_text()).body
+        assert isinstance(docstring, ast.Expr)

@@ -1,11 +1,14 @@
 """The commands of the Makefile: every one that is named exists, and the set-up chooses the right build of PyTorch."""
 
+import contextlib
 import os
 import re
 import shutil
+import signal
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -34,7 +37,7 @@ def test_static_makes_an_environment_for_each_triton():
     for version in ("3.6.0", "3.9.0"):
         folder = f"no-such-environment-static-{version}"
         assert f"--no-deps --upgrade --target {folder} triton=={version}" in steps
-    assert "PYTHONPATH=no-such-environment-static-$version:." in steps
+    assert "PYTHONPATH=no-such-environment-static-$version:build/path " in steps
     assert "--json results/static/$version.json" in steps
     assert "static.pages docs/static results/static/3.6.0.json results/static/3.9.0.json" in steps
 
@@ -55,7 +58,7 @@ def test_gpu_makes_no_environment():
     steps = dry_run("gpu")
     assert "pip" not in steps
     assert "no-such-environment" not in steps
-    assert "-m fastvit.benchmarks.runbook" in steps
+    assert "python3 benchmarks/runbook.py" in steps
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
@@ -74,6 +77,90 @@ def with_this_python(folder: Path) -> dict[str, str]:
     program.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
     return {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
+
+
+# Has every process write down what it is, where its fastvit is and where it would find the package `kernels`.
+PROBE = """
+import os, sys
+from importlib.machinery import PathFinder
+
+class Probe:
+    def find_spec(name, path=None, target=None):
+        if name == "fastvit":
+            worker = "worker" if "--multiprocessing-fork" in sys.orig_argv else "process"
+            places = (str(spec and spec.origin) for spec in map(PathFinder.find_spec, ("fastvit", "kernels")))
+            with open(os.environ["PROBED"], "a") as file:
+                print(worker, *places, sep="\\t", file=file)
+
+sys.meta_path.insert(0, Probe)
+if "STUB" in os.environ:
+    sys.path.append(os.environ["STUB"])
+    import stub_gpu
+    stub_gpu.install()
+"""
+
+
+def probed(folder: Path) -> dict[str, str]:
+    """The environment of commands whose processes write to folder/probed, if they have `folder` on their path."""
+    (folder / "sitecustomize.py").write_text(PROBE)
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("TRITON", "FASTVIT", "PYTHON"))}
+    return kept | {"PROBED": str(folder / "probed")}
+
+
+def text_of(file: Path) -> str:
+    return file.read_text() if file.exists() else ""
+
+
+def check_probed(folder: Path, kinds: set[str]) -> None:
+    """Every process found this checkout's fastvit, and none our `kernels`."""
+    found = [line.split("\t") for line in text_of(folder / "probed").splitlines()]
+    assert {kind for kind, *_ in found} == kinds
+    assert {os.path.realpath(place) for _, place, _ in found} == {str(ROOT / "fastvit" / "__init__.py")}
+    assert all(os.path.realpath(place) != str(ROOT / "kernels" / "__init__.py") for *_, place in found), found
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler for the stand-in for a GPU")
+def test_gpu_has_nobody_find_our_kernels(tmp_path):
+    """Neither by the path nor by the working directory, in none of its processes. It is stopped as all have spoken."""
+    outside = probed(tmp_path) | with_this_python(tmp_path)
+    outside |= {"PYTHONPATH": str(tmp_path), "STUB": str(ROOT / "tests" / "stub_gpu"), "STUB_GPU_COMPILE": "no"}
+    command = ["make", "-s", "gpu", f"OUT={tmp_path / 'out'}", "STEPS=verify", "BUDGET=300"]
+    with open(tmp_path / "printed", "w") as printed:
+        make = subprocess.Popen(command, cwd=ROOT, env=outside, stdout=printed, stderr=printed, start_new_session=True)
+    while make.poll() is None and "worker" not in text_of(tmp_path / "probed"):
+        time.sleep(0.2)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(make.pid, signal.SIGINT)
+    make.wait()
+    assert "interrupted" in text_of(tmp_path / "printed"), text_of(tmp_path / "printed")
+    check_probed(tmp_path, {"process", "worker"})
+
+
+def test_gpu_puts_no_root_on_an_empty_path(tmp_path):
+    """Where PYTHONPATH is not set: an empty entry would be the working directory."""
+    (tmp_path / "tell.py").write_text("import sys; print(*sys.path, sep='\\n')")
+    (tmp_path / "python3").write_text(f'#!/bin/sh\nexec "{sys.executable}" "{tmp_path / "tell.py"}"\n')
+    (tmp_path / "python3").chmod(0o755)
+    outside = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(["make", "-s", "gpu"], cwd=ROOT, env=outside, capture_output=True, text=True, check=True)
+    assert str(ROOT / "build" / "path") in done.stdout.splitlines()
+    assert str(ROOT) not in done.stdout.splitlines()
+
+
+def test_static_has_nobody_find_our_kernels(tmp_path):
+    """The real command, but for a Python that compiles one case only. Workers are forks: they have the same path."""
+    environment, tritons = tmp_path / "venv", tmp_path / "venv-static-present"
+    (environment / "bin").mkdir(parents=True)
+    tritons.mkdir()
+    one = '--match "attention d=16 bf16" --arch sm_90 --configs shipped'
+    (environment / "bin" / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$1" {one}\n')
+    (environment / "bin" / "python").chmod(0o755)
+    for stamp in (environment / ".bench", tritons / ".installed"):
+        stamp.touch()
+    command = ["make", "-s", "static", f"VENV={environment}", "TRITONS=present"]
+    done = subprocess.run(command, cwd=ROOT, env=probed(tritons), capture_output=True, text=True)
+    assert "3 kernels, 0 failures" in done.stdout, done.stdout + done.stderr
+    check_probed(tritons, {"process"})
 
 
 def fake_environment(folder: Path, refuse: str) -> Path:

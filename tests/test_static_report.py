@@ -487,7 +487,7 @@ def test_an_estimate_follows_the_compiled_code():
     special = used(replace(GOOD, loop={"MUFU": 4000}))
     assert seconds(special) == pytest.approx(5 * 8 * 48 * 4000 * 32 / 16 / ARCHS["sm_90"].clock)
     assert seconds(used(replace(GOOD, loop={"FFMA": 4000}))) == pytest.approx(seconds(loop), rel=0.02)
-    latency = used(replace(GOOD, blocks_per_sm=1), config=replace(CONFIG, num_stages=1), blocks=132 * 400)
+    latency = used(replace(GOOD, blocks_per_sm=1), config=CONFIG._replace(num_stages=1), blocks=132 * 400)
     assert seconds(latency) == pytest.approx(400 * 48 * 480 / ARCHS["sm_90"].clock)
     assert seconds(used(replace(GOOD, blocks_per_sm=0))) is None and seconds(used(replace(GOOD, error="no"))) is None
 
@@ -531,7 +531,7 @@ def test_rank_correlation(pairs, expected):
 def records():
     shapes = [(12608, 768, 768), (12608, 2304, 768), (12608, 768, 3072), (197, 768, 768)]
     made = [used(replace(GOOD, case=f"case {shape[1]}"), replace(REQUEST, shape=shape)) for shape in shapes]
-    made.append(replace(used(replace(GOOD, spill_bytes=16), config=replace(CONFIG, BLOCK_N=256)), shipped=False))
+    made.append(replace(used(replace(GOOD, spill_bytes=16), config=CONFIG._replace(BLOCK_N=256)), shipped=False))
     made.append(replace(FLAWED["serialized"], case="flawed"))
     return made
 

@@ -101,7 +101,7 @@ def _launches(results: Path) -> Iterator[str]:
     yield "furthest behind the library (us: ours / library = ratio; best config; without a part):"
     for row in sorted(known, key=lambda row: micro.library_seconds(row) - row["seconds"])[:WORST]:
         theirs = micro.library_seconds(row)
-        less = "".join(f"; {name} {micro.us(value)}" for name, value in row["without"].items())
+        less = "".join(f"; {name} {micro.us(value)}" for name, value in row.get("without", {}).items())
         ratio = f"{micro.us(row['seconds'])} / {micro.us(theirs)} = {row['seconds'] / theirs:.2f}"
         yield f"  {micro.short(row)}: {ratio}; {row['best']}{less}"
     yield "furthest from the bound (us: ours / bound = ratio; best config):"

@@ -109,7 +109,8 @@ def models_named(patterns: tuple[str, ...]) -> tuple[str, ...]:
 
 def with_device_name(path: str | Path, device: str) -> Path:
     """The path with the device's name in the place of "{device}"."""
-    from ..report import device_name, slug
+    from ..environment import device_name
+    from ..report import slug
 
     return Path(str(path).replace("{device}", slug(device_name(device))))
 

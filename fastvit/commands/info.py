@@ -21,7 +21,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from .. import list_models, tuned
     from ..dispatch import interpreting, requested_backend
-    from ..report import environment
+    from ..environment import environment
 
     facts = environment(device)
     backends = {"torch": "PyTorch's own operators, on every device"}

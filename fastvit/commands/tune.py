@@ -88,8 +88,10 @@ def _measure(arguments: argparse.Namespace, device: str, calls: list) -> int:
     _common.make_folder(path.parent, "the table")
     _common.check_writable(path, "the table")
     output = arguments.json and _common.check_writable(arguments.json, "--json")
-    environment = report.environment(device)
-    report.note(f"Tuning {len(calls)} calls of ops on {environment['device']}; decisions go to {path}.")
+    from ..environment import environment
+
+    facts = environment(device)
+    report.note(f"Tuning {len(calls)} calls of ops on {facts['device']}; decisions go to {path}.")
     said = []
 
     def say(line: str) -> None:
@@ -109,7 +111,7 @@ def _measure(arguments: argparse.Namespace, device: str, calls: list) -> int:
         report.note(f"The time limit of {arguments.time_limit:g} s was reached; another run goes on from here.")
     finally:
         if output:
-            written = {"environment": environment, "table": str(path), "decisions": said, "finished": finished}
+            written = {"environment": facts, "table": str(path), "decisions": said, "finished": finished}
             report.write_json(output, written)
     return FAILED if failed else DONE
 

@@ -51,15 +51,17 @@ def run(arguments: argparse.Namespace) -> int:
         output = _common.with_device_name(output, device)
         _common.make_folder(output.parent, "--json")
     output = output and _common.check_writable(output, "--json")
-    environment = report.environment(device)
+    from ..environment import environment
+
+    facts = environment(device)
     dtypes = _common.torch_dtypes(arguments.dtypes) or tuple(checks.FACTOR)
     cases = checks.cases(checks.sizes_for(device), dtypes, arguments.ops)
-    kept = _passed_before(arguments, output, environment)
+    kept = _passed_before(arguments, output, facts)
     if kept:
         report.note(f"Resuming: {sum(case.name in kept for case in cases)} of {len(cases)} cases have passed before.")
         cases = [case for case in cases if case.name not in kept]
     if on_gpu:
-        report.note(f"Verifying {len(cases)} cases with compiled Triton kernels on {environment['device']}.")
+        report.note(f"Verifying {len(cases)} cases with compiled Triton kernels on {facts['device']}.")
     else:
         report.note(
             f"Verifying {len(cases)} cases with Triton's interpreter on the CPU, not on a GPU: this checks the "
@@ -72,7 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
     def save(finished: bool) -> None:
         if output:
             rows = [*kept.values(), *(result.as_dict() for result in results)]
-            report.write_json(output, {"environment": environment, "finished": finished, "results": rows})
+            report.write_json(output, {"environment": facts, "finished": finished, "results": rows})
 
     # On a GPU always in processes of their own: a kernel that goes astray leaves its process without one.
     if on_gpu or jobs > 1:

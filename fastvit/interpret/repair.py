@@ -14,9 +14,8 @@ import numpy as np
 import torch
 import triton
 import triton.language as tl
-from triton.runtime import driver, interpreter
-
 from fastvit.kernels.launch.absent import ABSENT_H100
+from triton.runtime import driver, interpreter
 
 _FLOAT8 = {tl.float8e4nv: (torch.float8_e4m3fn, 448.0), tl.float8e5: (torch.float8_e5m2, 57344.0)}
 

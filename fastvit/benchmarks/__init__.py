@@ -1,0 +1,5 @@
+"""Leads to `benchmarks/` at the top of a checkout. In a wheel, that folder itself is in this one's place."""
+
+import os
+
+__path__ = [os.path.realpath(os.path.join(__path__[0], "..", "..", "benchmarks"))]
