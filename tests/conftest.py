@@ -35,6 +35,9 @@ if interpreting():
 # timm and transformers import torchvision.
 _torchvision_shim.install()
 
+# The fixtures of the files test_bench_*.py.
+from bench_runs import add_peer, no_pictures, photos, quick  # noqa: E402, F401
+
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run the tests marked slow as well")
