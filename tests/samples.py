@@ -123,6 +123,14 @@ SAMPLES = [
     Sample("patch_embed", "patch_embed", _patch_embed, _NORMALISED),
     Sample("patch_embed-uint8", "patch_embed", _patch_embed_uint8, _NORMALISED),
 ]
+BY_NAME = {sample.name: sample for sample in SAMPLES}
+
+
+def bad_call(name: str, changes: dict):
+    """Call the op of a sample with `changes`, tensors or options, to its arguments: it should raise."""
+    sample = BY_NAME[name]
+    tensors = {key: tensor.detach() for key, tensor in sample.tensors().items()}
+    return getattr(fastvit.ops, sample.op)(**{**tensors, **sample.options, **changes})
 
 
 def timm_masks(tokens: int, heads: int) -> dict[str, dict]:
