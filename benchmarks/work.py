@@ -296,7 +296,7 @@ def _step(forwards: list[Callable[[], torch.Tensor]], training: bool) -> timing.
     def run():
         turn, forward = next(turns)
         out = forward()
-        if turn not in known:  # walking the graph takes time that is not the contestant's
+        if turn not in known:  # walking the graph takes time that is not the entry's
             # Not drawn on the GPU: a CUDA graph that failed to be captured leaves its generator unusable.
             known[turn] = _leaves(out), torch.randn(out.shape).to(out)
         return torch.autograd.grad(out, *known[turn])

@@ -35,8 +35,8 @@ def quick(monkeypatch, photos):
     monkeypatch.setattr(timing, "ROUND_SECONDS", 0)
     monkeypatch.setattr(timing, "PAUSE_SECONDS", 0)
     monkeypatch.setattr(timing, "pin_threads", torch.get_num_threads)
-    ceilings = schema.Ceilings(1e10, {"fp32": 1e11, "bf16": 1e11, "fp16": 1e11})
-    monkeypatch.setattr(bench.roofline, "measure_ceilings", lambda device, dtypes: ceilings)
+    peaks = schema.Peaks(1e10, {"fp32": 1e11, "bf16": 1e11, "fp16": 1e11})
+    monkeypatch.setattr(bench.roofline, "measure_peaks", lambda device, dtypes: peaks)
     monkeypatch.setattr(ops, "MOST_BYTES", 1 << 20)
 
     def settings(*cases, **chosen):
@@ -66,7 +66,7 @@ def no_pictures(monkeypatch):
 
 def rows_of(settings):
     measuring = bench.Bench(settings)
-    return [measuring.row(case, bench.roofline.measure_ceilings("cpu", ())) for case in settings.cases]
+    return [measuring.row(case, bench.roofline.measure_peaks("cpu", ())) for case in settings.cases]
 
 
 def as_is(case, ours, inputs):

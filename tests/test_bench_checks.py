@@ -49,10 +49,10 @@ def test_ops_are_checked_and_timed(quick, add_peer, op, dtype):
     for row in rows_of(quick(*cases, peers=("same", "off"))):
         assert (row.status, row.reason) == ("timed", ""), row
         assert (row.op, row.items) == (op, 1)
-        assert row.contestants["same"].ratio is not None
-        assert row.contestants["off"].status == "wrong"
-        assert row.contestants["off"].seconds is None
-        assert "is more than the limit" in row.contestants["off"].reason
+        assert row.entries["same"].ratio is not None
+        assert row.entries["off"].status == "wrong"
+        assert row.entries["off"].seconds is None
+        assert "is more than the limit" in row.entries["off"].reason
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -89,7 +89,7 @@ def test_a_wrong_gradient_of_ours_is_not_timed(quick, monkeypatch):
     (row,) = rows_of(quick(Case(MODEL, FP32, 2, "training")))
     assert row.status == "wrong"
     assert "not timed: error of d " in row.reason
-    assert list(row.contestants) == ["ours"]
+    assert list(row.entries) == ["ours"]
 
 
 @pytest.mark.parametrize("bad", ["patch_embed.proj.weight", "blocks.1.norm2.bias", "head.bias"])
@@ -179,10 +179,10 @@ def test_a_wrong_model_is_not_timed(quick, monkeypatch, factor):
     monkeypatch.setattr(fastvit.VisionTransformer, "forward", lambda self, images: right(self, images) * factor)
     monkeypatch.setattr(timing, "interleave", lambda *args: pytest.fail("timed a wrong model"))
     (row,) = rows_of(quick())
-    assert (row.status, row.contestants["ours"].status) == ("wrong", "wrong")
+    assert (row.status, row.entries["ours"].status) == ("wrong", "wrong")
     assert "not timed: error 1.00e-03" in row.reason or factor != factor
-    assert row.contestants["ours"].seconds is None
-    assert list(row.contestants) == ["ours"]
+    assert row.entries["ours"].seconds is None
+    assert list(row.entries) == ["ours"]
     json.dumps(schema.asdict(row), allow_nan=False)
 
 
@@ -190,8 +190,8 @@ def test_a_wrong_model_is_not_timed(quick, monkeypatch, factor):
 def test_a_peer_of_another_shape_is_wrong(quick, add_peer, shape):
     add_peer("peer", lambda case, ours, inputs: lambda i: ours(i)[:, :10] if shape == "fewer" else ours(i)[:, None])
     (row,) = rows_of(quick(peers=("peer",)))
-    assert row.contestants["peer"].status == "wrong"
-    assert "expected (3, 1000)" in row.contestants["peer"].reason
+    assert row.entries["peer"].status == "wrong"
+    assert "expected (3, 1000)" in row.entries["peer"].reason
 
 
 def test_the_reference_of_a_subject_is_the_model(quick):

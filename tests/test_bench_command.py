@@ -43,7 +43,7 @@ def test_command_prints_a_table_and_writes_everything(quick, photos, tmp_path, c
     assert run.environment["torch_threads"] == torch.get_num_threads()
     assert {"commit", "device", "packages"} <= set(run.environment)
     assert run.settings["command"] == cli.shlex.join(["fastvit", *typed])
-    assert run.ceilings.bytes_per_s == 1e10
+    assert run.peaks.bytes_per_s == 1e10
     assert set(run.extra["top5"]) == {f"{MODEL}@224/fp32", f"{MODEL}@224/bf16"}
     assert (output / "bench.csv").exists()
     assert (output / "index.html").exists()
@@ -54,14 +54,16 @@ def test_command_prints_a_table_and_writes_everything(quick, photos, tmp_path, c
 
 
 @pytest.mark.parametrize("rate", [1.0, 1e30])
-def test_a_limit_that_a_side_beats_is_said_at_the_end(quick, no_pictures, photos, monkeypatch, tmp_path, capsys, rate):
+def test_an_entry_faster_than_the_bound_is_said_at_the_end(
+    quick, no_pictures, photos, monkeypatch, tmp_path, capsys, rate
+):
     """In the page's words, once, under the table."""
-    ceilings = schema.Ceilings(rate, {"fp32": rate})
-    monkeypatch.setattr(bench.roofline, "measure_ceilings", lambda device, dtypes: ceilings)
+    peaks = schema.Peaks(rate, {"fp32": rate})
+    monkeypatch.setattr(bench.roofline, "measure_peaks", lambda device, dtypes: peaks)
     assert cli.main(arguments(photos, tmp_path, "--batches", "1,2", "--dtypes", "fp32")) == 0
     printed, caveats = capsys.readouterr().out, words.caveats(schema.load(tmp_path / "bench.json"))
-    said = [sentence for sentence in caveats if sentence.startswith("Faster than the limit as measured: ours (to ")]
-    assert len(said) == printed.count("Faster than the limit") == (rate == 1)
+    said = [sentence for sentence in caveats if sentence.startswith("Faster than the roofline bound: ours (up to ")]
+    assert len(said) == printed.count("Faster than the roofline bound") == (rate == 1)
     assert all(printed.index(f"{sentence}\n") > printed.rindex("/b2/") for sentence in said)
 
 
@@ -147,7 +149,7 @@ def test_an_interrupt_while_resuming_loses_nothing(quick, tmp_path, monkeypatch)
     before.rows[0].status = "failed"
     measured = []
 
-    def row(self, case, ceilings):
+    def row(self, case, peaks):
         measured.append(case.batch)
         raise KeyboardInterrupt
 
@@ -160,21 +162,21 @@ def test_an_interrupt_while_resuming_loses_nothing(quick, tmp_path, monkeypatch)
     def interrupted(device, dtypes):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(bench.roofline, "measure_ceilings", interrupted)
+    monkeypatch.setattr(bench.roofline, "measure_peaks", interrupted)
     run, _ = bench.record(settings, tmp_path, before)
     assert [row.batch for row in schema.load(tmp_path / "bench.json").rows] == [2, 3]
-    assert run.ceilings == before.ceilings
+    assert run.peaks == before.peaks
 
 
-def test_the_floors_of_kept_rows_are_those_of_the_runs_ceilings(quick, tmp_path, monkeypatch):
+def test_the_bounds_of_kept_rows_are_at_the_peaks_of_the_run(quick, tmp_path, monkeypatch):
     settings = quick()
     before, _ = bench.record(settings, tmp_path)
-    floor, seconds = before.rows[0].floor_seconds, before.rows[0].contestants["ours"].seconds
-    twice = schema.Ceilings(2e10, {"fp32": 2e11})
-    monkeypatch.setattr(bench.roofline, "measure_ceilings", lambda device, dtypes: twice)
+    bound, seconds = before.rows[0].bound_seconds, before.rows[0].entries["ours"].seconds
+    twice = schema.Peaks(2e10, {"fp32": 2e11})
+    monkeypatch.setattr(bench.roofline, "measure_peaks", lambda device, dtypes: twice)
     (row,) = bench.record(settings, tmp_path, before)[0].rows
-    assert row.floor_seconds == pytest.approx(floor / 2)
-    assert row.contestants["ours"].seconds == seconds
+    assert row.bound_seconds == pytest.approx(bound / 2)
+    assert row.entries["ours"].seconds == seconds
 
 
 def test_two_states_of_an_uncommitted_checkout_are_told_apart(monkeypatch, tmp_path):
@@ -198,15 +200,15 @@ def test_a_row_that_the_time_limit_cut_short_is_measured_again(quick, tmp_path):
     settings = quick(Case(MODEL, FP32, 1), peers=("reference",))
     run, _ = bench.record(settings, tmp_path)
     assert bench.record(settings, tmp_path, run)[0].rows == run.rows
-    run.rows[0].contestants["reference"] = schema.Contestant("absent", "not started: the time limit of 1 s was reached")
+    run.rows[0].entries["reference"] = schema.Entry("absent", "not started: the time limit of 1 s was reached")
     again, _ = bench.record(settings, tmp_path, run)
-    assert again.rows[0].contestants["reference"].status == "timed"
+    assert again.rows[0].entries["reference"].status == "timed"
 
 
 def test_to_resume_from_another_file_is_refused(photos, tmp_path, capsys):
-    (tmp_path / "bench.json").write_text('{"kind": "fastvit bench", "schema": 1}')
+    (tmp_path / "bench.json").write_text('{"kind": "fastvit bench", "schema": 2}')
     assert cli.main(arguments(photos, tmp_path, "--resume")) == 2
-    assert "of schema 1, expected" in capsys.readouterr().err
+    assert "of schema 2, expected" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -232,8 +234,8 @@ def test_command_refuses_what_is_unknown(given, message, tmp_path, capsys):
 def test_a_bad_row_beside_a_timed_one_fails_the_command(quick, no_pictures, photos, monkeypatch, tmp_path, status):
     right = bench.Bench.row
 
-    def row(self, case, ceilings):
-        found = right(self, case, ceilings)
+    def row(self, case, peaks):
+        found = right(self, case, peaks)
         found.status = status if case.batch == 2 else found.status
         return found
 
@@ -285,19 +287,19 @@ def test_results_from_before_graph_ratios_and_intervals_are_read(tmp_path):
     row = bench._row(Case(MODEL, FP32, 1), None)
     spread = schema.Spread(1.0, 0.9, 1.1, 12)
     ratio = schema.Ratio(1.0, 0.9, 1.1, 12, 0.8, 1.2)
-    row.contestants["timm"] = schema.Contestant(graph=spread, graph_ratio=ratio, graph_verdict="tie")
+    row.entries["timm"] = schema.Entry(graph=spread, graph_ratio=ratio, graph_verdict="tie")
     run = schema.Run({}, {}, "2000", rows=[row])
     (tmp_path / "bench.json").write_text(json.dumps(run.as_dict()))
     assert schema.load(tmp_path / "bench.json").rows == [row]
     old = run.as_dict()
     for end in ("low", "high"):
-        del old["rows"][0]["contestants"]["timm"]["graph_ratio"][end]
+        del old["rows"][0]["entries"]["timm"]["graph_ratio"][end]
     (tmp_path / "bench.json").write_text(json.dumps(old))
-    assert schema.load(tmp_path / "bench.json").rows[0].contestants["timm"].graph_ratio == schema.Ratio(1, 0.9, 1.1, 12)
+    assert schema.load(tmp_path / "bench.json").rows[0].entries["timm"].graph_ratio == schema.Ratio(1, 0.9, 1.1, 12)
     for name in ("graph_ratio", "graph_verdict"):
-        del old["rows"][0]["contestants"]["timm"][name]
+        del old["rows"][0]["entries"]["timm"][name]
     (tmp_path / "bench.json").write_text(json.dumps(old))
-    assert schema.load(tmp_path / "bench.json").rows[0].contestants["timm"].graph == spread
+    assert schema.load(tmp_path / "bench.json").rows[0].entries["timm"].graph == spread
 
 
 def test_a_photograph_run_that_is_done_is_not_done_again(quick, monkeypatch, tmp_path):

@@ -15,28 +15,28 @@ from fastvit.benchmarks import bench, peers, schema, suites, timing  # noqa: E40
 from fastvit.benchmarks.cases import MODES, Case  # noqa: E402
 
 
-def test_a_row_holds_speed_ratio_error_memory_and_floor(quick):
+def test_a_row_holds_speed_ratio_error_memory_and_bound(quick):
     (row,) = rows_of(quick())
     assert (row.id, row.model, row.op, row.img_size) == (f"{MODEL}/fp32/b3/inference", MODEL, "", 224)
     assert (row.tokens, row.dtype, row.batch, row.mode) == (197, "fp32", 3, "inference")
     assert (row.status, row.reason, row.items) == ("timed", "", 3)
-    ours, reference = row.contestants["ours"], row.contestants["reference"]
-    assert list(row.contestants) == ["ours", "reference"]
+    ours, reference = row.entries["ours"], row.entries["reference"]
+    assert list(row.entries) == ["ours", "reference"]
     assert (ours.ratio, ours.verdict) == (None, "")
     low, high = reference.ratio.low, reference.ratio.high
     assert low <= reference.ratio.q25 <= reference.ratio.median <= reference.ratio.q75 <= high
     assert reference.verdict == ("faster" if low > 1 else "slower" if high < 1 else "tie")
-    for side in (ours, reference):
-        assert side.status == "timed"
-        assert 0 < side.error <= row.limit < 1e-5
-        assert 0 < side.seconds.q25 <= side.seconds.median <= side.seconds.q75
-        assert side.seconds.rounds == timing.MIN_ROUNDS
-        assert (side.compile_seconds, side.graph, side.host, side.joules) == (None, None, None, None)
+    for entry in (ours, reference):
+        assert entry.status == "timed"
+        assert 0 < entry.error <= row.limit < 1e-5
+        assert 0 < entry.seconds.q25 <= entry.seconds.median <= entry.seconds.q75
+        assert entry.seconds.rounds == timing.MIN_ROUNDS
+        assert (entry.compile_seconds, entry.graph, entry.host, entry.joules) == (None, None, None, None)
     # The median of paired ratios is near the ratio of medians.
     assert reference.ratio.median == pytest.approx(reference.seconds.median / ours.seconds.median, rel=0.5)
     cost = bench.roofline.case_cost(Case(MODEL, FP32, 3))
     assert (row.flops, row.bytes) == (cost.flops, cost.bytes)
-    assert cost.flops / 1e11 <= row.floor_seconds <= cost.flops / 1e11 + cost.bytes / 1e10
+    assert cost.flops / 1e11 <= row.bound_seconds <= cost.flops / 1e11 + cost.bytes / 1e10
 
 
 def test_timm_has_the_same_weights_and_agrees(quick, monkeypatch):
@@ -44,8 +44,8 @@ def test_timm_has_the_same_weights_and_agrees(quick, monkeypatch):
     # timm builds the peer from our configuration: its depth too.
     rows = rows_of(quick(Case(MODEL, FP32, 2), Case(MODEL, FP32, 2, "training"), peers=("timm",)))
     for row in rows:
-        assert row.contestants["timm"].status == "timed", row.contestants["timm"].reason
-        assert row.contestants["timm"].error < 1e-5
+        assert row.entries["timm"].status == "timed", row.entries["timm"].reason
+        assert row.entries["timm"].error < 1e-5
 
 
 def test_a_model_without_a_classifier_and_of_another_size(quick):
@@ -107,21 +107,19 @@ def test_a_peer_that_raises_stays_in_its_row(quick, add_peer, make, message):
     add_peer("peer", make)
     (row,) = rows_of(quick(peers=("peer", "reference")))
     assert row.status == "timed"
-    assert (row.contestants["peer"].status, row.contestants["peer"].reason) == ("failed", message)
-    assert row.contestants["peer"].seconds is None
-    assert row.contestants["reference"].seconds
+    assert (row.entries["peer"].status, row.entries["peer"].reason) == ("failed", message)
+    assert row.entries["peer"].seconds is None
+    assert row.entries["reference"].seconds
 
 
 def test_an_absent_peer_is_listed_with_the_reason(quick, monkeypatch):
     peer = peers.Peer("gone", "gone", ("no_such_package",), "model", ("cpu",), MODES, "invented")
     monkeypatch.setitem(peers.PEERS, "gone", peer)
     cases = Case(MODEL, FP32, 1), Case(MODEL, FP32, 1, op="layer_norm"), Case(MODEL, FP32, 1, op="attention")
-    model, norm, attention = (
-        row.contestants for row in rows_of(quick(*cases, peers=("gone", "reference", "sdpa math")))
-    )
+    model, norm, attention = (row.entries for row in rows_of(quick(*cases, peers=("gone", "reference", "sdpa math"))))
     assert (model["gone"].status, model["gone"].reason) == ("absent", "not installed: no_such_package")
     # A peer that has nothing of the kind is not listed.
-    assert [list(sides) for sides in (model, norm, attention)] == [
+    assert [list(entries) for entries in (model, norm, attention)] == [
         ["ours", "gone", "reference"],
         ["ours"],
         ["ours", "sdpa math"],
@@ -131,7 +129,7 @@ def test_an_absent_peer_is_listed_with_the_reason(quick, monkeypatch):
 def test_a_note_is_kept(quick, add_peer):
     add_peer("peer", as_is, note="tanh GELU")
     (row,) = rows_of(quick(peers=("peer",)))
-    assert row.contestants["peer"].note == "tanh GELU"
+    assert row.entries["peer"].note == "tanh GELU"
 
 
 def test_ours_out_of_memory_fails_its_batch_and_the_rest_goes_on(quick, monkeypatch):
@@ -162,8 +160,8 @@ def test_the_time_limit_skips_rows_and_peers(quick, monkeypatch):
     measuring, answers = bench.Bench(quick(peers=("reference", "timm"))), iter(["", "", "not started: late"])
     monkeypatch.setattr(measuring, "out_of_time", lambda: next(answers))
     row = measuring.row(Case(MODEL, FP32, 1))
-    assert [side.status for side in row.contestants.values()] == ["timed", "timed", "absent"]
-    assert row.contestants["timm"].reason == "not started: late"
+    assert [entry.status for entry in row.entries.values()] == ["timed", "timed", "absent"]
+    assert row.entries["timm"].reason == "not started: late"
 
 
 def test_when_the_gpu_is_lost_the_rest_is_not_started(quick, monkeypatch):
@@ -184,14 +182,14 @@ def test_energy_is_that_of_models_and_its_failure_costs_nothing_else(quick, monk
     monkeypatch.setattr(timing, "energy_counter", lambda device: lambda: 0.0)
     monkeypatch.setattr(timing, "joules", lambda *args: 7.0)
     model, op = rows_of(quick(Case(MODEL, FP32, 1), Case(MODEL, FP32, 1, op="layer_norm")))
-    assert (model.contestants["ours"].joules, op.contestants["ours"].joules) == (7.0, None)
+    assert (model.entries["ours"].joules, op.entries["ours"].joules) == (7.0, None)
 
     def joules(*args):
         raise RuntimeError("the counter is gone")
 
     monkeypatch.setattr(timing, "joules", joules)
     (row,) = rows_of(quick())
-    assert (row.status, row.contestants["ours"].joules) == ("timed", None)
+    assert (row.status, row.entries["ours"].joules) == ("timed", None)
 
 
 def test_what_cannot_be_seen_or_is_not_compiled_has_no_number(quick, add_peer, monkeypatch):
@@ -201,13 +199,13 @@ def test_what_cannot_be_seen_or_is_not_compiled_has_no_number(quick, add_peer, m
     monkeypatch.setattr(adapter, "build", lambda peer, case, ours, inputs: peers.Built(ours, opaque=True))
     monkeypatch.setitem(peers.PEERS, "compiling", dataclasses.replace(peers.PEERS["compiling"], compiles=True))
     (row,) = rows_of(quick(peers=("eager", "compiling")))
-    ours, eager, compiling = row.contestants.values()
-    assert [side.compile_seconds is None for side in (ours, eager, compiling)] == [True, True, False]
+    ours, eager, compiling = row.entries.values()
+    assert [entry.compile_seconds is None for entry in (ours, eager, compiling)] == [True, True, False]
     assert eager.peak_bytes is None
     assert (compiling.peak_bytes is None) == (ours.peak_bytes is None)
 
 
-def test_each_contestant_runs_its_own_call_and_ratios_are_peer_over_ours(quick, add_peer, monkeypatch):
+def test_each_entry_runs_its_own_call_and_ratios_are_peer_over_ours(quick, add_peer, monkeypatch):
     ran, seen = [], {}
     for name in ("a", "b"):
         add_peer(name, lambda case, ours, inputs, name=name: lambda images: (ran.append(name), ours(images))[1])
@@ -222,9 +220,9 @@ def test_each_contestant_runs_its_own_call_and_ratios_are_peer_over_ours(quick, 
     monkeypatch.setattr(timing, "interleave", interleave)
     (row,) = rows_of(quick(peers=("a", "b")))
     assert seen == {"ours": [], "a": ["a"], "b": ["b"]}
-    assert [row.contestants[name].ratio.median for name in ("a", "b")] == [2.0, 0.5]
-    assert [row.contestants[name].verdict for name in ("a", "b")] == ["faster", "slower"]
-    assert row.contestants["a"].seconds.median == 2.0
+    assert [row.entries[name].ratio.median for name in ("a", "b")] == [2.0, 0.5]
+    assert [row.entries[name].verdict for name in ("a", "b")] == ["faster", "slower"]
+    assert row.entries["a"].seconds.median == 2.0
 
 
 @pytest.mark.skipif(not interpreting(), reason="a GPU runs the kernels in the rows themselves")
@@ -266,14 +264,14 @@ def test_every_row_on_a_gpu_is_timed_three_ways(quick, monkeypatch, case):
     monkeypatch.setattr(timing, "interleave", interleave)
     monkeypatch.setattr(timing, "host_seconds", lambda call, seconds: budgets.append(seconds) or [0.5] * 5)
     row = bench._row(case, None)
-    row.contestants = {name: schema.Contestant(note="tanh GELU") for name in eager}
+    row.entries = {name: schema.Entry(note="tanh GELU") for name in eager}
     settings = dataclasses.replace(quick(case, seconds=8.0), device="cuda")
     monkeypatch.setattr(timing, "energy_counter", lambda device: None)
     bench.Bench(settings)._time(row, dict.fromkeys(eager, lambda: None), {}, {"opaque"}, turns)
-    ours, peer, broken, opaque = row.contestants.values()
+    ours, peer, broken, opaque = row.entries.values()
     assert budgets == [8.0, 0.5, 0.5, 0.5, 0.5, 8.0]
-    assert [side.seconds.median for side in row.contestants.values()] == [1.0, 3.0, 1.0, 1.0]
-    assert [side.host.median for side in row.contestants.values()] == [0.5] * 4
+    assert [entry.seconds.median for entry in row.entries.values()] == [1.0, 3.0, 1.0, 1.0]
+    assert [entry.host.median for entry in row.entries.values()] == [0.5] * 4
     assert (ours.graph.median, ours.graph_ratio, ours.graph_verdict) == (1.0, None, "")
     assert (peer.ratio.median, peer.verdict) == (3.0, "faster")
     assert (peer.graph.median, peer.graph_ratio.median, peer.graph_verdict) == (0.5, 0.5, "slower")
@@ -289,8 +287,8 @@ def test_without_a_graph_of_ours_peers_have_times_and_no_ratio(quick, monkeypatc
     monkeypatch.setattr(timing, "interleave", lambda calls, *_: ({name: [1.0] * 20 for name in calls}, {}))
     monkeypatch.setattr(timing, "host_seconds", lambda *_: 1 / 0)
     row = bench._row(Case(MODEL, FP32, 1), None)
-    row.contestants = {name: schema.Contestant() for name in ("ours", "peer")}
-    bench.Bench(quick())._time_host_and_graph(row, dict.fromkeys(row.contestants, lambda: None), set(), 1)
-    ours, peer = row.contestants.values()
+    row.entries = {name: schema.Entry() for name in ("ours", "peer")}
+    bench.Bench(quick())._time_host_and_graph(row, dict.fromkeys(row.entries, lambda: None), set(), 1)
+    ours, peer = row.entries.values()
     assert (peer.graph.median, peer.graph_ratio, ours.graph, ours.host) == (1.0, None, None, None)
     assert ours.note == "no CUDA graph: RuntimeError: no"
