@@ -1,7 +1,7 @@
 """The benchmark behind `fastvit bench`: ours beside its peers on whole models and single ops, in one run.
 
-One row is a case. All sides hold the same weights, take the same input and run interleaved; nothing is timed whose
-output, or in training whose gradients, are wrong. A peer's trouble stays in its row.
+One row is a case. All entries of a row have the same weights, take the same input and run interleaved; what computes
+wrong outputs, or wrong gradients in training, is not timed. A peer that fails does not stop its row or the others.
 """
 
 from __future__ import annotations
@@ -27,42 +27,42 @@ from fastvit.verify import SHORT
 from . import plan, roofline, timing
 from .cases import Case
 from .peers import PEERS, absent
-from .schema import OURS, Ceilings, Contestant, Ratio, Row, Run
+from .schema import OURS, Entry, Peaks, Ratio, Row, Run
 from .suites import SEED, Settings
 from .work import ModelWork, OpWork, Subject, run_watched
 
 FILE = "bench.json"
-# What must be equal for rows of an earlier run to stand for this one's.
+# What must be equal for rows of an earlier run to be taken over.
 _SAME_ENVIRONMENT = ("fastvit", "commit", "device", "tuned", "torch", "torch_threads", "packages")
 _SAME_SETTINGS = ("peers", "weights", "images")
 
 
 def first_line(error: BaseException) -> str:
-    """An exception as one line; running out of memory as just that."""
+    """An exception as one line; "out of memory" for all kinds of that."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return "out of memory"
     return report.first_line(error)
 
 
 class Bench:
-    """Measures the cases of `settings`, one row each. top5: of every model and dtype that was timed, what the
-    photographs are taken for."""
+    """Measures the cases of `settings`, one row each. top5: for every model and dtype that was timed, the five most
+    likely classes of each photograph."""
 
     def __init__(self, settings: Settings):
         self.settings = settings
         self.top5: dict[str, dict] = {}
         self._start = time.perf_counter()
         self._subject: Subject | None = None
-        # It takes a second a side, which a time limit needs for something else.
+        # Under a time limit energy is not measured: it takes a second for each entry.
         self._energy = timing.energy_counter(settings.device) if settings.time_limit is None else None
         self._lost = ""
 
     def spent(self) -> float:
-        """Seconds of the time limit that are gone."""
+        """Seconds of the time limit that are used up."""
         return time.perf_counter() - self._start
 
     def out_of_time(self) -> str:
-        """Why nothing more is started; "" while there is time, and a device."""
+        """Why nothing more is started: the time limit, or a lost GPU; "" while neither applies."""
         if self._lost:
             return self._lost
         limit = self.settings.time_limit
@@ -70,20 +70,20 @@ class Bench:
             return ""
         return f"not started: the time limit of {limit:g} s was reached"
 
-    def row(self, case: Case, ceilings: Ceilings | None = None) -> Row:
-        """Verify, then time. Raises nothing for what the case, ours or a peer does: it is in the row."""
-        row = _row(case, ceilings)
+    def row(self, case: Case, peaks: Peaks | None = None) -> Row:
+        """Verify, then time. An exception that the case, ours or a peer raises is recorded in the row, not raised."""
+        row = _row(case, peaks)
         if reason := self.out_of_time():
             row.status, row.reason = "skipped", reason
             return row
         try:
             self._measure(row, case)
-        except Exception as error:  # one row must not stop the others
+        except Exception as error:  # a failing row must not stop the others
             row.status, row.reason = "failed", first_line(error)
         finally:
             try:
                 _clean_up()
-            except RuntimeError as error:  # a kernel went astray: CUDA does nothing more for this process
+            except RuntimeError as error:  # after an illegal access CUDA is unusable in this process
                 self._lost = f"not started: the GPU was lost in {case.id}: {first_line(error)}"
         return row
 
@@ -91,13 +91,13 @@ class Bench:
         work = self._prepare(case)
         row.limit = _finite(work.limits["out"])
         steps, first_seconds, opaque = {}, {}, set()
-        # Ours first: where it is wrong, nothing else is worth the time.
+        # Ours first: if it is wrong, the peers are not measured at all.
         for name in (OURS, *(name for name in self.settings.peers if plan.concerns(PEERS[name], case))):
-            side = row.contestants[name] = Contestant()
+            entry = row.entries[name] = Entry()
             if name != OURS:
                 reason = absent(PEERS[name], case, self.settings.device) or self.out_of_time()
                 if reason:
-                    side.status, side.reason = "absent", reason
+                    entry.status, entry.reason = "absent", reason
                     continue
             try:
                 start = time.perf_counter()
@@ -106,29 +106,29 @@ class Bench:
                 step = work.step(call)
                 with work.gradients():
                     if built is None:
-                        side.note = run_watched(step)
+                        entry.note = run_watched(step)
                     else:
-                        side.note = built.note
+                        entry.note = built.note
                         step()
                     self._synchronise()
                 if PEERS[name].compiles if built else self.settings.device.startswith("cuda"):
                     first_seconds[name] = time.perf_counter() - start
-                side.error, wrong = work.judge(call, ours=name == OURS)
+                entry.error, wrong = work.judge(call, ours=name == OURS)
                 if wrong:
-                    side.status, side.reason = "wrong", wrong
+                    entry.status, entry.reason = "wrong", wrong
                 else:
                     if built and built.opaque:
                         opaque.add(name)
                     else:
                         with work.gradients():
-                            side.peak_bytes = timing.peak_memory(step, self.settings.device)
+                            entry.peak_bytes = timing.peak_memory(step, self.settings.device)
                     steps[name] = step
             except Exception as error:
-                side.status, side.reason = "failed", first_line(error)
-            if name == OURS and side.status != "timed":
-                row.status, row.reason = side.status, side.reason
+                entry.status, entry.reason = "failed", first_line(error)
+            if name == OURS and entry.status != "timed":
+                row.status, row.reason = entry.status, entry.reason
                 if row.status == "wrong":
-                    row.reason = f"not timed: {side.reason}"
+                    row.reason = f"not timed: {entry.reason}"
                 return
         if isinstance(work, ModelWork) and case.mode == "inference":
             self.top5[f"{row.model}@{row.img_size}/{row.dtype}"] = work.top5()
@@ -140,7 +140,7 @@ class Bench:
             self._subject = None
             return OpWork(case, self.settings)
         if self._subject is None or (self._subject.name, self._subject.img_size) != (case.model, case.img_size):
-            self._subject = None  # its memory first
+            self._subject = None  # frees its memory before the next one needs its own
             self._subject = Subject(case.model, case.img_size, self.settings)
         return ModelWork(case, self._subject)
 
@@ -152,59 +152,61 @@ class Bench:
         opaque: set[str],
         turns: int,
     ) -> None:
-        """first_seconds: of those that compile; opaque: those that cannot be captured; turns: after so many calls a
-        step is back at its first input."""
+        """Time the steps, by name, and write the results into the row. first_seconds: what building and the first call
+        took, of entries that compile; opaque: entries that cannot be captured as a CUDA graph; turns: after this many
+        calls a step has used each of its inputs once."""
         device, seconds = self.settings.device, self.settings.seconds
         timer = timing.timer(device)
         measured, failures = timing.interleave(steps, timer, seconds)
         for name, error in failures.items():
-            row.contestants[name].status, row.contestants[name].reason = "failed", first_line(error)
+            row.entries[name].status, row.entries[name].reason = "failed", first_line(error)
         if OURS not in measured:
-            row.status, row.reason = "failed", row.contestants[OURS].reason
+            row.status, row.reason = "failed", row.entries[OURS].reason
             return
         ratios = _against_ours(measured)
         for name, durations in measured.items():
-            side = row.contestants[name]
-            side.seconds = timing.spread(durations)
+            entry = row.entries[name]
+            entry.seconds = timing.spread(durations)
             if name in first_seconds:
-                side.compile_seconds = max(0.0, first_seconds[name] - side.seconds.median)
+                entry.compile_seconds = max(0.0, first_seconds[name] - entry.seconds.median)
             if name in ratios:
-                side.ratio, side.verdict = ratios[name]
+                entry.ratio, entry.verdict = ratios[name]
             if self._energy is not None and not row.op:
-                with contextlib.suppress(Exception):  # what was timed is not lost for it
-                    side.joules = timing.joules(steps[name], timer, self._energy, side.seconds.median)
+                with contextlib.suppress(Exception):  # without energy the times still count
+                    entry.joules = timing.joules(steps[name], timer, self._energy, entry.seconds.median)
         if device.startswith("cuda") and not self._without_graphs(row):
             self._time_host_and_graph(row, {name: steps[name] for name in measured}, opaque, turns)
 
     def _without_graphs(self, row: Row) -> bool:
-        """Whether there is no time left for the other two ways: said in the row, which is then unfinished."""
-        row.contestants[OURS].reason = self.out_of_time()
-        return bool(row.contestants[OURS].reason)
+        """Whether no time is left to time the host and CUDA graphs; if so, the row says so and counts as unfinished."""
+        row.entries[OURS].reason = self.out_of_time()
+        return bool(row.entries[OURS].reason)
 
     def _time_host_and_graph(self, row: Row, steps: dict[str, timing.Call], opaque: set[str], turns: int) -> None:
-        """Where the host is what an eager call waits for, Python is measured: a graph's replay is the GPU alone."""
+        """Time each step until it returns, and as the replay of a CUDA graph: an eager call may mostly wait for Python
+        on the host, a replay is the time of the GPU alone."""
         for name, step in steps.items():
-            with contextlib.suppress(Exception):  # what was timed is not lost for it
+            with contextlib.suppress(Exception):  # without the host's time the others still count
                 budget = timing.HOST_SHARE * self.settings.seconds / len(steps)
-                row.contestants[name].host = timing.spread(timing.host_seconds(step, budget))
+                row.entries[name].host = timing.spread(timing.host_seconds(step, budget))
         graphs, failures = timing.replayed({name: steps[name] for name in steps if name not in opaque}, turns)
         measured, more = timing.interleave(graphs, timing.timer("cuda"), self.settings.seconds)
-        for name, error in (failures | more).items():  # not everything can be captured
-            side = row.contestants[name]
-            side.note = "; ".join(filter(None, [side.note, f"no CUDA graph: {first_line(error)}"]))
+        for name, error in (failures | more).items():  # some entries cannot be captured
+            entry = row.entries[name]
+            entry.note = "; ".join(filter(None, [entry.note, f"no CUDA graph: {first_line(error)}"]))
         ratios = _against_ours(measured)
         for name, durations in measured.items():
-            side = row.contestants[name]
-            side.graph = timing.spread([duration / turns for duration in durations])
+            entry = row.entries[name]
+            entry.graph = timing.spread([duration / turns for duration in durations])
             if name in ratios:
-                side.graph_ratio, side.graph_verdict = ratios[name]
+                entry.graph_ratio, entry.graph_verdict = ratios[name]
 
     def _synchronise(self) -> None:
         if self.settings.device.startswith("cuda"):
             torch.cuda.synchronize()
 
 
-def _row(case: Case, ceilings: Ceilings | None) -> Row:
+def _row(case: Case, peaks: Peaks | None) -> Row:
     """The row of a case before anything is measured."""
     config, dtype = case.config, SHORT[case.dtype]
     cost = roofline.case_cost(case)
@@ -221,12 +223,12 @@ def _row(case: Case, ceilings: Ceilings | None) -> Row:
         items=1 if case.op else case.batch,
         flops=cost.flops,
         bytes=cost.bytes,
-        floor_seconds=None if ceilings is None else roofline.floor(case, roofline.rates(ceilings, dtype)),
+        bound_seconds=None if peaks is None else roofline.bound(case, roofline.rates(peaks, dtype)),
     )
 
 
 def _against_ours(measured: dict[str, list[float]]) -> dict[str, tuple[Ratio, str]]:
-    """Of every peer, its time over ours in each round, and the verdict; nothing where ours was not measured."""
+    """For every peer, the ratio of its time to ours in paired rounds, and the verdict; empty without times of ours."""
     found = {}
     for name in measured.keys() - {OURS} if OURS in measured else ():
         ratios = [peer / ours for peer, ours in zip(measured[name], measured[OURS], strict=True)]
@@ -235,12 +237,12 @@ def _against_ours(measured: dict[str, list[float]]) -> dict[str, tuple[Ratio, st
 
 
 def _finite(value: float) -> float | None:
-    """For JSON, which has no NaN."""
+    """None for NaN and infinity, which JSON does not have."""
     return value if math.isfinite(value) else None
 
 
 def _clean_up() -> None:
-    """Give back what the row's contestants held: the next one's memory and compilations must not depend on them."""
+    """Free what the row's entries held, so that memory and compilation of the next row do not depend on them."""
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
     gc.collect()
@@ -260,13 +262,13 @@ def record(
     each: Callable[[Row], None] = lambda row: None,
     planned: Callable[[plan.Plan], None] = lambda plan: None,
 ) -> tuple[Run, bool]:
-    """Measure everything, saving to `folder`/bench.json after every row; returns the run, and whether Ctrl-C cut it
-    short. before: an earlier run, whose rows are not measured again where code, machine and settings are the same; its
-    cases that failed come last, so that one that ends the run keeps it from none of the others. planned: told, before
-    anything but the ceilings is measured, how long the rest will take.
+    """Measure all cases, saving to `folder`/bench.json after every row; returns the run, and whether Ctrl-C interrupted
+    it. before: an earlier run, whose rows are taken over where code, machine and settings are the same; its failed
+    cases are tried last, so that one that ends the process does not keep the others from being measured. each: called
+    with every row. planned: called with the estimate of how long the run takes, when only the peaks have been measured.
 
-    What would not fit the time limit is left out from the start (`plan.make`), and what the limit cuts off all the same
-    comes back "skipped"; `finished` says whether there is nothing left to do.
+    On a CPU, cases that do not fit the time limit are left out from the start (`plan.make`); rows that the limit then
+    cuts off all the same are "skipped". `finished` of the run says whether every case was measured.
     """
     timing.pin_threads()
     timing.pin_precision()
@@ -279,7 +281,7 @@ def record(
     if before is not None and _same_conditions(before, run):
         found = {row.id: row for row in before.rows if row.status == "timed" and not _unfinished(row)}
         failed = {row.id for row in before.rows if row.status == "failed"}
-        run.ceilings = before.ceilings  # until they are measured again
+        run.peaks = before.peaks  # in case the run is interrupted before they are measured
         bench.top5 |= before.extra.get("top5", {})
         interpreted = before.extra.get("interpreted", {})
         if interpreted.get("ok") and interpreted["model"] == settings.interpreted:
@@ -293,26 +295,26 @@ def record(
         report.write_json(folder / FILE, run.as_dict())
 
     try:
-        run.ceilings = roofline.measure_ceilings(settings.device, dict.fromkeys(c.dtype for c in settings.cases))
+        run.peaks = roofline.measure_peaks(settings.device, dict.fromkeys(c.dtype for c in settings.cases))
         cases = sorted(settings.cases, key=lambda case: case.id in failed)
         todo = [case for case in cases if case.id not in found]
         interprets = settings.interpreted and "interpreted" not in run.extra
         planning = settings if interprets else replace(settings, interpreted=None)
-        pace = plan.probe(settings, run.ceilings) if todo else plan.Pace()
-        schedule = plan.make(planning, todo, run.ceilings, bench.spent(), pace)
+        pace = plan.probe(settings, run.peaks) if todo else plan.Pace()
+        schedule = plan.make(planning, todo, run.peaks, bench.spent(), pace)
         planned(schedule)
         if schedule.left_out:
             run.extra["left_out"] = schedule.left_out
             cases = [case for case in cases if case.id not in schedule.left_out]
         for case in report.progress(cases, len(cases), "timing"):
             if case.id in found:
-                found[case.id].floor_seconds = _row(case, run.ceilings).floor_seconds  # by the ceilings of this run
+                found[case.id].bound_seconds = _row(case, run.peaks).bound_seconds  # at the peaks of this run
             else:
-                # Kept while it runs: a row that ends the process has failed for the next one, which takes it last.
-                found[case.id] = _row(case, run.ceilings)
+                # Saved as failed while it runs: if it ends the process, the next run tries it last.
+                found[case.id] = _row(case, run.peaks)
                 found[case.id].status, found[case.id].reason = "failed", ENDED
                 save()
-                found[case.id] = bench.row(case, run.ceilings)
+                found[case.id] = bench.row(case, run.peaks)
             save()
             each(found[case.id])
         if interprets:
@@ -329,8 +331,8 @@ ENDED = "it ended the process"
 
 
 def _unfinished(row: Row) -> bool:
-    """Whether the time limit took something from it."""
-    return row.status == "skipped" or any(side.reason.startswith("not started") for side in row.contestants.values())
+    """Whether the time limit cut off something of it."""
+    return row.status == "skipped" or any(entry.reason.startswith("not started") for entry in row.entries.values())
 
 
 def _same_conditions(a: Run, b: Run) -> bool:
@@ -340,8 +342,8 @@ def _same_conditions(a: Run, b: Run) -> bool:
 
 
 def classify_interpreted(settings: Settings) -> dict:
-    """Classify the photographs on the kernels themselves, in Triton's interpreter: no speed, but the same code that a
-    GPU runs. bfloat16; the errors are of the logits, relative rms against the float64 reference."""
+    """Classify the photographs in bfloat16 by the kernels in Triton's interpreter: the same code that a GPU runs, but
+    too slow to be timed. The errors are of the logits, relative rms against the float64 reference."""
     start = time.perf_counter()
     dtype = torch.bfloat16
     subject = Subject(settings.interpreted, None, settings)

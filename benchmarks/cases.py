@@ -1,7 +1,7 @@
 """What can be measured, made from the model registry: whole models, and single ops at the shapes that models give them.
 
-A `Case` is a point: a model, an image size, a dtype, a batch and a mode; with `op` set, that op as it stands in the
-model's blocks. Nothing about a model is written here that its entry in the registry says.
+A `Case` is one combination of model, image size, dtype, batch and mode; with `op` set, that op at the shapes that it
+has in the model's blocks. All facts about a model come from the registry.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Case:
 
     @property
     def id(self) -> str:
-        """A name that no other case has: what results are matched by."""
+        """A unique name, by which results are matched."""
         size = "" if self.img_size is None else f"@{self.img_size}"
         parts = [f"{self.model}{size}", SHORT[self.dtype], f"b{self.batch}", self.mode]
         return "/".join([*parts, self.op] if self.op else parts)
@@ -69,8 +69,8 @@ def combine(
     models: Iterable[str],
     dtypes: Iterable[torch.dtype],
     batches: Iterable[int],
-    modes=("inference",),
-    ops=("",),
+    modes: Iterable[str] = ("inference",),
+    ops: Iterable[str] = ("",),
     img_sizes: Iterable[int | None] = (None,),
 ) -> Iterator[Case]:
     """Every combination, cases of one model and dtype side by side."""

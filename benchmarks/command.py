@@ -33,9 +33,9 @@ def run(settings: Settings, folder: Path, before: schema.Run | None = None) -> i
     found, interrupted = record(settings, folder, before, lambda row: rows.row(row), planned)
     if interrupted:
         note(f"Interrupted after {len(found.rows)} of {len(settings.cases)} rows.")
-    if any(side.ratio for row in found.rows for side in row.contestants.values()):
+    if any(entry.ratio for row in found.rows for entry in row.entries.values()):
         print(words.INTERVAL)
-    if beyond := words.beyond_the_limit(found.rows):
+    if beyond := words.faster_than_bound(found.rows):
         print(beyond)
     _print_top5(found.extra["top5"], settings)
     interpreted = found.extra.get("interpreted")
@@ -63,10 +63,10 @@ def compare_files(before: Path, after: Path, threshold: float, relative: str | N
 
 
 def _tell(schedule: Plan, settings: Settings) -> None:
-    """How long it will take, and what is left out."""
+    """Print how long the run will take, and what is left out."""
     if schedule.rows:
-        sides = words.count(schedule.sides, "side")
-        cases = f"{words.count(len(schedule.rows), 'case')}, {'up to ' if schedule.compiling else ''}{sides} each"
+        entries = words.count(schedule.entries, "entry")
+        cases = f"{words.count(len(schedule.rows), 'case')}, {'up to ' if schedule.compiling else ''}{entries} each"
         beside = ", and what compiling takes" if schedule.compiling else ""
         limit = settings.time_limit
         cut = limit is not None and schedule.seconds > limit
@@ -81,12 +81,15 @@ def _tell(schedule: Plan, settings: Settings) -> None:
 
 
 def _print_top5(found: dict[str, dict], settings: Settings) -> None:
-    """How far the classes of the photographs by ours and by the float64 reference agree, once a model and dtype."""
+    """Print, for each model and dtype, how far ours and the float64 reference agree on the classes of the
+    photographs."""
     if not found:
         return
     print()
     if not settings.pretrained:
-        print("With random weights the classes mean nothing; that both sides name the same ones is the check.")
+        print(
+            "With random weights the classes mean nothing; that ours and the reference name the same ones is the check."
+        )
     rows = Table({"model": -32, "same top class": 14, "shared top-5 classes": 20})
     for model, top5 in found.items():
         photos = len(top5["photos"])
@@ -95,7 +98,7 @@ def _print_top5(found: dict[str, dict], settings: Settings) -> None:
 
 
 def _print_interpreted(found: dict) -> None:
-    """The class of each photograph by the kernels and by the reference, and both errors."""
+    """Print the class of each photograph by the kernels and by the reference, and both errors."""
     rows = Table({"photograph": -24, "class by the kernels": 20, "by the reference": 16, "shared top-5": 12})
     for photo, ours, truth in zip(found["photos"], found["ours"], found["reference"], strict=True):
         rows.row(photo, ours[0], truth[0], len({*ours} & {*truth}))

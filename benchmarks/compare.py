@@ -1,8 +1,8 @@
 """What changed between two results files, row by row: `fastvit bench compare BEFORE AFTER`.
 
-A time has changed where its median moved by more than a threshold and the quartiles of the two runs lie apart. Only
-ours can fail the comparison; how far the peers moved says whether the machine did, and where they moved against each
-other, no time of ours is judged at all.
+A time has changed if its median moved by more than a threshold and the quartiles of the two runs do not overlap. Only
+ours can fail the comparison. The peers' times show whether the machine itself became slower or faster; if it did so
+unevenly, so that peers moved relative to each other, our times are not judged at all.
 """
 
 from __future__ import annotations
@@ -14,28 +14,28 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 
-from .schema import OURS, Contestant, Row, Run, Spread
+from .schema import OURS, Entry, Row, Run, Spread
 
-MEMORY_NOISE = 4 << 20  # bytes: what a CPU's resident set may differ by for no reason
-# By which factor two peers, in the mean of their rows, move against each other where two runs are not alike. In runs of
-# several rows on two CPU cores, some six times as slow as others because other work ran all along, no two moved apart
-# by more than 1.13 (1.24 in a single row); and a new PyTorch that makes the peers on it 1.2 times as fast as the others
-# is worth comparing. What moves some peers by half as much again, threads or cores that only they lost, may have moved
-# ours as far, and no one can tell which way.
+MEMORY_NOISE = 4 << 20  # bytes that a CPU's resident set varies by from run to run
+# Two runs are not comparable where two peers moved relative to each other by this factor, in the mean of their rows. In
+# runs of several rows on two CPU cores, some slowed down six times by other programs, no two peers moved apart by more
+# than 1.13 (1.24 in a single row), and a new PyTorch that makes its peers 1.2 times as fast as the others should still
+# be comparable. What slows some peers down by 1.5, such as fewer threads or cores for them alone, may have slowed ours
+# down as well or not: that cannot be known.
 APART = 1.5
-# Facts of the environment that may differ between runs worth comparing, and are then said.
-_SAID = ("processor", "cpu_count", "torch_threads", "torch", "python", "platform", "gpu", "packages", "variables")
+# Facts of the environment that may differ between runs; the comparison then warns of it.
+_WARNED_OF = ("processor", "cpu_count", "torch_threads", "torch", "python", "platform", "gpu", "packages", "variables")
 
 
 @dataclass(frozen=True)
 class Change:
-    """One contestant of one row. ratio: seconds after over seconds before, above 1 is slower; None where the change is
-    another one. what: "slower", "faster", "unchanged" or "not judged", "error grew", "memory grew", "appeared",
-    "vanished", or what its status became ("wrong", "failed", "absent", "skipped", "timed"). bad: of ours, and a reason
-    to fail."""
+    """What changed of one entry of a row. id: of the row; entry: its name. ratio: seconds after over seconds before,
+    above 1 is slower; None where it is not the time that changed. what: "slower", "faster", "unchanged" or "not
+    judged", "error grew", "memory grew", "appeared", "vanished", or the new status ("wrong", "failed", "absent",
+    "skipped", "timed"). bad: whether the comparison fails because of it."""
 
     id: str
-    contestant: str
+    entry: str
     what: str
     ratio: float | None = None
     detail: str = ""
@@ -44,9 +44,9 @@ class Change:
 
 @dataclass
 class Comparison:
-    """changes: all of them, unchanged ones included. drift: of every peer, the geometric mean of its ratios and how
-    many rows that is. warnings: what else differs between the runs. incomparable: why times of ours are not judged,
-    empty where they are."""
+    """changes: of all entries, unchanged ones included. drift: for every peer, the geometric mean of its ratios and the
+    number of rows. warnings: what else differs between the runs. incomparable: why our times are not judged, empty if
+    they are."""
 
     changes: list[Change] = field(default_factory=list)
     drift: dict[str, tuple[float, int]] = field(default_factory=dict)
@@ -60,12 +60,12 @@ class Comparison:
 
 
 def compare(before: Run, after: Run, threshold: float = 0.05, relative: str | None = None) -> Comparison:
-    """Compare two runs of one device. relative: judge our time by its ratio to this peer's in the same rounds, which a
-    slower machine leaves alone. Times are not judged where peers moved against each other by APART; by a peer that most
-    others moved with they are.
+    """Compare two runs of one device. relative: judge our time by its ratio to this peer's in the same rounds, which
+    does not depend on how fast the machine was. If two peers moved relative to each other by APART, our times are not
+    judged, except relative to a peer that most others moved with.
 
-    Raises ValueError where the runs are of different devices, have no case in common, or `relative` is timed beside
-    ours in no case of both.
+    Raises ValueError if the runs are of different devices or have no case in common, or if no case of both has a ratio
+    of `relative` to ours.
     """
     devices = [run.environment.get("device") for run in (before, after)]
     if devices[0] != devices[1]:
@@ -75,7 +75,7 @@ def compare(before: Run, after: Run, threshold: float = 0.05, relative: str | No
     if not both:
         raise ValueError("the runs have no case in common")
     if relative and not any(_beside(old[id], relative) and _beside(new[id], relative) for id in both):
-        timed = dict.fromkeys(name for id in both for name in new[id].contestants if _beside(new[id], name))
+        timed = dict.fromkeys(name for id in both for name in new[id].entries if _beside(new[id], name))
         raise ValueError(f"{relative!r} was timed in no case of both runs, expected one of {', '.join(timed)}")
     found = Comparison(warnings=list(_differences(before, after)))
     for id in both:
@@ -91,19 +91,19 @@ def compare(before: Run, after: Run, threshold: float = 0.05, relative: str | No
     found.incomparable = _incomparable(moves, relative)
     if found.incomparable:
         found.changes = [
-            replace(change, what="not judged", bad=False) if change.contestant == OURS and change.ratio else change
+            replace(change, what="not judged", bad=False) if change.entry == OURS and change.ratio else change
             for change in found.changes
         ]
     return found
 
 
 def _beside(row: Row, peer: str) -> Spread | None:
-    side = row.contestants.get(peer)
-    return side.ratio if side else None
+    entry = row.entries.get(peer)
+    return entry.ratio if entry else None
 
 
 def _differences(before: Run, after: Run) -> Iterator[str]:
-    for key in _SAID:
+    for key in _WARNED_OF:
         a, b = before.environment.get(key), after.environment.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
             for name in dict.fromkeys((*a, *b)):
@@ -117,14 +117,14 @@ def _differences(before: Run, after: Run) -> Iterator[str]:
 
 
 def _row_changes(old: Row, new: Row, threshold: float, relative: str | None) -> Iterator[Change]:
-    # A row without contestants was not started, or ours could not be made.
-    if old.status != new.status and not (OURS in old.contestants and OURS in new.contestants):
+    # A row without entries was not started, or its case could not be prepared.
+    if old.status != new.status and not (OURS in old.entries and OURS in new.entries):
         yield Change(new.id, OURS, new.status, detail=new.reason, bad=new.status in ("wrong", "failed"))
         return
-    for name in dict.fromkeys((*old.contestants, *new.contestants)):
-        a, b = old.contestants.get(name), new.contestants.get(name)
+    for name in dict.fromkeys((*old.entries, *new.entries)):
+        a, b = old.entries.get(name), new.entries.get(name)
         if a is None or b is None:
-            # Peers chosen otherwise, or ours wrong and nobody else measured, which our own line says.
+            # The runs chose other peers. Where ours became wrong, no peer is measured: our own change says that.
             if new.status == old.status:
                 yield Change(new.id, name, "vanished" if b is None else "appeared")
             continue
@@ -144,7 +144,7 @@ def _time_change(
     if by_peer:
         if None in by_peer:
             return Change(id, name, "not judged", detail=f"{detail}; {relative} was not timed beside it")
-        # The peer's time over ours: upside down, ours in units of the peer's.
+        # The ratio is the peer's time over ours; its inverse is our time in units of the peer's.
         a, b = (Spread(1 / s.median, 1 / s.q75, 1 / s.q25, s.rounds) for s in by_peer)
         detail += f"; {a.median:.3f} to {b.median:.3f} times that of {relative}"
     ratio = b.median / a.median
@@ -158,7 +158,7 @@ def _milliseconds(seconds: float) -> str:
     return f"{seconds * 1e3:.4g}"
 
 
-def _other_changes(id: str, name: str, a: Contestant, b: Contestant, threshold: float) -> Iterator[Change]:
+def _other_changes(id: str, name: str, a: Entry, b: Entry, threshold: float) -> Iterator[Change]:
     if a.error is not None and b.error is not None and b.error > a.error * (1 + threshold):
         yield Change(id, name, "error grew", detail=f"{a.error:.2e} to {b.error:.2e}")
     if a.peak_bytes is not None and b.peak_bytes is not None:
@@ -169,20 +169,20 @@ def _other_changes(id: str, name: str, a: Contestant, b: Contestant, threshold: 
 
 
 def _moves(old: dict[str, Row], new: dict[str, Row], both: list[str]) -> dict[str, dict[str, float]]:
-    """Of every peer, by row: its seconds after over its seconds before."""
+    """For every peer and row: its seconds after over its seconds before."""
     moves: dict[str, dict[str, float]] = {}
     for id in both:
-        for name, side in new[id].contestants.items():
-            before = old[id].contestants.get(name)
-            if name != OURS and side.seconds and before and before.seconds:
-                moves.setdefault(name, {})[id] = side.seconds.median / before.seconds.median
+        for name, entry in new[id].entries.items():
+            before = old[id].entries.get(name)
+            if name != OURS and entry.seconds and before and before.seconds:
+                moves.setdefault(name, {})[id] = entry.seconds.median / before.seconds.median
     return moves
 
 
 def _incomparable(moves: dict[str, dict[str, float]], relative: str | None) -> str:
-    """Why times of ours cannot be judged, in a sentence; empty where they can: no two peers are APART, or `relative` is
-    one that more than half of them, itself counted, moved with."""
-    # Row by row, so that a peer that is faster here and slower there is not taken for one that did not move.
+    """A sentence on why our times cannot be judged; empty if they can: no two peers moved by APART relative to each
+    other, or more than half of the peers, `relative` included, moved with `relative`."""
+    # Distances row by row: in a mean over rows, a peer that is faster in one and slower in another would not move.
     between = {}
     for a, b in combinations(moves, 2):
         if shared := {id: abs(math.log(moves[a][id] / moves[b][id])) for id in moves[a] if id in moves[b]}:
@@ -206,16 +206,16 @@ def _incomparable(moves: dict[str, dict[str, float]], relative: str | None) -> s
 
 
 def lines(found: Comparison, threshold: float, relative: str | None) -> Iterator[str]:
-    """The comparison in words. Peers' unchanged times are left out, ours are not."""
+    """The comparison as lines of text. Unchanged times of peers are left out, ours are not."""
     for warning in found.warnings:
         yield f"differs: {warning}"
     width = max((len(change.id) for change in found.changes), default=0)
     for change in found.changes:
-        if change.what == "unchanged" and change.contestant != OURS:
+        if change.what == "unchanged" and change.entry != OURS:
             continue
         ratio = "" if change.ratio is None else f"{change.ratio:.3f}"
         mark = "!" if change.bad else " "
-        told = f"{mark} {change.id:{width}}  {change.contestant:16} {change.what:11} {ratio:>6}  {change.detail}"
+        told = f"{mark} {change.id:{width}}  {change.entry:16} {change.what:11} {ratio:>6}  {change.detail}"
         yield told.rstrip()
     for name, (ratio, rows) in found.drift.items():
         yield f"drift of {name}: {ratio:.3f} times as long as before, over {rows} row{'s' if rows > 1 else ''}"
@@ -223,7 +223,7 @@ def lines(found: Comparison, threshold: float, relative: str | None) -> Iterator
         mean = statistics.geometric_mean(ratio for ratio, _ in found.drift.values())
         if not 1 / (1 + threshold) <= mean <= 1 + threshold:
             yield f"The peers' own times moved by {mean:.3f}: the machine did, too. --relative PEER leaves that out."
-    ours = [change for change in found.changes if change.contestant == OURS]
+    ours = [change for change in found.changes if change.entry == OURS]
     counts = {what: sum(change.what == what for change in ours) for what in dict.fromkeys(c.what for c in ours)}
     yield "ours: " + ", ".join(f"{count} {what}" for what, count in counts.items())
     if found.incomparable:

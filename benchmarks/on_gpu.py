@@ -58,7 +58,7 @@ def measure_peaks(folder: Path, deadline: float, models: list[str], batch: int) 
 
 def measure_micro(folder: Path, deadline: float, models: list[str], batch: int) -> bool:
     """micro.json: see `micro`; of the first model."""
-    rates = roofline.rates(peaks.ceilings(folder), SHORT[micro.DTYPE])
+    rates = roofline.rates(peaks.read_or_measure(folder), SHORT[micro.DTYPE])
     device = torch.device("cuda", torch.cuda.current_device())
     return micro.run(folder, deadline, models[0], batch, rates, device, CudaClock())
 

@@ -1,7 +1,7 @@
-"""What a GPU reaches: of a large copy and a large product, and of the library's product at every shape of a ViT.
+"""What rates a GPU reaches: in a large copy and a large product, and in the library's product at every shape of a ViT.
 
-Long enough for steady clocks. A kernel of ours that reaches less than the library at the same shape has that much to
-gain by a better main loop; what the library reaches there, not the large product, is what a shape allows today.
+Each is timed until clocks are steady. Where our kernel reaches less than the library's at the same shape, a better main
+loop can gain the difference; the library at that shape, not the large product, is the standard to meet.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fastvit.models.registry import model_entry
 from fastvit.verify import SHORT
 
 from . import roofline
-from .schema import Ceilings
+from .schema import Peaks
 from .timing import steady_seconds
 
 FILE = "peaks.json"
@@ -54,7 +54,7 @@ def run(folder: Path, deadline: float, models: list[str], batch: int, device: st
         before = json.loads(path.read_text(encoding="utf-8"))
     found = {(row["model"], row["layer"], row["direction"]): row for row in before.get("products", [])}
     if not before:
-        before = asdict(roofline.measure_ceilings(device, DTYPES))
+        before = asdict(roofline.measure_peaks(device, DTYPES))
     peak = before["flops_per_s"][SHORT[PRODUCTS]]
     rates = ", ".join(f"{dtype} {rate / 1e12:.0f} TFLOP/s" for dtype, rate in before["flops_per_s"].items())
     print(f"copy {before['bytes_per_s'] / 1e12:.2f} TB/s; {rates}", flush=True)
@@ -103,9 +103,9 @@ def _products(models: list[str], batch: int, device: str) -> Iterator[tuple]:
                 yield (model, layer, direction), shape, call
 
 
-def ceilings(folder: Path, device: str = "cuda") -> Ceilings:
-    """What peaks.json in `folder` says of the device, measured now where there is none."""
+def read_or_measure(folder: Path, device: str = "cuda") -> Peaks:
+    """The measured peaks from peaks.json in `folder`; measured now if there is none."""
     with contextlib.suppress(FileNotFoundError, ValueError, KeyError):
         found = json.loads((folder / FILE).read_text(encoding="utf-8"))
-        return Ceilings(found["bytes_per_s"], found["flops_per_s"])
-    return roofline.measure_ceilings(device, DTYPES)
+        return Peaks(found["bytes_per_s"], found["flops_per_s"])
+    return roofline.measure_peaks(device, DTYPES)

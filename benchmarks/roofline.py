@@ -1,10 +1,10 @@
 """The least time that a case can take: its cost, by `fastvit.kernels.launch.cost`, at the rates that a device reaches.
 
-The floor of a model is that of a plan, the fused block of five kernels, not of today's kernels: it is the sum over the
-plan's kernels of the larger of their matrix time and their memory time. Today's kernels move more: row statistics are a
+The roofline bound of a model is that of an ideal plan, a block fused into five kernels: the sum over the plan's kernels
+of the larger of their compute time and their memory time. Today's kernels move more than the plan: row statistics are a
 kernel of their own, which reads x once more; the gradient of the normalised tensor is written and read again before
 LayerNorm's gradient; bias gradients read dout again; attention's backward is two kernels; a gate (SwiGLU) runs in
-PyTorch; so a fraction of the floor below 1 says both how fast the kernels run and how far they are from the plan.
+PyTorch. So a fraction of the bound below 1 has two causes: kernels that run slowly, and work beyond the plan.
 
 Counted: matrix products and matrices, as `cost` says. Not counted: the optimiser, dropout, the loss.
 """
@@ -23,7 +23,7 @@ from fastvit.verify import SHORT
 
 from . import timing
 from .cases import Case
-from .schema import Ceilings
+from .schema import Peaks
 
 SAMPLES = 7
 
@@ -86,9 +86,9 @@ def case_cost(case: Case) -> Cost:
     return sum((kernel for _, kernel in _kernels(case)), Cost())
 
 
-def floor(case: Case, rates: Rates) -> float:
-    """Seconds: of a model the sum over the plan's kernels, of an op over its directions, which a single kernel each
-    might do."""
+def bound(case: Case, rates: Rates) -> float:
+    """The roofline bound in seconds: of a model summed over the plan's kernels, of an op over forward and backward,
+    each as if it were a single kernel."""
     return sum(floor_seconds(kernel, rates) for _, kernel in _kernels(case))
 
 
@@ -137,23 +137,23 @@ def _patches(case: Case) -> tuple[int, ...]:
     return case.batch, rows * columns, case.tokens, pixels, config.embed_dim, case.dtype.itemsize
 
 
-def rates(ceilings: Ceilings, dtype: str) -> Rates:
-    """What was measured for a dtype, by its short name ("bf16"). Raises ValueError where that one was not."""
-    if dtype not in ceilings.flops_per_s:
-        measured = ", ".join(ceilings.flops_per_s)
-        raise ValueError(f"dtype is {dtype!r}, expected one whose ceiling was measured: {measured}")
-    return Rates(ceilings.flops_per_s[dtype], ceilings.bytes_per_s)
+def rates(peaks: Peaks, dtype: str) -> Rates:
+    """The measured peaks for a dtype, by its short name ("bf16"). Raises ValueError if that dtype was not measured."""
+    if dtype not in peaks.flops_per_s:
+        measured = ", ".join(peaks.flops_per_s)
+        raise ValueError(f"dtype is {dtype!r}, expected one whose peak was measured: {measured}")
+    return Rates(peaks.flops_per_s[dtype], peaks.bytes_per_s)
 
 
-def measure_ceilings(device: str | torch.device, dtypes: Iterable[torch.dtype]) -> Ceilings:
+def measure_peaks(device: str | torch.device, dtypes: Iterable[torch.dtype]) -> Peaks:
     """Time a copy far larger than the caches, and for each dtype the product of two large square matrices.
 
-    On a GPU 8192 x 8192, at clocks that last (`timing.steady_seconds`), about a second each; on a CPU the median of
-    several after one that does not count, of sizes that take about a second a dtype on two cores. Products in float32
-    are under torch's present setting for them (TF32 or not).
+    On a GPU 8192 x 8192, at sustained clocks (`timing.steady_seconds`), about a second each; on a CPU the median of
+    several after a warm-up, of sizes that take about a second in all for a dtype on two cores. Products in float32
+    follow torch's present setting for them (TF32 or not).
     """
     device = torch.device(device)
-    return Ceilings(_copy_rate(device), {SHORT[dtype]: _product_rate(dtype, device) for dtype in dtypes})
+    return Peaks(_copy_rate(device), {SHORT[dtype]: _product_rate(dtype, device) for dtype in dtypes})
 
 
 def _copy_rate(device: torch.device) -> float:
@@ -171,8 +171,8 @@ def _product_rate(dtype: torch.dtype, device: torch.device) -> float:
 
 
 def _cpu_size(dtype: torch.dtype, seconds: float = 0.025) -> int:
-    """The first power of two from 256, to 2048, whose product takes `seconds` or more. Each is tried, by the best of a
-    few: a busy machine adds as much to a small product as to a large one."""
+    """The smallest power of two, from 256 to 2048, whose product takes `seconds` or more. The best of a few tries
+    counts: on a busy machine a single try of a small product may take that long by accident."""
     size = 256
     while size < 2048:
         left, right = (torch.randn(size, size).to(dtype) for _ in range(2))

@@ -1,8 +1,8 @@
 """The form of a results file: what a run of the suite writes, and everything that reads one takes.
 
-A file is one `Run`: the environment and settings it was made in, the ceilings of the device, and a `Row` a case with
-one `Contestant` a peer, "ours" first. Times are seconds of one call, medians and quartiles over interleaved rounds.
-Files carry the schema's number; another number is refused.
+A file is one `Run`: the environment and settings it was made in, the measured peaks of the device, and a `Row` for each
+case with one `Entry` for ours and for each peer, "ours" first. Times are seconds of one call, medians and quartiles
+over interleaved rounds. Files carry the schema's version; another version is refused.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-KIND, SCHEMA = "fastvit bench", 2
+KIND, SCHEMA = "fastvit bench", 3
 OURS = "ours"
 
 
@@ -27,28 +27,28 @@ class Spread:
 
 @dataclass
 class Ratio(Spread):
-    """A ratio of paired rounds. low, high: the interval that its verdict rests on (`fastvit.measure.interval`): a tie
-    is one that holds 1. None in files from before intervals were kept."""
+    """A ratio of paired rounds. low, high: the interval that its verdict rests on (`fastvit.measure.interval`): where
+    it contains 1, the verdict is "tie". None in files from before intervals were kept."""
 
     low: float | None = None
     high: float | None = None
 
 
-# Fields of a Contestant.
+# The fields of an Entry that are not plain values.
 SPREADS = {"seconds": Spread, "ratio": Ratio, "graph": Spread, "graph_ratio": Ratio, "host": Spread}
 
 
 @dataclass
-class Contestant:
-    """One side of a row.
+class Entry:
+    """What was measured of one implementation, ours or a peer, in one case.
 
-    status: "timed", "wrong" (its error is beyond the limit: no speed), "failed" (it raised: `reason` is the first line)
+    status: "timed", "wrong" (its error is above the limit: not timed), "failed" (it raised: `reason` is the first line)
     or "absent" (not installed, or it has no such model). note: how it differs from the case ("tanh GELU"). error:
-    relative rms of the output against float64. ratio: this side's time over ours in paired rounds, so that above 1 ours
-    is faster; verdict: of that, "faster" (ours), "slower" or "tie". graph: replayed from a CUDA graph, with the ratio
-    and the verdict of those times; host: until the call returned. joules: energy a call. peak_bytes: memory beyond
-    weights and input, None where it cannot be seen. compile_seconds: before the first answer of a peer that compiles,
-    or of our kernels.
+    relative rms of the output against float64. ratio: this entry's time over ours in paired rounds, above 1 where ours
+    is faster; verdict: whether ours is "faster", "slower" or a "tie". graph: time when replayed from a CUDA graph, with
+    ratio and verdict of those times; host: time until the call returned. joules: energy of a call. peak_bytes: memory
+    beyond weights and input, None where it cannot be measured. compile_seconds: how much longer the first call took, of
+    a peer that compiles or of our kernels.
     """
 
     status: str = "timed"
@@ -69,11 +69,11 @@ class Contestant:
 
 @dataclass
 class Row:
-    """One case: its parts (as in `cases.Case`, the dtype's short name), what it must cost, and how each side did.
+    """One case: its parts (as in `cases.Case`, the dtype's short name), its least cost, and an entry by each name.
 
     status: "timed", "wrong" (ours is: nothing is timed), "failed" (ours raised) or "skipped" (the time limit). limit:
-    the most that `error` may be. flops, bytes: the least the case needs; floor_seconds: the least time for them at the
-    run's ceilings, None where those were not measured. items: images (of a model) or calls (of an op, 1) a call.
+    the largest `error` allowed. flops, bytes: the least that the case needs; bound_seconds: the roofline bound, the
+    least time for them at the run's measured peaks, None without those. items: images in a call; 1 for an op.
     """
 
     id: str
@@ -90,20 +90,21 @@ class Row:
     limit: float | None = None
     flops: float | None = None
     bytes: float | None = None
-    floor_seconds: float | None = None
-    contestants: dict[str, Contestant] = field(default_factory=dict)
+    bound_seconds: float | None = None
+    entries: dict[str, Entry] = field(default_factory=dict)
 
-    def fraction_of_floor(self, name: str = OURS) -> float | None:
-        """The floor over this side's time: 1 is the device's limit."""
-        side = self.contestants.get(name)
-        if side is None or side.seconds is None or self.floor_seconds is None:
+    def fraction_of_bound(self, name: str = OURS) -> float | None:
+        """The roofline bound over this entry's time: 1 is the fastest possible at the measured peaks."""
+        entry = self.entries.get(name)
+        if entry is None or entry.seconds is None or self.bound_seconds is None:
             return None
-        return self.floor_seconds / side.seconds.median
+        return self.bound_seconds / entry.seconds.median
 
 
 @dataclass
-class Ceilings:
-    """What the device reached in this run: bytes/s of a large copy, and FLOP/s of a large matrix product by dtype."""
+class Peaks:
+    """Measured peaks, what the device reached in this run: bytes/s of a large copy, and FLOP/s of a large matrix
+    product by dtype."""
 
     bytes_per_s: float
     flops_per_s: dict[str, float]
@@ -112,16 +113,15 @@ class Ceilings:
 @dataclass
 class Run:
     """One results file. environment: as `fastvit.environment.environment` gives it, with commit, seed and clocks;
-    started: ISO 8601, UTC; finished: nothing is left to do; extra: what belongs to one kind of run only (the
-    photographs' classes; "left_out", seconds by the id of each case that did not fit the time limit and was not
-    started)."""
+    started: ISO 8601, UTC; finished: whether every case was measured; extra: what only some runs have (the photographs'
+    classes; "left_out": estimated seconds by the id of each case that did not fit the time limit)."""
 
     environment: dict
     settings: dict
     started: str
     finished: bool = False
     seconds: float = 0.0
-    ceilings: Ceilings | None = None
+    peaks: Peaks | None = None
     rows: list[Row] = field(default_factory=list)
     extra: dict = field(default_factory=dict)
 
@@ -130,7 +130,7 @@ class Run:
 
 
 def load(path: str | Path) -> Run:
-    """Read a results file. Raises ValueError, naming it, for what is none, or of another schema; OSError."""
+    """Read a results file. Raises OSError, and ValueError where it is not a results file or of another schema."""
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
         kind, schema = found["kind"], found["schema"]
@@ -140,18 +140,18 @@ def load(path: str | Path) -> Run:
         raise ValueError(f"{path}: {kind!r} of schema {schema!r}, expected {KIND!r} of schema {SCHEMA}")
     try:
         rows = [_row(row) for row in found.pop("rows")]
-        ceilings = found.pop("ceilings")
+        peaks = found.pop("peaks")
         known = {name: found[name] for name in (f.name for f in fields(Run)) if name in found}
-        return Run(**known, rows=rows, ceilings=ceilings and Ceilings(**ceilings))
+        return Run(**known, rows=rows, peaks=peaks and Peaks(**peaks))
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: a damaged results file ({type(error).__name__}: {error})") from None
 
 
 def _row(found: dict) -> Row:
-    sides = {name: _contestant(side) for name, side in found["contestants"].items()}
-    return Row(**found | {"contestants": sides})
+    entries = {name: _entry(entry) for name, entry in found["entries"].items()}
+    return Row(**found | {"entries": entries})
 
 
-def _contestant(found: dict) -> Contestant:
+def _entry(found: dict) -> Entry:
     spreads = {name: form(**found[name]) for name, form in SPREADS.items() if found.get(name)}
-    return Contestant(**found | spreads)
+    return Entry(**found | spreads)

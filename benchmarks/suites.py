@@ -1,4 +1,4 @@
-"""What a run measures: the settings of one run, and the cases that are worth measuring where nothing was said."""
+"""What a run measures: the settings of one run, and the default cases."""
 
 from __future__ import annotations
 
@@ -21,22 +21,23 @@ WHOLE = "model"  # beside the names of ops: the whole model
 _TINY, _SMALL, _BASE, _LARGE = (f"vit_{size}_patch16_224" for size in ("tiny", "small", "base", "large"))
 _HUGE, _GIANT = "vit_huge_patch14_224", "vit_giant_patch14_dinov2"
 _FP32, _BF16, _FP16 = torch.float32, torch.bfloat16, torch.float16
-# What an axis is where another one was given: {device: {axis: values}}, and of single ops the batch.
+# Default values of the axes that were not given, where another axis was: {device: {axis: values}}. OP_BATCHES: the
+# default batches of single ops.
 AXES = {
     "cuda": {"models": (_BASE, _SMALL, _LARGE, _TINY), "dtypes": (_BF16, _FP16, _FP32), "batches": (256, 1, 32)},
     "cpu": {"models": (_TINY, _BASE), "dtypes": (_FP32, _BF16), "batches": (1, 8)},
 }
 QUICK_AXES = {"models": (_TINY,), "dtypes": (_FP32, _BF16), "batches": (1,)}
 OP_BATCHES = {"cuda": (256,), "cpu": (8,)}
-# Of those that can take part, the ones that are ready at once.
+# The peers of a quick run: those that need no compilation.
 QUICK_PEERS = ("torch", "reference", "timm", "torchvision", "sdpa math")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """One run. seconds: spent on timing each row; past time_limit seconds in all, no row and no peer is started;
-    on a CPU, rows that would not fit are left out before the first is.
-    interpreted: the model that classifies the photographs on the kernels, in the interpreter. command: what was typed.
+    """The settings of one run. seconds: spent on timing each row. time_limit: after this many seconds in all, no row
+    and no peer is started; on a CPU, rows that would not fit are left out from the start. interpreted: the model that
+    classifies the photographs by the kernels in the interpreter. command: the command line that was typed.
     """
 
     device: str
@@ -60,7 +61,7 @@ class Settings:
         return "the shipped photographs" if self.photos == PHOTOS else f"photographs in {self.photos}"
 
     def as_dict(self) -> dict:
-        """For JSON: the settings, and what they mean here."""
+        """The settings for JSON, with weights and images described."""
         return {
             "command": self.command,
             "device": self.device,
@@ -86,8 +87,8 @@ def settings(
     peers: Iterable[str] = (),
     **others,
 ) -> Settings:
-    """The settings for what was asked for: every combination of the axes that are given, the rest as AXES says, or
-    the device's default suite where none is. ops: of `cases.OPS`, or "model". others: fields of Settings.
+    """The settings of a run: every combination of the axes that are given, with the defaults of AXES for the rest; the
+    device's default suite if no axis is given. ops: of `cases.OPS`, or "model". others: fields of Settings.
 
     Raises ValueError for an unknown model, op, mode, size or peer, naming the valid ones.
     """
@@ -116,12 +117,12 @@ def settings(
 
 
 def default_peers(kind: str, quick: bool = False) -> tuple[str, ...]:
-    """Those that run on this kind of device, installed or not."""
+    """The peers that run on this kind of device, installed or not."""
     return tuple(name for name, peer in PEERS.items() if kind in peer.devices and (not quick or name in QUICK_PEERS))
 
 
 def quick_suite(kind: str) -> list[Case]:
-    """A little of everything, for two cores and two minutes."""
+    """A few cases of each kind: two minutes on two cores."""
     return [
         *combine(**QUICK_AXES),
         Case(_TINY, _FP32, 1, "training"),
@@ -130,7 +131,7 @@ def quick_suite(kind: str) -> list[Case]:
 
 
 def default_suite(kind: str) -> list[Case]:
-    """What matters most comes first: a time limit cuts the end off."""
+    """The most important cases come first: a time limit cuts off the last."""
     axes = AXES[kind]
     models, dtypes, batches = axes["models"], axes["dtypes"], axes["batches"]
     if kind == "cpu":
@@ -143,7 +144,7 @@ def default_suite(kind: str) -> list[Case]:
         *combine(models, [dtype], smaller),
         *combine(models[3:], [dtype], [large]),
         *combine(models[1:3], [dtype], [op_batch], MODES, OPS),
-        # Other numbers of tokens: 577, 257, 1370, 1025.
+        # Other numbers of tokens: 577, 257 and 1370, then 1025.
         *combine(["vit_base_patch16_384", _HUGE, "vit_base_patch14_dinov2"], [dtype], [32]),
         *combine([_BASE], [dtype], [32], img_sizes=[512]),
         *combine([_GIANT], [dtype], [8]),
@@ -153,7 +154,7 @@ def default_suite(kind: str) -> list[Case]:
 
 
 def describe(settings: Settings) -> str:
-    """What is asked for in a sentence or two, for the terminal."""
+    """The settings in a sentence, for the terminal."""
     backend = (
         "Triton kernels" if settings.device.startswith("cuda") else "PyTorch back end; the Triton kernels need a GPU"
     )

@@ -1,4 +1,4 @@
-"""Time, memory and energy of one call, measured the same way for every contestant."""
+"""Time, memory and energy of one call, measured the same way for ours and every peer."""
 
 from __future__ import annotations
 
@@ -21,16 +21,18 @@ from fastvit.measure import interval, quartiles
 
 from .schema import Ratio, Spread
 
-# In 12 rounds a sign test may be lost once: with 2 % of noise it then calls a difference of 5 % in nine cases of ten.
+# In 12 rounds the sign test allows one round that goes the other way: with 2 % of noise it then finds a difference of
+# 5 % in nine runs of ten.
 MIN_ROUNDS, MAX_ROUNDS = 12, 51
-HOST_SHARE, HOST_CALLS = 0.25, 5  # of a row's seconds: the time until a call returns needs no more
-ROUND_SECONDS = 0.02  # calls are repeated within a round until it lasts this long: a clock's tick must not count
-# Threads of a library go on spinning for work after its call, on cores that the next contestant needs: ONNX Runtime's
-# doubled what came after them, PyTorch's own slowed ONNX Runtime by a sixth.
+# The time until a call returns: measured for this fraction of a row's seconds, and over this many calls at least.
+HOST_SHARE, HOST_CALLS = 0.25, 5
+ROUND_SECONDS = 0.02  # calls are repeated within a round until it lasts this long, to hide the clock's resolution
+# A library's threads go on spinning after its call, on cores that the next call needs: ONNX Runtime's doubled the time
+# of the call after them, PyTorch's own slowed ONNX Runtime by a sixth.
 PAUSE_SECONDS = 0.03
-STEADY, STEADY_WITHIN, MAX_WARM_UPS = 3, 0.02, 20
+STEADY, STEADY_WITHIN, MAX_WARM_UPS = 3, 0.02, 20  # warmed up when the last STEADY times fell by less than 2 %
 ENERGY_SECONDS = 1.0  # the energy counter moves in steps of some ten milliseconds
-SETTLE_SECONDS = 0.5  # a GPU's first milliseconds run at clocks that its power does not sustain
+SETTLE_SECONDS = 0.5  # a GPU's first milliseconds run at clocks that its power limit does not sustain
 
 Call = Callable[[], object]
 Timer = Callable[[Call, int], float]  # (call, repeats) -> seconds of one call
@@ -44,8 +46,8 @@ def pin_threads() -> int:
 
 
 def pin_precision() -> None:
-    """Let cuDNN's convolutions in float32 use TF32 only where matrix products may: by default only they would, and a
-    peer's patch embedding would be wrong beside ours."""
+    """Let cuDNN's convolutions in float32 use TF32 only where matrix products may: by default convolutions use it and
+    products do not, and a peer's patch embedding would differ from ours."""
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
@@ -56,7 +58,7 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def ratio(values: Sequence[float]) -> Ratio:
-    """The same of paired ratios, MIN_ROUNDS or more, with the interval that their verdict rests on."""
+    """The same for paired ratios, MIN_ROUNDS or more, with the interval that their verdict rests on."""
     low, median, high = quartiles(values)
     return Ratio(median, low, high, len(values), *interval(values))
 
@@ -66,9 +68,9 @@ def interleave(
 ) -> tuple[dict[str, list[float]], dict[str, Exception]]:
     """Seconds per call of each of `calls`, one value a round; and what a call raised, which is then left out.
 
-    Every round runs all of them in a fresh random order, so that what drifts (clocks, temperature, neighbours) falls
-    on all alike and round i of all ran side by side in time: rounds can be compared in pairs. Rounds are begun for
-    `seconds`, within MIN_ROUNDS and MAX_ROUNDS, after each has been warmed up.
+    Every round runs all of them in a fresh random order, so that drift (clocks, temperature, other programs) affects
+    all alike, and round i of one can be compared with round i of another. After a warm-up of each, rounds are started
+    for `seconds`, at least MIN_ROUNDS and at most MAX_ROUNDS of them.
     """
     repeats: dict[str, int] = {}
     failures: dict[str, Exception] = {}
@@ -108,7 +110,7 @@ def interleave_seconds(single: float, calls: int, seconds: float, device: str) -
 def warm_up(call: Call, timer: Timer, seconds: float) -> float:
     """Run `call` until its time no longer falls, for `seconds` at most; returns the seconds of a call by then.
 
-    Steady: none of the last three times is clearly below the best one before them.
+    Its time no longer falls when none of the last STEADY times is clearly below the best one before them.
     """
     timer(call, 1)  # compiles, loads, fills caches
     repeats = _repeats(timer(call, 1))
@@ -155,8 +157,9 @@ def _events(call: Call, repeats: int) -> float:
 
 
 def host_seconds(call: Call, seconds: float) -> list[float]:
-    """Seconds until a call returns, the GPU idle before it, of as many calls as fit `seconds`, HOST_CALLS at least and
-    MAX_ROUNDS at most: what it costs the host to launch. Not repeated in rounds: the GPU may be long at each."""
+    """Seconds until a call returns, started on an idle GPU: what the launches cost the host. One value a call, of as
+    many calls as fit `seconds`, HOST_CALLS at least and MAX_ROUNDS at most; not repeated within a round, because each
+    waits for the GPU."""
     found: list[float] = []
     began = time.perf_counter()
     while len(found) < HOST_CALLS or (len(found) < MAX_ROUNDS and time.perf_counter() - began < seconds):
@@ -169,8 +172,9 @@ def host_seconds(call: Call, seconds: float) -> list[float]:
 
 
 def steady_seconds(call: Call, device: str | torch.device, seconds: float = SETTLE_SECONDS) -> float:
-    """Seconds of one call at clocks that last: it runs for `seconds`, then the median is taken of windows that
-    last as long together, each so long that a launch does not count. By CUDA events on a GPU, else the system's clock.
+    """Seconds of one call at sustained clocks: it first runs for `seconds`, then is timed in windows that together take
+    as long again, each long enough to hide the cost of a launch; the median of the windows. Measured by CUDA events on
+    a GPU, else by the system's clock.
 
     Raises what the call raises.
     """
@@ -188,12 +192,12 @@ def steady_seconds(call: Call, device: str | torch.device, seconds: float = SETT
 
 
 def replayed(calls: dict[str, Call], times: int) -> tuple[dict[str, Call], dict[str, Exception]]:
-    """Each of `calls`, `times` times in a row, as the replay of a CUDA graph; and what was raised by those that cannot
-    be captured.
+    """Each of `calls`, repeated `times` times, captured as a CUDA graph: functions that replay them; and the exceptions
+    of those that cannot be captured.
 
-    The graphs share one pool of memory, so that all together need about what the largest needs. Replayed in any order
-    they are right enough to be timed: what a graph reads is its inputs, which lie outside, and what it wrote itself in
-    the same replay. What a call returns is dropped in the capture, or the next graph would have to keep off it.
+    The graphs share one memory pool, so that together they need about as much as the largest alone. They may be
+    replayed in any order: a graph reads only its inputs, which lie outside the pool, and what it wrote in the same
+    replay. What a call returns is dropped during capture, so that the next graph may reuse its memory.
     """
     found: dict[str, Call] = {}
     failures: dict[str, Exception] = {}
@@ -204,7 +208,7 @@ def replayed(calls: dict[str, Call], times: int) -> tuple[dict[str, Call], dict[
         except Exception as error:
             failures[name] = error.with_traceback(None)  # whose frames hold the call's tensors
 
-    for name, call in calls.items():  # all before the first capture, whose memory is not given back
+    for name, call in calls.items():  # all before the first capture, which keeps its memory
         attempt(name, partial(_set_up, call, times))
     torch.cuda.empty_cache()
     pool = torch.cuda.graph_pool_handle()
@@ -213,14 +217,15 @@ def replayed(calls: dict[str, Call], times: int) -> tuple[dict[str, Call], dict[
             continue
         replay = attempt(name, partial(capture, partial(_repeat, call, times), pool))
         if name in failures:
-            pool = torch.cuda.graph_pool_handle()  # the other may still be marked as recording
+            pool = torch.cuda.graph_pool_handle()  # the old one may still be marked as recording
         else:
             found[name] = replay
     return found, failures
 
 
 def _set_up(call: Call, times: int) -> None:
-    """What happens once, for each of the inputs, must not be captured."""
+    """Run the calls before capture: what happens only once for each input (compiling, allocation) must not be
+    captured."""
     stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
     stream.wait_stream(current)
     with torch.cuda.stream(stream):
@@ -251,12 +256,12 @@ def cache_bytes(device: str) -> int:
 
 
 def peak_memory(call: Call, device: str) -> int | None:
-    """Bytes that one call needs at its peak beyond what was there before it: weights and inputs do not count.
+    """Bytes that one call needs at its peak beyond what was allocated before it: weights and inputs do not count.
 
-    On a GPU what the allocator handed out; on Linux's CPU the growth of the process's resident set, which also sees
-    what a library allocates behind PyTorch's back, to about a megabyte. None where neither can be read.
+    On a GPU by PyTorch's allocator; on a CPU under Linux by the growth of the process's resident set, which includes
+    what other libraries allocate, exact to about a megabyte. None where neither can be read.
     """
-    call()  # what is set up once does not count
+    call()  # so that what is allocated only once does not count
     if device.startswith("cuda"):
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
@@ -300,7 +305,7 @@ def energy_counter(device: str) -> Callable[[], float] | None:
 
 
 def joules(call: Call, timer: Timer, counter: Callable[[], float], single: float) -> float:
-    """Joules of one call, idle power included: what the counter says of a second of calls or more."""
+    """Joules of one call, idle power included, from the counter before and after a second of calls or more."""
     calls = max(1, math.ceil(ENERGY_SECONDS / max(single, 1e-7)))
     before = counter()
     timer(call, calls)

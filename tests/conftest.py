@@ -6,6 +6,7 @@ it, or in the interpreter as well where TRITON_INTERPRET=1 is set.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import signal
 
@@ -34,6 +35,10 @@ if interpreting():
 
 # timm and transformers import torchvision.
 _torchvision_shim.install()
+
+# The fixtures of the files test_bench_*.py, which are skipped without Pillow.
+if importlib.util.find_spec("PIL"):
+    from bench_runs import add_peer, no_pictures, photos, quick  # noqa: F401
 
 
 def pytest_addoption(parser):

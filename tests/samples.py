@@ -79,6 +79,14 @@ SAMPLES = [
         {"image": torch.uint8},
     ),
 ]
+BY_NAME = {sample.name: sample for sample in SAMPLES}
+
+
+def bad_call(name: str, changes: dict):
+    """Call the op of a sample with `changes`, tensors or options, to its arguments: it should raise."""
+    sample = BY_NAME[name]
+    tensors = {key: tensor.detach() for key, tensor in sample.tensors().items()}
+    return getattr(fastvit.ops, sample.op)(**{**tensors, **sample.options, **changes})
 
 
 def timm_masks(tokens: int, heads: int) -> dict[str, dict]:

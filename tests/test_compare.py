@@ -7,7 +7,7 @@ import re
 import pytest
 from fastvit.benchmarks import schema
 from fastvit.benchmarks.compare import compare, lines
-from fastvit.benchmarks.schema import OURS, Contestant, Spread
+from fastvit.benchmarks.schema import OURS, Entry, Spread
 from runs import fake_run
 
 from fastvit import cli
@@ -22,16 +22,16 @@ def run():
 
 
 def slowed(run, factor, *names, rows=None):
-    """The same run with the times of the named contestants longer, ratios to ours as they then are."""
+    """The same run with the times of the named entries longer, ratios to ours as they then are."""
     after = copy.deepcopy(run)
     for row in after.rows[:rows]:
-        sides = row.contestants
-        for name in names or sides:
-            sides[name].seconds = sides[name].seconds and scaled(sides[name].seconds, factor)
-        for name, side in sides.items():
-            if side.ratio:
-                by = (factor if name in (names or sides) else 1) / (factor if OURS in (names or sides) else 1)
-                side.ratio = scaled(side.ratio, by)
+        entries = row.entries
+        for name in names or entries:
+            entries[name].seconds = entries[name].seconds and scaled(entries[name].seconds, factor)
+        for name, entry in entries.items():
+            if entry.ratio:
+                by = (factor if name in (names or entries) else 1) / (factor if OURS in (names or entries) else 1)
+                entry.ratio = scaled(entry.ratio, by)
     return after
 
 
@@ -39,8 +39,8 @@ def scaled(spread, factor):
     return Spread(spread.median * factor, spread.q25 * factor, spread.q75 * factor, spread.rounds)
 
 
-def of(found, what, contestant=OURS):
-    return [change for change in found.changes if (change.what, change.contestant) == (what, contestant)]
+def of(found, what, entry=OURS):
+    return [change for change in found.changes if (change.what, change.entry) == (what, entry)]
 
 
 def test_a_run_and_itself_have_no_changes(run):
@@ -78,9 +78,9 @@ def test_a_change_must_exceed_the_threshold_and_the_quartiles(run):
     assert compare(run, slowed(run, 1.04, OURS), threshold=0.01).status == 1
     after = slowed(run, 1.2, OURS)
     for row in after.rows:
-        row.contestants[OURS].seconds.q25 = run.rows[0].contestants[OURS].seconds.median
+        row.entries[OURS].seconds.q25 = run.rows[0].entries[OURS].seconds.median
     for row in run.rows:
-        row.contestants[OURS].seconds.q75 = row.contestants[OURS].seconds.median * 1.3
+        row.entries[OURS].seconds.q75 = row.entries[OURS].seconds.median * 1.3
     found = compare(run, after)
     assert not of(found, "slower"), "the quartiles overlap"
 
@@ -103,9 +103,9 @@ def test_relative_to_a_peer_that_was_not_timed(run):
     with pytest.raises(ValueError, match="'nobody' was timed in no case of both runs, expected one of .*timm"):
         compare(run, run, relative="nobody")
     after = slowed(run, 1.5, OURS)
-    after.rows[0].contestants[PEER] = Contestant("failed", "out of memory")
+    after.rows[0].entries[PEER] = Entry("failed", "out of memory")
     found = compare(run, after, relative=PEER)
-    assert [change.bad for change in found.changes if change.contestant == OURS and change.ratio] == [True]
+    assert [change.bad for change in found.changes if change.entry == OURS and change.ratio] == [True]
     (change,) = of(found, "not judged")
     assert (change.id, change.detail.split("; ")[1]) == (run.rows[0].id, f"{PEER} was not timed beside it")
     assert list(lines(found, 0.05, PEER))[-1] == "ours: 1 not judged, 1 slower"
@@ -127,7 +127,7 @@ def moved(run, **factors):
 def only(run, *peers):
     run = copy.deepcopy(run)
     for row in run.rows:
-        row.contestants = {name: row.contestants[name] for name in (OURS, *peers)}
+        row.entries = {name: row.entries[name] for name in (OURS, *peers)}
     return run
 
 
@@ -139,7 +139,7 @@ def test_peers_that_moved_against_each_other_are_no_comparison(run):
     assert run.rows[0].id in last
     assert found.status == 2
     # What ours took stands there, without a verdict; and the machine is not said to have moved by some mean.
-    assert [change.what for change in found.changes if change.contestant == OURS] == ["not judged"] * 2
+    assert [change.what for change in found.changes if change.entry == OURS] == ["not judged"] * 2
     assert all(change.ratio == pytest.approx(0.5) for change in of(found, "not judged"))
     assert "ours: 2 not judged" in text and "faster      0.5" not in text and "the machine did, too" not in text
     assert len(of(found, "faster", "timm")) == len(of(found, "slower", "torchvision")) == 2
@@ -159,7 +159,7 @@ def test_peers_that_moved_against_each_other_in_each_row_another_way(run):
     after = copy.deepcopy(run)
     for row, factor in zip(after.rows, (0.2, 5), strict=True):
         for peer, by in ((PEER, factor), ("torchvision", 1 / factor)):
-            row.contestants[peer].seconds = scaled(row.contestants[peer].seconds, by)
+            row.entries[peer].seconds = scaled(row.entries[peer].seconds, by)
     found, _, last = told(run, after)
     assert found.drift[PEER][0] == pytest.approx(1.0) == found.drift["torchvision"][0]
     assert found.status == 2
@@ -213,7 +213,7 @@ def test_a_peer_that_most_moved_with_is_a_yardstick_and_no_other_is(run):
 def test_what_is_wrong_fails_whether_or_not_times_can_be_compared(run):
     after = moved(run, timm=0.18, torchvision=4.7)
     row = after.rows[1]
-    row.status, row.reason, row.contestants = "wrong", "so it is", {OURS: Contestant("wrong", "so it is")}
+    row.status, row.reason, row.entries = "wrong", "so it is", {OURS: Entry("wrong", "so it is")}
     found, text, last = told(run, after)
     assert found.status == 1
     assert "ours: 1 not judged, 1 wrong" in text and "cannot be compared" in last
@@ -223,21 +223,21 @@ def test_what_is_wrong_fails_whether_or_not_times_can_be_compared(run):
 def test_ours_wrong_or_failed_fails(run, status):
     after = copy.deepcopy(run)
     row = after.rows[0]
-    row.status, row.reason, row.contestants = status, "so it is", {OURS: Contestant(status, "so it is")}
+    row.status, row.reason, row.entries = status, "so it is", {OURS: Entry(status, "so it is")}
     found = compare(run, after)
     assert [change.detail for change in of(found, status)] == ["so it is"]
     assert found.status == 1
     # The peers that were not timed then are no news; back again is no failure.
-    assert not [change for change in found.changes if change.id == row.id and change.contestant != OURS]
+    assert not [change for change in found.changes if change.id == row.id and change.entry != OURS]
     assert compare(after, run).status == 0
-    row.contestants = {}
+    row.entries = {}
     assert compare(run, after).status == 1
 
 
 def test_a_wrong_peer_and_an_absent_one_do_not_fail(run):
     after = copy.deepcopy(run)
-    after.rows[0].contestants[PEER] = Contestant("wrong", error=0.5)
-    del after.rows[1].contestants[PEER]
+    after.rows[0].entries[PEER] = Entry("wrong", error=0.5)
+    del after.rows[1].entries[PEER]
     found = compare(run, after)
     assert [change.id for change in of(found, "wrong", PEER)] == [run.rows[0].id]
     assert [change.id for change in of(found, "vanished", PEER)] == [run.rows[1].id]
@@ -253,15 +253,15 @@ def test_rows_that_appear_and_vanish(run):
     assert found.status == 0
     after.rows[0].status = "wrong"
     assert compare(run, after).status == 1
-    after.rows[1].status, after.rows[1].contestants = "skipped", {}
+    after.rows[1].status, after.rows[1].entries = "skipped", {}
     assert [change.id for change in of(compare(run, after), "skipped")] == [run.rows[1].id]
 
 
 def test_errors_and_memory_that_grew(run):
     after = copy.deepcopy(run)
-    after.rows[0].contestants[OURS].error *= 1.5
-    after.rows[1].contestants[OURS].peak_bytes += 100 << 20
-    after.rows[0].contestants[OURS].peak_bytes += 1 << 20
+    after.rows[0].entries[OURS].error *= 1.5
+    after.rows[1].entries[OURS].peak_bytes += 100 << 20
+    after.rows[0].entries[OURS].peak_bytes += 1 << 20
     found = compare(run, after)
     assert [change.id for change in of(found, "error grew")] == [run.rows[0].id]
     assert [change.id for change in of(found, "memory grew")] == [run.rows[1].id]
@@ -301,7 +301,7 @@ def test_command(run, tmp_path, capsys):
         ("{", "not a results file of 'fastvit bench'"),
         ('{"kind": "fastvit verify", "schema": 2}', "expected 'fastvit bench' of schema"),
         ('{"kind": "fastvit bench", "schema": 1}', f"of schema 1, expected 'fastvit bench' of schema {schema.SCHEMA}"),
-        ('{"kind": "fastvit bench", "schema": 2, "rows": [{}]}', "a damaged results file"),
+        ('{"kind": "fastvit bench", "schema": 3, "rows": [{}]}', "a damaged results file"),
     ],
 )
 def test_command_refuses_other_files(run, tmp_path, capsys, content, message):

@@ -26,8 +26,9 @@ from fastvit.kernels.launch.request import (
 )
 from fastvit.kernels.launch.search import search_space
 from fastvit.kernels.launch.validity import shared_memory, why_invalid
-from samples import SAMPLES, relative_rms, results
+from samples import SAMPLES, results
 
+from fastvit.accuracy import relative_rms
 from fastvit.dispatch import interpreting
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64

@@ -20,7 +20,7 @@ import pytest
 import torch
 from fastvit.benchmarks import roofline
 from fastvit.benchmarks.cases import OPS, Case
-from fastvit.benchmarks.schema import Ceilings
+from fastvit.benchmarks.schema import Peaks
 from fastvit.kernels import attention, gemm, layer_norm, reduce
 from fastvit.kernels.launch import cost
 from fastvit.kernels.launch.cost import Cost, Rates
@@ -69,7 +69,7 @@ FLOORS = [
 def test_floor_of_models(model, batch, inference, training):
     rates = Rates(790e12, 3.0e12)
     for mode, milliseconds in (("inference", inference), ("training", training)):
-        floor = 1e3 * roofline.floor(Case(model, BF16, batch, mode), rates)
+        floor = 1e3 * roofline.bound(Case(model, BF16, batch, mode), rates)
         assert floor == pytest.approx(milliseconds, rel=0.01)
 
 
@@ -297,8 +297,8 @@ def test_cost_of_op_cases():
 
     case = Case("vit_base_patch16_224", BF16, 8, "training", "attention")
     slow_memory, slow_products = Rates(1e30, 1.0), Rates(1.0, 1e30)
-    assert roofline.floor(case, slow_memory) == roofline.case_cost(case).bytes
-    assert roofline.floor(case, slow_products) == roofline.case_cost(case).flops
+    assert roofline.bound(case, slow_memory) == roofline.case_cost(case).bytes
+    assert roofline.bound(case, slow_products) == roofline.case_cost(case).flops
     with pytest.raises(ValueError, match="whole model"):
         roofline.op_cost(Case("vit_base_patch16_224", BF16, 8))
 
@@ -307,13 +307,13 @@ def test_cost_of_op_cases():
 
 
 def test_rates():
-    ceilings = Ceilings(3e12, {"bf16": 8e14})
-    assert roofline.rates(ceilings, "bf16") == Rates(8e14, 3e12)
+    peaks = Peaks(3e12, {"bf16": 8e14})
+    assert roofline.rates(peaks, "bf16") == Rates(8e14, 3e12)
     with pytest.raises(ValueError, match="'fp32'.*bf16"):
-        roofline.rates(ceilings, "fp32")
+        roofline.rates(peaks, "fp32")
 
 
-def test_ceilings_count_what_they_time(monkeypatch):
+def test_peaks_count_what_they_time(monkeypatch):
     counted = []
 
     def seconds(call):
@@ -323,12 +323,12 @@ def test_ceilings_count_what_they_time(monkeypatch):
         return [0.5, 0.25, 1e9][len(counted) % 3]  # the median counts
 
     monkeypatch.setattr(roofline, "_seconds", seconds)
-    ceilings = roofline.measure_ceilings("cpu", [FP32])
-    assert ceilings.flops_per_s == {"fp32": counted[-1] / 0.5}
-    assert counted[-1] > 0 and ceilings.bytes_per_s == 2 * 2**27 / 0.5
+    peaks = roofline.measure_peaks("cpu", [FP32])
+    assert peaks.flops_per_s == {"fp32": counted[-1] / 0.5}
+    assert counted[-1] > 0 and peaks.bytes_per_s == 2 * 2**27 / 0.5
 
 
-def test_on_a_gpu_ceilings_are_steady(monkeypatch):
+def test_on_a_gpu_peaks_are_steady(monkeypatch):
     asked = []
     monkeypatch.setattr(roofline.timing, "steady_seconds", lambda call, device: asked.append(device) or 0.5)
     assert roofline._median_seconds(lambda: None, torch.device("cuda", 1)) == 0.5
@@ -344,10 +344,10 @@ def test_a_busy_machine_makes_no_small_ceiling(monkeypatch):
     assert roofline._cpu_size(FP32) == 256
 
 
-def test_ceilings_of_this_machine():
-    ceilings = roofline.measure_ceilings("cpu", [FP32, BF16])
-    assert list(ceilings.flops_per_s) == ["fp32", "bf16"]
-    for rate in (ceilings.bytes_per_s, *ceilings.flops_per_s.values()):
+def test_peaks_of_this_machine():
+    peaks = roofline.measure_peaks("cpu", [FP32, BF16])
+    assert list(peaks.flops_per_s) == ["fp32", "bf16"]
+    for rate in (peaks.bytes_per_s, *peaks.flops_per_s.values()):
         assert 1e7 < rate < 1e16
 
 

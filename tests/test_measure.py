@@ -11,7 +11,7 @@ ROUNDS, CASES = 25, 200
 
 
 def timings(draw: random.Random, slowdown: float = 1.0) -> tuple[list[float], list[float]]:
-    """Rounds of two contestants as a busy machine gives them: 2 % of noise, now and then half as much again, and a
+    """Rounds of two entries as a busy machine gives them: 2 % of noise, now and then half as much again, and a
     drift of the clocks that both share."""
 
     def noise() -> float:

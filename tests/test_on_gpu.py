@@ -9,7 +9,7 @@ import types
 import pytest
 import torch
 from fastvit.benchmarks import on_gpu, peaks, roofline
-from fastvit.benchmarks.schema import Ceilings
+from fastvit.benchmarks.schema import Peaks
 from fastvit.kernels.launch.hardware import ARCHS
 
 from fastvit import tune
@@ -22,7 +22,7 @@ from fastvit.workers import GPU_LOST
 pytestmark = pytest.mark.skipif(not interpreting(), reason="with a GPU, `make gpu` runs them")
 
 MODEL = "vit_tiny_patch16_224"
-LIMITS = Ceilings(1e12, {"bf16": 1e14})
+LIMITS = Peaks(1e12, {"bf16": 1e14})
 
 
 def test_what_the_driver_loads_is_held_against_the_report(monkeypatch, tmp_path, capsys):
@@ -111,7 +111,7 @@ def test_without_a_profiler_there_are_no_counters_and_nothing_is_left(monkeypatc
 
 
 def test_peaks_are_kept_and_not_measured_twice(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(roofline, "measure_ceilings", lambda device, dtypes: LIMITS)
+    monkeypatch.setattr(roofline, "measure_peaks", lambda device, dtypes: LIMITS)
     asked = []
     monkeypatch.setattr(peaks, "steady_seconds", lambda call, *_: asked.append(call()) or 1e-4)
     assert peaks.run(tmp_path, time.monotonic() - 1, [MODEL], 2, "cpu")
@@ -130,8 +130,8 @@ def test_peaks_are_kept_and_not_measured_twice(monkeypatch, tmp_path, capsys):
         assert out.shape == (m, n) and row["flops_per_s"] == 2 * m * n * k / 1e-4
     assert "1.00 TB/s; bf16 100 TFLOP/s" in capsys.readouterr().out
     assert peaks.run(tmp_path, time.monotonic() + 60, [MODEL], 2, "cpu") and len(asked) == 14
-    monkeypatch.setattr(roofline, "measure_ceilings", None)
-    assert peaks.ceilings(tmp_path) == LIMITS
+    monkeypatch.setattr(roofline, "measure_peaks", None)
+    assert peaks.read_or_measure(tmp_path) == LIMITS
 
 
 def test_the_shapes_are_those_of_the_launches():

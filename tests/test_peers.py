@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from fastvit.benchmarks import peers
 from fastvit.benchmarks.cases import Case
 from fastvit.benchmarks.peers import PEERS, absent, build
-from samples import gradients, relative_rms
+from samples import gradients
 from torch import nn
 
 import fastvit
+from fastvit.accuracy import relative_rms
 from fastvit.verify import SHORT, randomise
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}

@@ -1,4 +1,4 @@
-"""How long a run will take, and what is left out before it starts. With invented ceilings; nothing is measured."""
+"""How long a run will take, and what is left out before it starts. With invented peaks; nothing is measured."""
 
 import re
 import shlex
@@ -13,21 +13,21 @@ from fastvit import cli
 pytest.importorskip("PIL")
 from fastvit.benchmarks import bench, command, plan, schema, suites  # noqa: E402
 from fastvit.benchmarks.cases import Case  # noqa: E402
-from fastvit.benchmarks.schema import Ceilings  # noqa: E402
+from fastvit.benchmarks.schema import Peaks  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 QUIET = plan.Pace()
 TINY, BASE = "vit_tiny_patch16_224", "vit_base_patch16_224"
 FP32, BF16 = torch.float32, torch.bfloat16
-CEILINGS = Ceilings(4e10, {"fp32": 2e11, "bf16": 8e11, "fp16": 8e11})  # of two cores
+PEAKS = Peaks(4e10, {"fp32": 2e11, "bf16": 8e11, "fp16": 8e11})  # of two cores
 
 
 def settings(*cases, **others):
     return suites.Settings("cpu", cases, **{"peers": ("reference",)} | others)
 
 
-def make(chosen, spent=0.0, pace=QUIET, ceilings=CEILINGS):
-    return plan.make(chosen, chosen.cases, ceilings, spent, pace)
+def make(chosen, spent=0.0, pace=QUIET, peaks=PEAKS):
+    return plan.make(chosen, chosen.cases, peaks, spent, pace)
 
 
 def default(**others):
@@ -62,10 +62,10 @@ def test_what_does_not_fit_is_left_out_from_the_end_and_all_that_is_kept_fits():
 def test_a_machine_that_is_slow_or_busy_takes_longer_and_measures_less():
     chosen = default(time_limit=150.0)
     whole = make(default()).seconds
-    slow = Ceilings(CEILINGS.bytes_per_s / 3, {dtype: rate / 3 for dtype, rate in CEILINGS.flops_per_s.items()})
-    for pace, ceilings in ((plan.Pace(python=3.0), slow), (plan.Pace(wait=0.5), CEILINGS)):
-        assert make(default(), 0.0, pace, ceilings).seconds > 1.8 * whole
-        assert make(chosen, 0.0, pace, ceilings).left_out
+    slow = Peaks(PEAKS.bytes_per_s / 3, {dtype: rate / 3 for dtype, rate in PEAKS.flops_per_s.items()})
+    for pace, peaks in ((plan.Pace(python=3.0), slow), (plan.Pace(wait=0.5), PEAKS)):
+        assert make(default(), 0.0, pace, peaks).seconds > 1.8 * whole
+        assert make(chosen, 0.0, pace, peaks).left_out
 
 
 def test_a_wait_between_kernels_is_that_of_a_call_not_of_its_size():
@@ -90,7 +90,7 @@ def test_what_a_row_holds_costs():
     assert seconds(peers=()) < seconds() < seconds(replace(one, mode="training"))
     assert seconds() < seconds(seconds=50.0)
     assert seconds(interpreted=TINY) - seconds() > 10
-    assert make(settings(one, peers=("reference", "flash-attn"))).sides == 2
+    assert make(settings(one, peers=("reference", "flash-attn"))).entries == 2
     # The truth of a model and dtype is computed once, and the model is drawn once.
     twice = make(settings(one, replace(one, batch=7)))
     alone = make(settings(replace(one, batch=7)))
@@ -99,7 +99,7 @@ def test_what_a_row_holds_costs():
 
 def test_on_a_gpu_nothing_is_left_out_and_graphs_are_counted():
     chosen = replace(settings(Case(TINY, FP32, 1), Case(BASE, FP32, 256), seconds=10.0, time_limit=1.0), device="cuda")
-    schedule = make(chosen, 0.0, plan.probe(chosen, CEILINGS))
+    schedule = make(chosen, 0.0, plan.probe(chosen, PEAKS))
     assert (len(schedule.rows), schedule.left_out, schedule.compiling) == (2, {}, True)
     assert schedule.rows[chosen.cases[0].id] > 2.25 * 2 * 51 * 0.02
 
@@ -115,30 +115,30 @@ def test_a_gpu_is_told_that_the_limit_cuts_the_end_off(capsys):
 def test_the_probe_sees_a_slow_machine(monkeypatch):
     took = iter([plan.CREATE_SECONDS * factor for factor in (9, 4, 9)] + [1.0] * 5)
     monkeypatch.setattr(plan, "_seconds", lambda call: next(took))
-    pace = plan.probe(settings(Case(TINY, FP32, 8)), CEILINGS)
+    pace = plan.probe(settings(Case(TINY, FP32, 8)), PEAKS)
     assert pace.python == pytest.approx(4.0)
-    assert pace.wait == pytest.approx(1.0 - plan._call_seconds(Case(TINY, FP32, 1), CEILINGS))
+    assert pace.wait == pytest.approx(1.0 - plan._call_seconds(Case(TINY, FP32, 1), PEAKS))
     took = iter([1e-9] * 8)
-    assert plan.probe(settings(Case(TINY, FP32, 8)), CEILINGS) == plan.Pace()
+    assert plan.probe(settings(Case(TINY, FP32, 8)), PEAKS) == plan.Pace()
 
 
 def test_a_run_names_what_is_left_out_and_resuming_measures_it(monkeypatch, tmp_path, capsys):
     """The first row alone fits; nothing of it is a failure, and three calls are done with all."""
     measured = []
 
-    def row(self, case, ceilings):
+    def row(self, case, peaks):
         measured.append(case.batch)
-        return bench._row(case, ceilings)
+        return bench._row(case, peaks)
 
     monkeypatch.setattr(bench.Bench, "row", row)
-    monkeypatch.setattr(bench.roofline, "measure_ceilings", lambda *_: CEILINGS)
+    monkeypatch.setattr(bench.roofline, "measure_peaks", lambda *_: PEAKS)
     monkeypatch.setattr(plan, "probe", lambda *_: plan.Pace())
     monkeypatch.setattr("fastvit.benchmarks.report.write", lambda run, folder: [])
     typed = ["bench", "--device", "cpu", "--models", TINY, "--dtypes", "fp32", "--batches", "1,2,3"]
     typed += ["--peers", "reference", "--time-limit", "1", "-o", str(tmp_path)]
     assert cli.main(typed) == 0
     printed = capsys.readouterr().err
-    assert ": 1 case, 2 sides each." in printed
+    assert ": 1 case, 2 entries each." in printed
     assert f"  {TINY}/fp32/b2/inference, about " in printed and f"  {TINY}/fp32/b3/inference, about " in printed
     command = printed.splitlines()[-1].partition(": ")[2]
     assert command == shlex.join(["fastvit", *typed, "--resume"])

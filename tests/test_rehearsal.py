@@ -95,7 +95,7 @@ def test_models_in_small(environment, tmp_path):
     found = archived(out)
     models = found["bench.json"]
     assert models["rows"][0]["id"] == f"{MODEL}/bf16/b256/inference"
-    ours = models["rows"][0]["contestants"]["ours"]
+    ours = models["rows"][0]["entries"]["ours"]
     assert models["rows"][0]["status"] == "timed" and "ran on: triton" in ours["note"]
     assert all(ours[time] for time in ("seconds", "host", "graph"))
     assert models["environment"]["tuned"] == ""

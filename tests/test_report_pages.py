@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from fastvit.benchmarks import bench, report
 from fastvit.benchmarks.report import flat, gpu, page, summary, words
-from fastvit.benchmarks.schema import OURS, Contestant, Ratio, Run, Spread, load
+from fastvit.benchmarks.schema import OURS, Entry, Ratio, Run, Spread, load
 from runs import fake_run
 
 ROOT = Path(__file__).parent.parent
@@ -80,13 +80,13 @@ def duel(*ratios: tuple[float, str], peers=("timm",)) -> Run:
     run = fake_run(gpu=False, models=("vit_tiny_patch16_224",), modes=("inference",), ops=(), dtypes=("fp32",),
                    batches=range(1, len(ratios) + 1))  # fmt: skip
     for row, (ratio, verdict) in zip(run.rows, ratios, strict=True):
-        ours = row.contestants[OURS]
-        row.contestants = {OURS: ours}
-        ours.seconds = Spread(row.floor_seconds * 2, 1, 1, 9)
+        ours = row.entries[OURS]
+        row.entries = {OURS: ours}
+        ours.seconds = Spread(row.bound_seconds * 2, 1, 1, 9)
         for i, peer in enumerate(peers):
             median = ratio * (1 + i)
             seconds = Spread(ours.seconds.median * median, 1, 1, 9)
-            row.contestants[peer] = Contestant(seconds=seconds, ratio=Ratio(median, median, median, 9), verdict=verdict)
+            row.entries[peer] = Entry(seconds=seconds, ratio=Ratio(median, median, median, 9), verdict=verdict)
     return run
 
 
@@ -94,7 +94,7 @@ def test_the_headline_says_how_fast_against_whom_on_what_and_how_close():
     run = duel((2.0, "faster"), (0.5, "slower"), (8.0, "faster"), peers=("timm", "slow"))
     assert words.headline(run) == (
         "On Imaginary CPU, 2 threads, fastvit's PyTorch back end has 2.00 times the speed of the fastest peer of each "
-        "case (3 cases of inference: faster in 2, a tie in 0, slower in 1), and reaches 50 % of the device's limit."
+        "case (3 cases of inference: faster in 2, a tie in 0, slower in 1), and reaches 50 % of the roofline bound."
     )
     (standing, slow) = words.against_each(run.rows)
     assert (standing.peer, standing.speed, standing.ties) == ("timm", pytest.approx(2.0), 0)
@@ -112,19 +112,19 @@ def test_ties_everywhere_are_no_speed_up():
     assert words.answers(run)["Against whom?"] == ["Our speed over theirs, inference: timm a tie."]
 
 
-@pytest.mark.parametrize("side", [OURS, "timm"])
-def test_a_limit_that_somebody_beats_is_doubted(side):
+@pytest.mark.parametrize("entry", [OURS, "timm"])
+def test_a_limit_that_somebody_beats_is_doubted(entry):
     run = duel((1.0, "tie"), (1.0, "tie"))
-    assert "of the device's limit" in words.headline(run)
-    run.rows[1].contestants[side].seconds.median = run.rows[1].floor_seconds / 1.25
-    run.rows[0].contestants[side].seconds.median = run.rows[0].floor_seconds / 1.5
-    assert words.caveats(run)[1].startswith(f"Faster than the limit as measured: {side} (to 150 % of it). The device")
+    assert "of the roofline bound" in words.headline(run)
+    run.rows[1].entries[entry].seconds.median = run.rows[1].bound_seconds / 1.25
+    run.rows[0].entries[entry].seconds.median = run.rows[0].bound_seconds / 1.5
+    assert words.caveats(run)[1].startswith(f"Faster than the roofline bound: {entry} (up to 150 % of it). The device")
     assert "limit" not in words.headline(run)
 
 
 def test_a_run_without_peers_or_speeds_claims_nothing(run):
     alone = duel((1.0, "tie"))
-    del alone.rows[0].contestants["timm"]
+    del alone.rows[0].entries["timm"]
     assert "no peer could take part" in words.headline(alone)
     empty = Run(run.environment, run.settings, run.started)
     assert words.headline(empty) == "On Imaginary GPU, nothing was timed: no case was run."
@@ -140,7 +140,7 @@ def test_the_answers_count_what_was_checked_and_name_the_absent(run):
     assert wrong == 1
     assert f"{checked - 1} of {checked} cases" in answers["How sure?"][0]
     assert "flash-attn (flash-attn is not installed)" in answers["Against whom?"][-1]
-    assert "2.00 TB/s" in answers["How close to the limit?"][-1]
+    assert "2.00 TB/s" in answers["How close to the roofline bound?"][-1]
     assert "Without a speed: 1 case wrong, 1 case failed, 1 case skipped; the reasons stand in the tables." in (
         words.caveats(run)
     )
@@ -161,7 +161,7 @@ def test_the_word_and_the_interval_never_contradict_each_other(rounds, text):
     run = duel((1.0, "tie"))
     (row,) = run.rows
     ((found, verdict),) = bench._against_ours({OURS: [1.0] * 12, "timm": rounds}).values()
-    row.contestants["timm"].ratio, row.contestants["timm"].verdict = found, verdict
+    row.entries["timm"].ratio, row.entries["timm"].verdict = found, verdict
     word, low, high = re.findall(r"[\w.]+", text)
     assert (word == "tie") == (float(low) <= 1 <= float(high))
     assert words.ratio(found, verdict) == text
@@ -187,7 +187,7 @@ def test_the_interval_is_explained_where_it_is_shown_and_old_files_show_none(run
     told = Page(page.render(run, {})).text
     assert words.INTERVAL in told and "Below it the interval of that ratio" in told
     old = duel((0.95, "tie"))
-    assert words.ratio(old.rows[0].contestants["timm"].ratio, "tie") == "tie"
+    assert words.ratio(old.rows[0].entries["timm"].ratio, "tie") == "tie"
     told = Page(page.render(old, {})).text
     assert "Below it the interval" not in told and "tie [" not in told
     committed = load(ROOT / summary.RESULTS / "cpu" / "bench.json")
@@ -211,7 +211,7 @@ def test_the_table_is_plain_aligned_text_where_nobody_looks(run):
     ours = next(line for line in lines if line.startswith("  ours") and "wrong" not in line)
     end = heading.index("images/s") + len("images/s")
     assert re.fullmatch(r"  ours +[\d,.]+", ours[:end])
-    first = run.rows[0].contestants
+    first = run.rows[0].entries
     assert f"{first['timm'].ratio.median:.2f} [{first['timm'].ratio.low:.2f}" in next(x for x in lines if "timm " in x)
     assert any("tie [" in line for line in lines)
     assert max(map(len, lines)) <= 120
@@ -247,22 +247,22 @@ def test_a_terminal_gets_colours_and_no_line_wraps(run, monkeypatch, columns):
     assert ("compile s" in lines[0]) == (columns == 120)
 
 
-def test_csv_has_a_line_a_contestant_and_every_number(run):
+def test_csv_has_a_line_a_entry_and_every_number(run):
     lines = list(csv.DictReader(io.StringIO(flat.as_csv(run))))
-    assert len(lines) == sum(max(1, len(row.contestants)) for row in run.rows)
+    assert len(lines) == sum(max(1, len(row.entries)) for row in run.rows)
     line = next(line for line in lines if line["by"] == "timm")
-    side = run.rows[0].contestants["timm"]
+    entry = run.rows[0].entries["timm"]
     assert line["id"] == run.rows[0].id
-    assert float(line["seconds_q75"]) == side.seconds.q75
-    assert float(line["ratio_median"]) == side.ratio.median
-    assert float(line["fraction_of_floor"]) == run.rows[0].fraction_of_floor("timm")
+    assert float(line["seconds_q75"]) == entry.seconds.q75
+    assert float(line["ratio_median"]) == entry.ratio.median
+    assert float(line["fraction_of_bound"]) == run.rows[0].fraction_of_bound("timm")
     assert {line["case_status"] for line in lines} == {"timed", "wrong", "failed", "skipped"}
 
 
 def test_times_of_graphs_stand_beside_the_others_with_their_own_verdict():
     run = fake_run(**SMALL)
     row = run.rows[0]
-    timm, torch = row.contestants["timm"], row.contestants["torch"]
+    timm, torch = row.entries["timm"], row.entries["torch"]
     before = page.render(run, {})
     assert "ours/this, graphs" not in before and page.GRAPHS.strip() not in before
     timm.graph_ratio, timm.graph_verdict = Ratio(4.5, 4.4, 4.6, 12, 4.35, 4.65), "faster"
@@ -273,7 +273,7 @@ def test_times_of_graphs_stand_beside_the_others_with_their_own_verdict():
     assert ", ours/this tie [0.90 1.12]; until" in text
     found = Page(page.render(run, {})).text
     assert "graph 4.50\n" in found and "graph tie\n" in found, "the scoreboard"
-    assert "ours/this, graphs\n" in found and "4.50 [4.35 4.65]\n" in found, "every contestant"
+    assert "ours/this, graphs\n" in found and "4.50 [4.35 4.65]\n" in found, "every entry"
     assert page.GRAPHS.strip() in found
     line = next(line for line in csv.DictReader(io.StringIO(flat.as_csv(run))) if line["by"] == "timm")
     assert (line["graph_ratio_median"], line["graph_ratio_high"], line["graph_verdict"]) == ("4.5", "4.65", "faster")
@@ -305,12 +305,12 @@ def test_each_picture_is_made_where_there_is_something_to_draw():
     of_models = {f"{stem}-inference-bf16.png" for stem in ("throughput", "latency", "memory")}
     assert drawn == of_models | {"waterfall-inference.png", "roofline.png", "error.png"}
 
-    run.ceilings = None
+    run.peaks = None
     run.rows = [row for row in run.rows if row.batch == 1]
     for row in run.rows:
-        row.contestants.pop("timm", None), row.contestants.pop("timm amp", None)
-        for side in row.contestants.values():
-            side.peak_bytes = side.error = None
+        row.entries.pop("timm", None), row.entries.pop("timm amp", None)
+        for entry in row.entries.values():
+            entry.peak_bytes = entry.error = None
     assert set(pictures(run)) == {"throughput-inference-bf16.png"}
     run.rows = []
     assert pictures(run) == {}
@@ -375,10 +375,10 @@ def test_whatever_a_run_says_is_text_on_the_page_and_in_markdown(run):
     spoiled.environment, spoiled.settings = poison(spoiled.environment), poison(spoiled.settings)
     spoiled.started, spoiled.extra = evil, {evil: evil}
     for row in spoiled.rows:
-        row.contestants = {(evil if name == "timm" else name): side for name, side in row.contestants.items()}
-        for side in row.contestants.values():
-            side.note = side.reason = evil
-            side.verdict = '" onclick="'  # a class on the page
+        row.entries = {(evil if name == "timm" else name): entry for name, entry in row.entries.items()}
+        for entry in row.entries.values():
+            entry.note = entry.reason = evil
+            entry.verdict = '" onclick="'  # a class on the page
     spoiled.rows[0].status = spoiled.rows[0].reason = spoiled.rows[0].id = evil
     found = Page(page.render(spoiled, {}))
     assert "script" not in found.tags and "img" not in found.tags

@@ -1,4 +1,4 @@
-"""The summary of a `make gpu` run: what a reader who has nothing else needs, in thirty lines of text."""
+"""The summary of a `make gpu` run, in thirty lines of text, for a reader who has nothing else."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def _launches(results: Path) -> Iterator[str]:
 
 
 def _fatal(results: Path) -> Iterator[str]:
-    """What took the GPU from its process, or never ended; what was being tried when the run ended may be one more."""
+    """Launches that made the GPU unusable or never ended; what was being tried when the run ended may be one more."""
     for path in sorted((results / "tuned").glob("*.attempts.json")):
         for name, why in list(_json(path).items())[:3]:
             yield f"FATAL, left out: {name}: {why}"
@@ -130,18 +130,18 @@ def _models(results: Path) -> Iterator[str]:
 
 
 def _model(row: Row) -> str:
-    ours = row.contestants.get(OURS)
+    ours = row.entries.get(OURS)
     if row.status != "timed" or ours is None or ours.seconds is None:
         return f"{row.id}: {row.status}, {row.reason}"
     graph = f", graph {number(row.items / ours.graph.median)}" if ours.graph else ""
     host = f", host {duration(ours.host.median)}" if ours.host else ""
-    fraction = row.fraction_of_floor()
+    fraction = row.fraction_of_bound()
     peers = []
-    for name, side in row.contestants.items():
-        if not side.ratio:
+    for name, entry in row.entries.items():
+        if not entry.ratio:
             continue
-        graphed = f" (graph {score(side.graph_ratio, side.graph_verdict)})" if side.graph_ratio else ""
-        peers.append(f"{name} {score(side.ratio, side.verdict)}{graphed}")
+        graphed = f" (graph {score(entry.graph_ratio, entry.graph_verdict)})" if entry.graph_ratio else ""
+        peers.append(f"{name} {score(entry.ratio, entry.verdict)}{graphed}")
     bound = f", {percent(fraction)} of bound" if fraction else ""
     return f"{row.id}: {number(row.items / ours.seconds.median)} images/s{graph}{host}{bound}; ours over " + ", ".join(
         peers

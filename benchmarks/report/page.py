@@ -38,8 +38,8 @@ from .words import (
 CAPTIONS = {
     "throughput": "How fast, against whom. Whiskers are quartiles.",
     "latency": "How the time of an image falls as the batch grows, until the device is full.",
-    "waterfall": "What each step from eager PyTorch to the fused kernels is worth, and what is left to the roofline.",
-    "roofline": "How close to the limit: on a line, nothing is left to win.",
+    "waterfall": "What each step from eager PyTorch to fused kernels gains, and what is left to the roofline bound.",
+    "roofline": "How close to the measured peaks: on a line, nothing is left to gain.",
     "memory": "What a call needs beside weights and input.",
     "error": "Nobody is fast by being wrong: the limit is twice plain PyTorch's own error in float32, 1.5 times it in "
     "the half precisions.",
@@ -124,7 +124,7 @@ def render(run: Run, pictures: dict[str, bytes]) -> str:
         _answers(run),
         *([_pictures(pictures)] if pictures else []),
         *(_section(f"Every case of {group}", _scoreboard(rows)) for group, rows in groups(run.rows).items()),
-        _section("Every contestant", *_contestants(run.rows)),
+        _section("All entries", *_entries(run.rows)),
         _section("How times were taken", _list([*METHOD, METHOD_GPU if on_gpu(run) else METHOD_CPU])),
         _section("What the words mean", _facts(GLOSSARY | _peers(run))),
         _section("Environment and settings", *_records(run)),
@@ -162,7 +162,7 @@ def _header(run: Run, title: str) -> Markup:
 
 
 def _peers(run: Run) -> dict[str, str]:
-    """Who they are, of those that were there."""
+    """What the peers of the run are, by name."""
     return {name: PEERS[name].what for name in peers_of(run.rows) if name in PEERS}
 
 
@@ -200,7 +200,7 @@ def _table(headings: Iterable[str], rows: Iterable[Markup]) -> Markup:
 
 
 def _scoreboard(rows: list[Row]) -> Markup:
-    """A line a case: our speed, and the ratio to every peer that some case has."""
+    """A line for each case: our speed, and the ratio to every peer that any case has."""
     peers = [name for name in peers_of(rows) if any(_present(row, name) for row in rows)]
     lines = []
     for row in rows:
@@ -216,42 +216,42 @@ def _scoreboard(rows: list[Row]) -> Markup:
                 "tr",
                 name,
                 _element("td", ours["images/s"], class_="ours"),
-                _element("td", ours["of floor"]),
+                _element("td", ours["of bound"]),
                 *(_score(row, peer) for peer in peers),
             )
         )
     unit = "ours, a call" if rows[0].op else "ours, images/s"
-    sides = [side for row in rows for side in row.contestants.values() if side.ratio]
-    intervals = any(ends(side.ratio, side.verdict) for side in sides)
+    entries = [entry for row in rows for entry in row.entries.values() if entry.ratio]
+    intervals = any(ends(entry.ratio, entry.verdict) for entry in entries)
     note = _element(
         "p",
         "Under each peer: our speed over its speed, above 1 ours is faster."
         + (" Below it the interval of that ratio, which holds 1 where it is a tie." if intervals else "")
-        + (GRAPHS if any(side.graph_ratio for side in sides) else ""),
+        + (GRAPHS if any(entry.graph_ratio for entry in entries) else ""),
         class_="kicker",
     )
-    return _joined([note, _table(["case", unit, "of floor", *peers], lines)])
+    return _joined([note, _table(["case", unit, "of bound", *peers], lines)])
 
 
 def _present(row: Row, name: str) -> bool:
-    return name in row.contestants and row.contestants[name].status != "absent"
+    return name in row.entries and row.entries[name].status != "absent"
 
 
 def _score(row: Row, name: str) -> Markup:
     if not _present(row, name):
         return _element("td", "–", class_="none")
-    side = row.contestants[name]
-    if side.ratio is None:
-        return _element("td", side.status, class_="bad")
-    below = [_element("small", "–".join(interval))] if (interval := ends(side.ratio, side.verdict)) else []
-    if side.graph_ratio:
-        shown = f"graph {score(side.graph_ratio, side.graph_verdict)}"
-        below.append(_element("small", shown, class_=side.graph_verdict))
-    return _element("td", score(side.ratio, side.verdict), *below, class_=side.verdict)
+    entry = row.entries[name]
+    if entry.ratio is None:
+        return _element("td", entry.status, class_="bad")
+    below = [_element("small", "–".join(interval))] if (interval := ends(entry.ratio, entry.verdict)) else []
+    if entry.graph_ratio:
+        shown = f"graph {score(entry.graph_ratio, entry.graph_verdict)}"
+        below.append(_element("small", shown, class_=entry.graph_verdict))
+    return _element("td", score(entry.ratio, entry.verdict), *below, class_=entry.verdict)
 
 
-def _contestants(rows: list[Row]) -> list[Markup]:
-    """All that was measured, folded by model, op and mode."""
+def _entries(rows: list[Row]) -> list[Markup]:
+    """All that was measured, in one folded section for each model, op and mode."""
     parts: dict[str, list[Row]] = {}
     for row in rows:
         parts.setdefault(" ".join([subject(row), *([row.op] if row.op else []), row.mode]), []).append(row)
@@ -265,48 +265,48 @@ def _case(row: Row) -> Markup:
     facts = [f"{row.tokens} tokens"]
     if row.limit is not None:
         facts.append(f"error limit {row.limit:.1e}")
-    if row.floor_seconds is not None:
-        facts.append(f"the floor is {duration(row.floor_seconds)}")
+    if row.bound_seconds is not None:
+        facts.append(f"the roofline bound is {duration(row.bound_seconds)}")
     if row.flops and row.bytes:
         facts.append(f"{number(row.flops / 1e9)} GFLOP, {number(row.bytes / 1e6)} MB")
     heading = _element("h3", f"{row.dtype}, batch {row.batch}")
     told = _element("p", "; ".join(facts), class_="kicker")
     if row.status != "timed":
         told = _joined([told, _element("p", f"{row.status}: {row.reason}", class_="bad")])
-    if not row.contestants:
+    if not row.entries:
         return _joined([heading, told])
-    shown = {name: cells(row, name) | _more(row, name) for name in row.contestants}
+    shown = {name: cells(row, name) | _more(row, name) for name in row.entries}
     headings = {"images/s": "time of a call"} if row.op else {}
     used = [column for column in (*COLUMNS, *MORE) if any(values[column] for values in shown.values())]
     lines = []
     for name, values in shown.items():
-        side = row.contestants[name]
+        entry = row.entries[name]
         line = [_element("th", name)]
-        if side.status == "timed":
-            classes = {REMARKS: "wide", "ours/this": side.verdict, "ours/this, graphs": side.graph_verdict}
+        if entry.status == "timed":
+            classes = {REMARKS: "wide", "ours/this": entry.verdict, "ours/this, graphs": entry.graph_verdict}
             line += [_element("td", values[column], class_=classes.get(column, "")) for column in used[1:]]
         else:
-            kind = "wide" if side.status == "absent" else "wide bad"
-            line.append(_element("td", outcome(side, row.limit), class_=kind, colspan=str(max(1, len(used) - 1))))
+            kind = "wide" if entry.status == "absent" else "wide bad"
+            line.append(_element("td", outcome(entry, row.limit), class_=kind, colspan=str(max(1, len(used) - 1))))
         lines.append(_element("tr", *line, class_="ours" if name == OURS else ""))
     return _joined([heading, told, _table([headings.get(column, column) for column in used], lines)])
 
 
-GRAPHS = " Graph: the same of CUDA graphs, which no host holds up."
+GRAPHS = " Graph: the same ratio of CUDA graphs, which do not wait for the host."
 REMARKS = "remarks"
 MORE = ("quartiles", "rounds", "CUDA graph", "ours/this, graphs", "until it returned", REMARKS)
 
 
 def _more(row: Row, name: str) -> dict[str, str]:
-    """What there is room for on a page."""
-    side = row.contestants[name]
-    found = rate(row, side)
+    """The columns that only the page has room for."""
+    entry = row.entries[name]
+    found = rate(row, entry)
     if found is None:
         return dict.fromkeys(MORE, "")
-    low, high = (duration(side.seconds.q25), duration(side.seconds.q75)) if row.op else map(number, found[1:])
-    graph, host = ("" if spread is None else duration(spread.median) for spread in (side.graph, side.host))
-    values = (f"{low} – {high}", str(side.seconds.rounds), graph, ratio(side.graph_ratio, side.graph_verdict), host)
-    return dict(zip(MORE, (*values, side.note), strict=True))
+    low, high = (duration(entry.seconds.q25), duration(entry.seconds.q75)) if row.op else map(number, found[1:])
+    graph, host = ("" if spread is None else duration(spread.median) for spread in (entry.graph, entry.host))
+    values = (f"{low} – {high}", str(entry.seconds.rounds), graph, ratio(entry.graph_ratio, entry.graph_verdict), host)
+    return dict(zip(MORE, (*values, entry.note), strict=True))
 
 
 def _records(run: Run) -> list[Markup]:
@@ -319,7 +319,7 @@ def _records(run: Run) -> list[Markup]:
 
 
 def _flat(facts: dict, prefix: str = "") -> dict[str, str]:
-    """Nested facts by dotted names; what is not there is said so."""
+    """Nested facts by dotted names; "none" for what is empty."""
     found: dict[str, str] = {}
     for key, value in facts.items():
         if isinstance(value, dict):

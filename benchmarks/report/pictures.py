@@ -12,23 +12,23 @@ from matplotlib.figure import Figure  # no pyplot: no display, no global state
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from PIL import Image  # matplotlib brings it
 
-from ..schema import OURS, Contestant, Row, Run
+from ..schema import OURS, Entry, Row, Run
 from .words import device, duration, number, peers_of, quantity, rate, score, subject, timed, versions, weights
 
 WIDTH, DPI = 4.3, 200  # inches: on a phone about 80 pixels each, so that 9 points are 10 pixels
 ACCENT, INK, QUIET, GRID = "#0b62a8", "#1d2329", "#6b7580", "#dfe3e7"
 BAR, WORSE = "#b4bdc6", "#b5470b"
-# For lines and dots of peers: Okabe and Ito's colours, which most colour-blind readers can tell apart, without the
-# blue that is ours; markers say the same again.
+# For lines and dots of peers: Okabe and Ito's colours, which most colour-blind readers can tell apart, except the blue,
+# which is ours. Each peer has a marker of its own as well.
 PEER_COLOURS = ("#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a6a00", "#6b7580", "#7b3fa0", "#333333")
 PEER_MARKERS = "svD^<>PXh"
-# What a waterfall steps through, of what a case has.
+# The steps of a waterfall, as far as a case has them.
 EAGER_TO_FUSED = ("timm amp", "timm", "torch", "timm compiled", "timm max-autotune", OURS)
-ROOFLINE = "roofline"
+ROOFLINE = "roofline bound"
 
 
 def pictures(run: Run) -> dict[str, bytes]:
-    """File name -> PNG, of those pictures that the run has the data for."""
+    """File name -> PNG, of the pictures that the run has data for."""
     rows = timed(run.rows)
     found = {}
     for stem, draw in DRAWN.items():
@@ -40,7 +40,9 @@ def pictures(run: Run) -> dict[str, bytes]:
 def _png(figure: Figure) -> bytes:
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=DPI)
-    small = io.BytesIO()  # a palette is a third of the bytes, and keeps no metadata: the same run, the same file
+    small = (
+        io.BytesIO()
+    )  # a palette takes a third of the bytes and no metadata, so that the same run gives the same file
     Image.open(file).convert("RGB").quantize(128).save(small, format="png", optimize=True)
     return small.getvalue()
 
@@ -69,7 +71,8 @@ def _figure(run: Run, title: str, what: str, heights: list[float]) -> tuple[Figu
 
 
 def _plain_log(axis, text: Callable[[float], str]) -> None:
-    """Ticks on a logarithmic axis as plain numbers, as many of a decade as the axis, its limits set, has room for."""
+    """Ticks on a logarithmic axis as plain numbers, more in each decade the fewer decades it spans. Set its limits
+    first."""
     low, high = axis.get_view_interval()
     decades = math.log10(high / low)
     subs = (1,) if decades > 3 else (1, 3) if decades > 1.2 else (1, 1.5, 2, 3, 5, 7) if decades > 0.3 else range(1, 10)
@@ -87,9 +90,9 @@ def _marker(name: str, peers: list[str]) -> str:
 
 
 def _apart(wanted: list[float], gap: float, low: float, high: float) -> list[float]:
-    """Places near those wanted, in their order, `gap` apart and within low and high where they fit."""
+    """Places near those wanted and in the same order, at least `gap` apart, between low and high if they all fit."""
     order = sorted(range(len(wanted)), key=wanted.__getitem__)
-    clusters: list[tuple[float, int]] = []  # middle and number of places that touch
+    clusters: list[tuple[float, int]] = []  # groups of touching places: middle and number
     for i in order:
         middle, n = wanted[i], 1
         while clusters and middle - clusters[-1][0] < gap * (n + clusters[-1][1]) / 2:
@@ -109,7 +112,7 @@ def _round(value: float) -> str:
 
 
 def _name_bars(axes: Axes, names: list[str], widest: float) -> None:
-    """Names beside horizontal bars, the first on top; no axis, because the bars carry their values."""
+    """Names beside horizontal bars, the first on top; no horizontal axis, because the bars are labelled with values."""
     axes.set_yticks(range(len(names)), names, fontsize=9)
     for tick in axes.get_yticklabels():
         if tick.get_text().startswith(OURS):
@@ -122,7 +125,7 @@ def _name_bars(axes: Axes, names: list[str], widest: float) -> None:
 
 
 def _by_mode_and_dtype(rows: list[Row]) -> Iterator[tuple[str, str, list[Row]]]:
-    """Whole models by what one picture can compare: mode, dtype and their rows."""
+    """(mode, dtype, rows) of whole models: what one picture compares."""
     models = [row for row in rows if not row.op]
     for mode, dtype in dict.fromkeys((row.mode, row.dtype) for row in models):
         yield mode, dtype, [row for row in models if (row.mode, row.dtype) == (mode, dtype)]
@@ -139,15 +142,16 @@ def _by_subject(rows: Iterable[Row]) -> dict[str, list[Row]]:
 # Bars: throughput and memory
 
 
-def _bars(axes: Axes, row: Row, value: Callable[[Contestant], tuple | None], label: Callable[[str], str]) -> None:
-    """One case: a bar a contestant from zero, with its quartiles; `value` gives the middle and the two, or None."""
-    names = [name for name, side in row.contestants.items() if side.status != "absent"]
-    found = {name: value(row.contestants[name]) for name in names}
+def _bars(axes: Axes, row: Row, value: Callable[[Entry], tuple | None], label: Callable[[str], str]) -> None:
+    """One case: a bar for each entry, with whiskers. `value` gives (median, lower, upper quartile) of an entry, or
+    None."""
+    names = [name for name, entry in row.entries.items() if entry.status != "absent"]
+    found = {name: value(row.entries[name]) for name in names}
     widest = max(high for _, _, high in filter(None, found.values()))
     for y, name in enumerate(names):
         colour = ACCENT if name == OURS else INK
         if found[name] is None:
-            axes.text(0.01 * widest, y, row.contestants[name].status, fontsize=8.5, color=WORSE, va="center_baseline")
+            axes.text(0.01 * widest, y, row.entries[name].status, fontsize=8.5, color=WORSE, va="center_baseline")
             continue
         middle, low, high = found[name]
         axes.barh(y, middle, 0.68, color=ACCENT if name == OURS else BAR)
@@ -161,17 +165,17 @@ def _bars(axes: Axes, row: Row, value: Callable[[Contestant], tuple | None], lab
 
 
 def _bar_pictures(run, rows, title, what, value, label) -> Iterator[tuple[str, Figure]]:
-    """A picture a mode and dtype: of each model the case with the largest batch."""
+    """A picture for each mode and dtype, with the largest batch of each model."""
     for mode, dtype, some in _by_mode_and_dtype(rows):
         largest = [max(found, key=lambda row: row.batch) for found in _by_subject(some).values()]
-        largest = [row for row in largest if sum(_positive(value(row, s)) for s in row.contestants.values()) > 1]
+        largest = [row for row in largest if sum(_positive(value(row, s)) for s in row.entries.values()) > 1]
         if not largest:
             continue
-        present = [sum(side.status != "absent" for side in row.contestants.values()) for row in largest]
+        present = [sum(entry.status != "absent" for entry in row.entries.values()) for row in largest]
         heights = [0.35 + 0.21 * n for n in present]
         figure, all_axes = _figure(run, f"{title}: {mode}, {dtype}", what, heights)
         for axes, row in zip(all_axes, largest, strict=True):
-            _bars(axes, row, lambda side, row=row: value(row, side), lambda name, row=row: label(row, name))
+            _bars(axes, row, lambda entry, row=row: value(row, entry), lambda name, row=row: label(row, name))
         yield f"-{mode}-{dtype}", figure
 
 
@@ -181,22 +185,22 @@ def _positive(value: tuple | None) -> bool:
 
 def _throughput(run: Run, rows: list[Row]) -> Iterator[tuple[str, Figure]]:
     def label(row: Row, name: str) -> str:
-        side = row.contestants[name]
-        speed = number(rate(row, side)[0])
-        if name == OURS or side.ratio is None:
+        entry = row.entries[name]
+        speed = number(rate(row, entry)[0])
+        if name == OURS or entry.ratio is None:
             return speed
-        return f"{speed}   tie" if side.verdict == "tie" else f"{speed}   ours {score(side.ratio, side.verdict)}x"
+        return f"{speed}   tie" if entry.verdict == "tie" else f"{speed}   ours {score(entry.ratio, entry.verdict)}x"
 
     what = "Images a second at each model's largest batch, median and quartiles; more is better."
     return _bar_pictures(run, rows, "Throughput", what, rate, label)
 
 
 def _memory(run: Run, rows: list[Row]) -> Iterator[tuple[str, Figure]]:
-    def value(row: Row, side: Contestant):
-        return None if side.peak_bytes is None else (side.peak_bytes,) * 3
+    def value(row: Row, entry: Entry):
+        return None if entry.peak_bytes is None else (entry.peak_bytes,) * 3
 
     def label(row: Row, name: str) -> str:
-        return quantity(row.contestants[name].peak_bytes, "B")
+        return quantity(row.entries[name].peak_bytes, "B")
 
     what = "Peak memory of a call beyond weights and input, at each model's largest batch; less is better."
     return _bar_pictures(run, rows, "Memory", what, value, label)
@@ -208,26 +212,26 @@ def _memory(run: Run, rows: list[Row]) -> Iterator[tuple[str, Figure]]:
 
 def _roofline(run: Run, rows: list[Row]) -> Iterator[tuple[str, Figure]]:
     rows = [row for row in rows if row.flops and row.bytes]
-    if not rows or run.ceilings is None:
+    if not rows or run.peaks is None:
         return
-    ceilings = run.ceilings
-    dtypes = [dtype for dtype in ceilings.flops_per_s if any(row.dtype == dtype for row in rows)]
+    peaks = run.peaks
+    dtypes = [dtype for dtype in peaks.flops_per_s if any(row.dtype == dtype for row in rows)]
     what = "FLOP/s that ours reached, against the FLOPs a byte that the case needs. Lines: what this device "
     what += "reached in a large copy and large matrix products."
     figure, (axes,) = _figure(run, "Roofline", what, [4.3])
     intensities = [row.flops / row.bytes for row in rows]
-    reached = [row.flops / row.contestants[OURS].seconds.median for row in rows]
-    ridges = [ceilings.flops_per_s[dtype] / ceilings.bytes_per_s for dtype in dtypes]
+    reached = [row.flops / row.entries[OURS].seconds.median for row in rows]
+    ridges = [peaks.flops_per_s[dtype] / peaks.bytes_per_s for dtype in dtypes]
     low, high = min(*intensities, *ridges) / 2, max(*intensities, *ridges)
-    high = low * (high / low) ** (1 / 0.5)  # room for the ceilings' names
-    top = max(ceilings.flops_per_s[dtype] for dtype in dtypes)
-    # A ceiling that was measured on a disturbed machine may lie below what ours reached.
-    bottom, height = min(*reached, *ceilings.flops_per_s.values()) / 2, 2.2 * max(top, *reached)
+    high = low * (high / low) ** (1 / 0.5)  # room for the peaks' labels
+    top = max(peaks.flops_per_s[dtype] for dtype in dtypes)
+    # A peak that was measured while the machine was busy may lie below what ours reached.
+    bottom, height = min(*reached, *peaks.flops_per_s.values()) / 2, 2.2 * max(top, *reached)
     decades = math.log(height / bottom)
-    wanted = [math.log(ceilings.flops_per_s[dtype] / bottom) / decades + 0.03 for dtype in dtypes]
+    wanted = [math.log(peaks.flops_per_s[dtype] / bottom) / decades + 0.03 for dtype in dtypes]
     for i, (dtype, place) in enumerate(zip(dtypes, _apart(wanted, 0.05, 0.0, 0.97), strict=True)):
         colour = (ACCENT, *PEER_COLOURS)[i]
-        peak = ceilings.flops_per_s[dtype]
+        peak = peaks.flops_per_s[dtype]
         axes.plot([ridges[i], high], [peak, peak], color=colour, lw=1.6)
         label = f"{dtype}: {quantity(peak, 'FLOP/s')}"
         axes.text(0.995, place, label, transform=axes.transAxes, ha="right", va="center", fontsize=9, color=colour,
@@ -236,9 +240,9 @@ def _roofline(run: Run, rows: list[Row]) -> Iterator[tuple[str, Figure]]:
             at = [j for j, row in enumerate(rows) if row.dtype == dtype and bool(row.op) == op]
             axes.scatter([intensities[j] for j in at], [reached[j] for j in at], s=26, marker=marker, color=colour,
                          alpha=0.75, linewidths=0.5, edgecolors="white", zorder=3)  # fmt: skip
-    axes.plot([low, top / ceilings.bytes_per_s], [low * ceilings.bytes_per_s, top], color=QUIET, lw=1.6)
+    axes.plot([low, top / peaks.bytes_per_s], [low * peaks.bytes_per_s, top], color=QUIET, lw=1.6)
     axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(bottom, height))
-    axes.text(0.02, 0.98, f"memory: {quantity(ceilings.bytes_per_s, 'B/s')}", transform=axes.transAxes, fontsize=9,
+    axes.text(0.02, 0.98, f"memory: {quantity(peaks.bytes_per_s, 'B/s')}", transform=axes.transAxes, fontsize=9,
               color=QUIET, weight="bold", va="top")  # fmt: skip
     shapes = [name for name, op in (("dots: whole models", False), ("triangles: single ops", True))
               if any(bool(row.op) == op for row in rows)]  # fmt: skip
@@ -275,15 +279,13 @@ def _latency_axes(axes: Axes, rows: list[Row], peers: list[str]) -> None:
     axes.margins(y=0.14)
     ends = {}
     for name in [*peers_of(rows), OURS]:  # ours last, on top
-        sides = {row.batch: row.contestants[name] for row in rows if name in row.contestants}
-        points = [(batch, side.seconds.median / batch) for batch, side in sides.items() if side.seconds]
+        entries = {row.batch: row.entries[name] for row in rows if name in row.entries}
+        points = [(batch, entry.seconds.median / batch) for batch, entry in entries.items() if entry.seconds]
         if points:
             ends[name] = points[-1]
             axes.plot(*zip(*points, strict=True), color=_colour(name, peers), marker=_marker(name, peers),
                       ms=5.5 if name == OURS else 4, lw=2.2 if name == OURS else 1.1)  # fmt: skip
-    graphs = [
-        (row.batch, row.contestants[OURS].graph.median / row.batch) for row in rows if row.contestants[OURS].graph
-    ]
+    graphs = [(row.batch, row.entries[OURS].graph.median / row.batch) for row in rows if row.entries[OURS].graph]
     if graphs:
         axes.plot(*zip(*graphs, strict=True), ":o", color=ACCENT, ms=5.5, mfc="white")
         axes.annotate("CUDA graph", graphs[0], xytext=(-3, -6), textcoords="offset points", fontsize=8.5,
@@ -308,17 +310,18 @@ def _latency_axes(axes: Axes, rows: list[Row], peers: list[str]) -> None:
 
 
 def _waterfall(run: Run, rows: list[Row]) -> Iterator[tuple[str, Figure]]:
-    """From timm eager by way of what the case has to ours and the floor: the case with the most steps, then FLOPs."""
+    """From eager timm over the steps that a case has to ours and the roofline bound. Of each mode the case with the
+    most steps is drawn, of those the one with the most FLOPs."""
     for mode in dict.fromkeys(row.mode for row in rows):
         found = [row for row in rows if row.mode == mode and not row.op and _steps(row)]
         if not found:
             continue
         row = max(found, key=lambda row: (len(_steps(row)), row.flops or 0, row.batch))
         steps = _steps(row)
-        if graph := row.contestants[OURS].graph:
+        if graph := row.entries[OURS].graph:
             steps.append((f"{OURS}, CUDA graph", graph.median))
-        if row.floor_seconds:
-            steps.append((ROOFLINE, row.floor_seconds))
+        if row.bound_seconds:
+            steps.append((ROOFLINE, row.bound_seconds))
         what = (
             f"Time of a call of {subject(row)}, {row.dtype}, batch {row.batch}. Hatched: what a step takes off (blue) "
         )
@@ -329,9 +332,9 @@ def _waterfall(run: Run, rows: list[Row]) -> Iterator[tuple[str, Figure]]:
 
 
 def _steps(row: Row) -> list[tuple[str, float]]:
-    """Names and seconds; empty where there is no timm eager to start from, or nothing between it and ours."""
-    sides = {name: row.contestants[name] for name in EAGER_TO_FUSED if name in row.contestants}
-    steps = [(name, side.seconds.median) for name, side in sides.items() if side.seconds]
+    """Names and seconds; empty without eager timm to start from, or with nothing between it and ours."""
+    entries = {name: row.entries[name] for name in EAGER_TO_FUSED if name in row.entries}
+    steps = [(name, entry.seconds.median) for name, entry in entries.items() if entry.seconds]
     return steps if len(steps) > 2 and steps[0][0] in EAGER_TO_FUSED[:2] else []
 
 
@@ -370,17 +373,19 @@ def _error(run: Run, rows: list[Row]) -> Iterator[tuple[str, Figure]]:
     dots: dict[str, list[tuple[float, float]]] = {}
     wrong: dict[str, list[float]] = {}
     for row in models:
-        for name, side in row.contestants.items():
-            if not side.error:
+        for name, entry in row.entries.items():
+            if not entry.error:
                 continue
-            if side.ratio or name == OURS:
-                dots.setdefault(name, []).append((1 / side.ratio.median if side.ratio else 1.0, side.error / row.limit))
-            elif side.status == "wrong":
-                wrong.setdefault(name, []).append(side.error / row.limit)
+            if entry.ratio or name == OURS:
+                dots.setdefault(name, []).append(
+                    (1 / entry.ratio.median if entry.ratio else 1.0, entry.error / row.limit)
+                )
+            elif entry.status == "wrong":
+                wrong.setdefault(name, []).append(entry.error / row.limit)
     if len(dots) < 2:
         return
     names = [name for name in (OURS, *peers) if name in dots or name in wrong]
-    what = "Each dot is a contestant in one case of a whole model: its speed over ours, to the right is faster; its "
+    what = "Each dot is an entry in one case of a whole model: its speed over ours, to the right is faster; its "
     what += "error over the limit, below is more exact."
     key = 0.2 * math.ceil(len(names) / 2)
     figure, (axes, legend) = _figure(run, "Error beside speed", what, [3.6, key])

@@ -1,4 +1,4 @@
-"""What lies under benchmarks/results/, as its README.md, and the newest table in the project's README.md.
+"""benchmarks/results/README.md, which describes all results there, and the table of the newest in the project's README.
 
     python -m fastvit.benchmarks.report.summary        # or: make pages
 
@@ -99,13 +99,13 @@ def _folder(found: Found, results: Path) -> list[str]:
 
 
 def _told(run: Run) -> list[str]:
-    """The headline, what a reader must know before it, and when and with what it was measured."""
+    """The headline, its caveats, and when and with what it was measured."""
     when = f"Measured {run.started[:10]} with {versions(run)}: the median of rounds in which all took turns."
     return [f"**{_escape(headline(run))}**", *map(_escape, [*caveats(run), when])]
 
 
 def _verified(path: Path) -> str:
-    """What verify.json says, in a sentence; nothing where there is none."""
+    """A sentence about verify.json; empty if there is none."""
     if not path.exists():
         return ""
     with contextlib.suppress(ValueError, KeyError, TypeError):
@@ -116,35 +116,35 @@ def _verified(path: Path) -> str:
 
 
 def matrix(rows: list[Row]) -> str:
-    """A Markdown table: a line a case, our speed, and our speed over that of each peer that some case has."""
+    """A Markdown table: for each case our speed, and our speed over that of each peer that any case has."""
     peers = [peer for peer in peers_of(rows) if any(_score(row, peer) for row in rows)]
     headings = [
         "case",
         "ours, a call" if rows[0].op else "ours, images/s",
-        "of floor",
+        "of bound",
         *(f"over {peer}" for peer in peers),
     ]
     lines = [headings, ["---", *["---:"] * (len(headings) - 1)]]
     for row in rows:
         if row.status == "timed":
             ours = cells(row, OURS)
-            lines.append([row.id, ours["images/s"], ours["of floor"], *(_score(row, peer) for peer in peers)])
+            lines.append([row.id, ours["images/s"], ours["of bound"], *(_score(row, peer) for peer in peers)])
         else:
             lines.append([row.id, f"{row.status}: {row.reason}", "", *[""] * len(peers)])
     return "\n".join(f"| {' | '.join(map(_escape, line))} |" for line in lines)
 
 
 def _score(row: Row, peer: str) -> str:
-    side = row.contestants.get(peer)
-    if side is None or side.status == "absent":
+    entry = row.entries.get(peer)
+    if entry is None or entry.status == "absent":
         return ""
-    if side.ratio is None:
-        return side.status
-    return score(side.ratio, side.verdict)
+    if entry.ratio is None:
+        return entry.status
+    return score(entry.ratio, entry.verdict)
 
 
 def _escape(text: str) -> str:
-    """Text that Markdown shows as it is, also in a table."""
+    """Text escaped for Markdown, tables included."""
     for character in "\\|<>*`[]":
         text = text.replace(character, f"\\{character}")
     return text.replace("\n", " ")
@@ -155,7 +155,7 @@ def _code(text: str) -> str:
 
 
 def newest_table(root: Path) -> str:
-    """What the project's README shows: the newest run of whole models, a GPU's where there is one."""
+    """The table in the project's README: of the newest run of whole models, on a GPU if there is one."""
     runs = [each for each in find(root) if each.run and any(not row.op for row in timed(each.run.rows))]
     runs.sort(key=lambda each: on_gpu(each.run), reverse=True)  # stable: the newest stays first
     link = f"[{RESULTS.as_posix()}/]({RESULTS.as_posix()}/README.md)"
@@ -165,7 +165,8 @@ def newest_table(root: Path) -> str:
     models = [row for row in run.rows if not row.op]
     note = (
         f"On {_escape(device(run))}. `over`: our speed over that peer's, above 1 is faster; `tie`: the rounds do "
-        f"not tell the two apart; `of floor`: 100 % is the device's roofline. Everything else: {link}."
+        f"not tell the two apart; `of bound`: 100 % is the roofline bound, as fast as the measured peaks allow. "
+        f"Everything else: {link}."
     )
     return "\n\n".join([*_told(run), matrix(models), note])
 

@@ -34,27 +34,27 @@ class Table:
         self._line("  " + _aligned(dict(zip(COLUMNS, COLUMNS, strict=True)), self._columns), "bold")
 
     def row(self, row: Row) -> None:
-        """Print a case: what it is, then a line a contestant; failures and their reasons instead of speeds.
-        Who is absent is said once a run."""
+        """Print a case, then a line for each entry, with the reason instead of the speed for those that failed. That a
+        peer is absent, and why, is printed once in a run."""
         facts = [row.id, f"{row.tokens} tokens"]
         if row.limit is not None:
             facts.append(f"error limit {row.limit:.1e}")
         self._line("  ".join(facts), "bold")
         if row.status != "timed":
             self._line(f"  {row.status}: {row.reason}", "red" if row.status != "skipped" else "dim")
-        for name, side in row.contestants.items():
-            if side.status == "absent":
-                if (name, side.reason) not in self._absent:  # the same in every case: once is enough
-                    self._absent.add((name, side.reason))
-                    self._line(f"  {name:20}  absent: {side.reason}", "dim")
+        for name, entry in row.entries.items():
+            if entry.status == "absent":
+                if (name, entry.reason) not in self._absent:
+                    self._absent.add((name, entry.reason))
+                    self._line(f"  {name:20}  absent: {entry.reason}", "dim")
                 continue
-            if side.status != "timed":
-                self._line(f"  {name:20}  {outcome(side, row.limit)}", "red")
+            if entry.status != "timed":
+                self._line(f"  {name:20}  {outcome(entry, row.limit)}", "red")
                 continue
-            style = "bold cyan" if name == OURS else STYLES.get(side.verdict, "")
+            style = "bold cyan" if name == OURS else STYLES.get(entry.verdict, "")
             self._line("  " + _aligned(cells(row, name), self._columns), style)
-            if aside(side):
-                self._line(f"  {'':20}  {aside(side)}", "dim")
+            if aside(entry):
+                self._line(f"  {'':20}  {aside(entry)}", "dim")
 
     def _line(self, text: str, style: str) -> None:
         if self._console is None:

@@ -1,4 +1,4 @@
-"""A run in words and figures: what the terminal, the page, the pictures and the README all say, each said once here."""
+"""A run in words and figures: the one place for what the terminal, the page, the pictures and the README all say."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..schema import OURS, Contestant, Ratio, Row, Run
+from ..schema import OURS, Entry, Ratio, Row, Run
 
 NOT_THE_KERNELS = (
     "Only fastvit's PyTorch back end was timed here: its Triton kernels need a GPU, were not timed, "
     "and nothing here says how fast they are."
 )
-BEYOND_THE_LIMIT = 1.05  # a fraction of the floor that noise does not explain
+FASTER_THAN_BOUND = 1.05  # a fraction of the roofline bound that noise does not explain
 # Headings of `cells`, in the order of report.
-COLUMNS = ("by", "images/s", "ours/this", "of floor", "error", "peak MB", "compile s", "J/image")
+COLUMNS = ("by", "images/s", "ours/this", "of bound", "error", "peak MB", "compile s", "J/image")
 
 
 def on_gpu(run: Run) -> bool:
@@ -27,12 +27,12 @@ def ours_is(run: Run) -> str:
 
 
 def timed(rows: list[Row]) -> list[Row]:
-    return [row for row in rows if row.status == "timed" and OURS in row.contestants and row.contestants[OURS].seconds]
+    return [row for row in rows if row.status == "timed" and OURS in row.entries and row.entries[OURS].seconds]
 
 
 def peers_of(rows: list[Row]) -> list[str]:
     """Every peer's name, in order of first appearance."""
-    return [name for name in dict.fromkeys(name for row in rows for name in row.contestants) if name != OURS]
+    return [name for name in dict.fromkeys(name for row in rows for name in row.entries) if name != OURS]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -66,7 +66,7 @@ def minutes(seconds: float) -> str:
 
 
 def quantity(value: float, unit: str, digits: Callable[[float], str] = number) -> str:
-    """With the prefix that suits: 1.23e12 FLOP/s is 1.23 TFLOP/s."""
+    """With a suitable prefix: 1.23e12 FLOP/s is 1.23 TFLOP/s."""
     prefix, size = _unit(value, {"T": 1e12, "G": 1e9, "M": 1e6, "": 1})
     return f"{digits(value / size)} {prefix}{unit}"
 
@@ -81,14 +81,17 @@ def percent(fraction: float) -> str:
 
 
 def count(n: int, thing: str) -> str:
-    return f"{n} {thing}" if n == 1 else f"{n} {thing}s"
+    """ "1 case", "2 cases", "2 entries"."""
+    if n == 1:
+        return f"1 {thing}"
+    return f"{n} {thing[:-1]}ies" if thing.endswith("y") else f"{n} {thing}s"
 
 
-def rate(row: Row, side: Contestant) -> tuple[float, float, float] | None:
+def rate(row: Row, entry: Entry) -> tuple[float, float, float] | None:
     """Images a second, median and quartiles."""
-    if side.seconds is None:
+    if entry.seconds is None:
         return None
-    return row.items / side.seconds.median, row.items / side.seconds.q75, row.items / side.seconds.q25
+    return row.items / entry.seconds.median, row.items / entry.seconds.q75, row.items / entry.seconds.q25
 
 
 def score(found: Ratio, verdict: str) -> str:
@@ -97,7 +100,7 @@ def score(found: Ratio, verdict: str) -> str:
 
 
 def ends(found: Ratio, verdict: str) -> list[str]:
-    """Of the interval that the verdict rests on; empty where the results file is from before it was kept."""
+    """Both ends of the interval that the verdict rests on; empty for results files from before it was kept."""
     return [] if found.low is None else [_factor(end, verdict) for end in (found.low, found.high)]
 
 
@@ -110,7 +113,7 @@ def ratio(found: Ratio | None, verdict: str) -> str:
 
 
 def _factor(value: float, verdict: str) -> str:
-    """Two decimals; more where, of what is no tie, they would read as 1."""
+    """Two decimals; more if what is not a tie would otherwise read as 1."""
     digits = 2
     while verdict != "tie" and value != 1 and round(value, digits) == 1:
         digits += 1
@@ -118,39 +121,39 @@ def _factor(value: float, verdict: str) -> str:
 
 
 def cells(row: Row, name: str) -> dict[str, str]:
-    """One contestant as text by COLUMNS; empty where it was not measured. An op's speed is the time of a call."""
-    side = row.contestants[name]
-    found = rate(row, side)
-    fraction = row.fraction_of_floor(name)
-    speed = "" if found is None else duration(side.seconds.median) if row.op else number(found[0])
+    """One entry as text by COLUMNS; empty where it was not measured. An op's speed is the time of a call."""
+    entry = row.entries[name]
+    found = rate(row, entry)
+    fraction = row.fraction_of_bound(name)
+    speed = "" if found is None else duration(entry.seconds.median) if row.op else number(found[0])
     return {
         "by": name,
         "images/s": speed,
-        "ours/this": ratio(side.ratio, side.verdict),
-        "of floor": "" if fraction is None else percent(fraction),
-        "error": "" if side.error is None else f"{side.error:.1e}",
-        "peak MB": "" if side.peak_bytes is None else number(side.peak_bytes / 1e6),
-        "compile s": "" if side.compile_seconds is None else number(side.compile_seconds),
-        "J/image": "" if side.joules is None else number(side.joules / row.items),
+        "ours/this": ratio(entry.ratio, entry.verdict),
+        "of bound": "" if fraction is None else percent(fraction),
+        "error": "" if entry.error is None else f"{entry.error:.1e}",
+        "peak MB": "" if entry.peak_bytes is None else number(entry.peak_bytes / 1e6),
+        "compile s": "" if entry.compile_seconds is None else number(entry.compile_seconds),
+        "J/image": "" if entry.joules is None else number(entry.joules / row.items),
     }
 
 
-def aside(side: Contestant) -> str:
-    """What the columns leave out: how the contestant differs, and its other two times."""
+def aside(entry: Entry) -> str:
+    """What the columns leave out: the time of a CUDA graph and of the host, and how the entry differs."""
     parts = []
-    if side.graph:
-        beside = f", ours/this {ratio(side.graph_ratio, side.graph_verdict)}" if side.graph_ratio else ""
-        parts.append(f"CUDA graph {duration(side.graph.median)}{beside}")
-    if side.host:
-        parts.append(f"until the call returned {duration(side.host.median)}")
-    return "; ".join([*parts, side.note] if side.note else parts)
+    if entry.graph:
+        beside = f", ours/this {ratio(entry.graph_ratio, entry.graph_verdict)}" if entry.graph_ratio else ""
+        parts.append(f"CUDA graph {duration(entry.graph.median)}{beside}")
+    if entry.host:
+        parts.append(f"until the call returned {duration(entry.host.median)}")
+    return "; ".join([*parts, entry.note] if entry.note else parts)
 
 
-def outcome(side: Contestant, limit: float | None) -> str:
-    """Why a contestant has no speed, on one line."""
-    if side.status == "wrong" and not side.reason and side.error is not None and limit is not None:
-        return f"wrong: error {side.error:.1e} is more than the limit {limit:.1e}"
-    return f"{side.status}: {side.reason}" if side.reason else side.status
+def outcome(entry: Entry, limit: float | None) -> str:
+    """Why an entry has no speed, on one line."""
+    if entry.status == "wrong" and not entry.reason and entry.error is not None and limit is not None:
+        return f"wrong: error {entry.error:.1e} is more than the limit {limit:.1e}"
+    return f"{entry.status}: {entry.reason}" if entry.reason else entry.status
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -163,7 +166,7 @@ def subject(row: Row) -> str:
 
 
 def group_of(row: Row) -> str:
-    """What is compared with what: "inference", "training", or the same of single ops."""
+    """Rows of one group are summarised together: "inference", "training", or either of single ops."""
     return f"single ops, {row.mode}" if row.op else row.mode
 
 
@@ -176,7 +179,7 @@ def groups(rows: list[Row]) -> dict[str, list[Row]]:
 
 
 def versions(run: Run) -> str:
-    """ "torch 2.13.0, triton 3.7.1, fastvit 0.1.0 at 9423417": what of it the environment has."""
+    """ "torch 2.13.0, triton 3.7.1, fastvit 0.1.0 at 9423417", without what the environment lacks."""
     environment = run.environment
     found = {"torch": environment.get("torch"), "triton": environment.get("packages", {}).get("triton")}
     parts = [f"{name} {version}" for name, version in found.items() if version]
@@ -232,54 +235,54 @@ class Standing:
         return f"faster in {self.faster}, a tie in {self.ties}, slower in {self.slower}"
 
 
-def _standing(peer: str, sides: list[Contestant]) -> Standing:
-    verdicts = [side.verdict for side in sides]
+def _standing(peer: str, entries: list[Entry]) -> Standing:
+    verdicts = [entry.verdict for entry in entries]
     return Standing(
         peer,
-        statistics.geometric_mean(side.ratio.median for side in sides),
+        statistics.geometric_mean(entry.ratio.median for entry in entries),
         *(verdicts.count(verdict) for verdict in ("faster", "tie", "slower")),
     )
 
 
 def against_each(rows: list[Row]) -> list[Standing]:
     """Ours against every peer that was timed in some row, in the order of report."""
-    sides = {peer: [row.contestants[peer] for row in rows if peer in row.contestants] for peer in peers_of(rows)}
-    sides = {peer: [side for side in found if side.ratio] for peer, found in sides.items()}
-    return [_standing(peer, found) for peer, found in sides.items() if found]
+    entries = {peer: [row.entries[peer] for row in rows if peer in row.entries] for peer in peers_of(rows)}
+    entries = {peer: [entry for entry in found if entry.ratio] for peer, found in entries.items()}
+    return [_standing(peer, found) for peer, found in entries.items() if found]
 
 
 def against_the_fastest(rows: list[Row]) -> Standing | None:
     """Ours against the fastest peer of each row, whichever that is there; None where no peer was timed."""
     fastest = []
     for row in rows:
-        peers = [side for name, side in row.contestants.items() if name != OURS and side.ratio and side.seconds]
+        peers = [entry for name, entry in row.entries.items() if name != OURS and entry.ratio and entry.seconds]
         if peers:
-            fastest.append(min(peers, key=lambda side: side.seconds.median))
+            fastest.append(min(peers, key=lambda entry: entry.seconds.median))
     return _standing("the fastest peer of each case", fastest) if fastest else None
 
 
 def fractions(rows: list[Row]) -> list[float]:
-    found = [row.fraction_of_floor() for row in rows]
+    found = [row.fraction_of_bound() for row in rows]
     return [fraction for fraction in found if fraction is not None]
 
 
-def beyond_the_limit(rows: list[Row]) -> str:
-    """Which sides took less than the least time there is, and what that says; empty where none did."""
-    sides = ", ".join(f"{side} (to {percent(fraction)} of it)" for side, fraction in _beyond(timed(rows)).items())
-    return sides and (
-        f"Faster than the limit as measured: {sides}. The device can do more than the copy and PyTorch's matrix "
-        "product that measured it: distances to the limit are distances to those."
+def faster_than_bound(rows: list[Row]) -> str:
+    """A caveat that names the entries that were faster than the roofline bound; empty if none was."""
+    entries = ", ".join(f"{name} (up to {percent(fraction)} of it)" for name, fraction in _beyond(timed(rows)).items())
+    return entries and (
+        f"Faster than the roofline bound: {entries}. The device can do more than its measured peaks, those of a copy "
+        "and of PyTorch's matrix product: fractions of the bound are relative to those."
     )
 
 
 def _beyond(rows: list[Row]) -> dict[str, float]:
-    """The sides that took less than the least time there is, and the largest fraction of the limit each reached."""
+    """The names of entries that were faster than the roofline bound, and the largest fraction of it each reached."""
     found: dict[str, float] = {}
     for row in rows:
-        for side in row.contestants:
-            fraction = row.fraction_of_floor(side)
-            if fraction is not None and fraction > BEYOND_THE_LIMIT:
-                found[side] = max(fraction, found.get(side, 0.0))
+        for name in row.entries:
+            fraction = row.fraction_of_bound(name)
+            if fraction is not None and fraction > FASTER_THAN_BOUND:
+                found[name] = max(fraction, found.get(name, 0.0))
     return found
 
 
@@ -290,7 +293,7 @@ def _span(values: list[float]) -> str:
 
 
 def headline(run: Run) -> str:
-    """One sentence: how fast, against whom, on what, how close to the limit."""
+    """One sentence: how fast, against whom, on what, how close to the roofline bound."""
     for group, rows in groups(timed(run.rows)).items():
         best = against_the_fastest(rows)
         if best is None:
@@ -300,7 +303,7 @@ def headline(run: Run) -> str:
         found = fractions(rows)
         if not found or _beyond(rows):
             return f"{sentence}."
-        return f"{sentence}, and reaches {_span(found)} of the device's limit."
+        return f"{sentence}, and reaches {_span(found)} of the roofline bound."
     if timed(run.rows):
         return f"On {device(run)}, {ours_is(run)} was timed alone: no peer could take part."
     return f"On {device(run)}, nothing was timed: {_undone(run) or 'no case was run'}."
@@ -315,7 +318,7 @@ def caveats(run: Run) -> list[str]:
         left_out = run.extra.get("left_out")
         why = f", {count(len(left_out), 'case')} to fit the time limit" if left_out else ""
         found.append(f"The run did not finish: cases are missing{why}.")
-    if beyond := beyond_the_limit(run.rows):
+    if beyond := faster_than_bound(run.rows):
         found.append(beyond)
     return found
 
@@ -334,7 +337,7 @@ def answers(run: Run) -> dict[str, list[str]]:
         "Against whom?": _against_whom(by_group, run),
         "On what?": _on_what(run),
         "How sure?": _how_sure(run),
-        "How close to the limit?": _how_close(by_group, run),
+        "How close to the roofline bound?": _how_close(by_group, run),
     }
 
 
@@ -358,9 +361,9 @@ def _against_whom(by_group: dict[str, list[Row]], run: Run) -> list[str]:
             found.append(f"Our speed over theirs, {group}: {standings}.")
     absent = {}
     for name in peers_of(run.rows):
-        sides = [row.contestants[name] for row in run.rows if name in row.contestants]
-        if all(side.status == "absent" for side in sides):
-            absent[name] = sides[0].reason
+        entries = [row.entries[name] for row in run.rows if name in row.entries]
+        if all(entry.status == "absent" for entry in entries):
+            absent[name] = entries[0].reason
     if absent:
         found.append("Absent: " + "; ".join(f"{name} ({reason})" for name, reason in absent.items()) + ".")
     return found or ["No peer took part."]
@@ -373,7 +376,7 @@ def _on_what(run: Run) -> list[str]:
 
 def _how_sure(run: Run) -> list[str]:
     rows = timed(run.rows)
-    ratios = [side.ratio for row in rows for side in row.contestants.values() if side.ratio]
+    ratios = [entry.ratio for row in rows for entry in row.entries.values() if entry.ratio]
     right = sum(_right(row) for row in run.rows)
     checked = sum(row.status in ("timed", "wrong") for row in run.rows)
     found = [f"Before it was timed, our output was held against float64: {right} of {checked} cases within the limit."]
@@ -390,20 +393,21 @@ def _how_sure(run: Run) -> list[str]:
 
 
 def _right(row: Row) -> bool:
-    ours = row.contestants.get(OURS)
+    ours = row.entries.get(OURS)
     return row.status == "timed" and ours is not None and ours.status == "timed"
 
 
 def _how_close(by_group: dict[str, list[Row]], run: Run) -> list[str]:
     found = [
-        f"{group.capitalize()}: {_span(values)} of the roofline's speed."
+        f"{group.capitalize()}: {_span(values)} of the speed that the roofline bound allows."
         for group, rows in by_group.items()
         if (values := fractions(rows))
     ]
-    if not found or run.ceilings is None:
-        return ["Not known: the device's ceilings were not measured in this run."]
-    peaks = ", ".join(f"{quantity(rate, 'FLOP/s')} in {dtype}" for dtype, rate in run.ceilings.flops_per_s.items())
-    return [*found, f"Measured in the same run: {quantity(run.ceilings.bytes_per_s, 'B/s')} of a copy; {peaks}."]
+    if not found or run.peaks is None:
+        return ["Not known: the device's peaks were not measured in this run."]
+    products = ", ".join(f"{quantity(rate, 'FLOP/s')} in {dtype}" for dtype, rate in run.peaks.flops_per_s.items())
+    copy = quantity(run.peaks.bytes_per_s, "B/s")
+    return [*found, f"Peaks measured in the same run: {copy} in a copy; in matrix products {products}."]
 
 
 INTERVAL = (
@@ -412,31 +416,32 @@ INTERVAL = (
 )
 
 METHOD = (
-    "All sides of a case hold the same weights and take the same input in the same precision; what differs is said "
-    "beside the name.",
-    "Every side's output, and in training the gradients of ours, is checked against float64 before anything is timed; "
-    "a side that is wrong shows its error and no speed.",
-    "Sides run interleaved, in a fresh random order every round, after a warm-up, so that what drifts falls on all.",
+    "All entries of a case have the same weights and take the same input in the same precision; a remark says what "
+    "differs.",
+    "Every entry's output, and in training the gradients of ours, is checked against float64 before anything is timed; "
+    "an entry that is wrong shows its error and no speed.",
+    "Entries run interleaved, in a fresh random order every round, after a warm-up, so that drift affects all alike.",
     f"Times are medians with quartiles over rounds; ratios are taken round by round, then their median. {INTERVAL}",
-    "Single ops find their input out of the cache; models run as they are.",
+    "Single ops take inputs that are not in the cache; models run as they are.",
 )
-METHOD_CPU = "The clock is the system's monotonic one; the threads are pinned to the number that is said."
+METHOD_CPU = "The clock is the system's monotonic one; the number of threads is fixed to the one that is named."
 METHOD_GPU = (
-    "The clock is CUDA events, with the clocks of the GPU left alone. A call from Python is timed, and shown apart the "
-    "time until it returns on the host and the time of its CUDA graph replayed, which no host holds up."
+    "The clock is CUDA events; the GPU's frequencies are not fixed. A call from Python is timed, and separately the "
+    "time until it returns on the host, and the time of its replay as a CUDA graph, which does not wait for the host."
 )
 
 GLOSSARY = {
     "images/s": "Images a second, the median over rounds. Of a single op: the time of one call.",
-    "ours/this": "Our speed over this side's: above 1, we are faster. In brackets the ratio's interval; results "
+    "ours/this": "Our speed over this entry's: above 1, we are faster. In brackets the ratio's interval; results "
     "files from before it was kept have none.",
     "tie": "The ratio's interval holds 1: the run does not tell the two apart.",
     "CUDA graph": "Time of a call recorded once and replayed by the GPU alone: where it is much shorter, the call "
     "itself waited for Python.",
-    "of floor": "The least time that the device could take, over the time taken: 100 % is the roofline.",
-    "roofline": "The least time for the case's floating-point operations and bytes of memory, kernel by kernel, at the "
-    "matrix and copy speeds that this device reached in the same run.",
-    "error": "Relative rms error of the output against the same model in float64. Beyond the limit nothing is timed.",
+    "of bound": "The roofline bound over the time taken: 100 % is as fast as the measured peaks allow.",
+    "roofline bound": "The least time for the case's floating-point operations and bytes of memory, kernel by kernel, "
+    "at the measured peaks.",
+    "measured peaks": "What this device reached in the same run in a large copy and in large matrix products.",
+    "error": "Relative rms error of the output against the same model in float64. Above the limit nothing is timed.",
     "peak MB": "Memory that one call needs beyond weights and input, 10^6 bytes.",
     "compile s": "Time to the first answer, where something is compiled for it.",
     "J/image": "Energy of the device for one image.",

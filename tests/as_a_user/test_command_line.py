@@ -169,10 +169,10 @@ def test_a_diverged_model_is_found_out(trained, tmp_path):
 
 
 def results_with(path: Path, change) -> Path:
-    """The shipped results with the times of each contestant multiplied by change(its name)."""
+    """The shipped results with the times of each entry multiplied by change(its name)."""
     run = json.loads(RESULTS.read_text())
     for row in run["rows"]:
-        for name, side in row["contestants"].items():
+        for name, side in row["entries"].items():
             if side["seconds"]:
                 side["seconds"] |= {key: side["seconds"][key] * change(name) for key in ("median", "q25", "q75")}
     path.write_text(json.dumps(run))
@@ -202,7 +202,7 @@ def test_bench_shows_the_interval_of_each_verdict(tmp_path):
     done = run(*command)
     assert done.returncode == 0, done.stderr
     (row,) = schema.load(tmp_path / "bench.json").rows
-    ratios = {name: side for name, side in row.contestants.items() if side.ratio}
+    ratios = {name: side for name, side in row.entries.items() if side.ratio}
     assert "timm" in ratios
     for name, side in ratios.items():
         low, high = side.ratio.low, side.ratio.high
