@@ -4,7 +4,7 @@ VENV := .venv
 # numpy's and torch's threads would fight the test processes, and the interpreter's small arrays gain nothing by them.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 
-.PHONY: bench verify test test-all static gpu pages clean help
+.PHONY: bench verify test test-all static gpu host pages clean help
 
 help:
 	@echo "make bench     verify the kernels, then time ViT models beside their peers on photographs"
@@ -14,6 +14,7 @@ help:
 	@echo "               found in results/static; in about 12 minutes"
 	@echo "make gpu       all that is worth knowing on this machine's GPU, with the python3 on PATH, under 9 minutes:"
 	@echo "               OUT=folder FROM=archive COMMIT=name BUDGET=seconds MODELS=names BATCH=n STEPS=names"
+	@echo "make host      launches of a model and the host's time for them, without a GPU: benchmarks/results/host.json"
 	@echo "make pages     the pages and tables of benchmarks/results/ anew, and the table in README.md"
 	@echo "make clean     remove the environment and what was built"
 
@@ -76,6 +77,10 @@ gpu: $(PLACE)/fastvit
 		$(if $(OUT),--out "$(OUT)") $(if $(FROM),--from "$(FROM)") $(if $(COMMIT),--commit "$(COMMIT)") \
 		$(if $(BUDGET),--budget $(BUDGET)) $(if $(MODELS),--models $(MODELS)) $(if $(BATCH),--batch $(BATCH)) \
 		$(if $(STEPS),--only $(STEPS))
+
+# Python's time between launches, on a driver that does nothing. On a quiet machine.
+host: $(VENV)/.test
+	@PYTHONPATH=tests $(ONE_THREAD) $(VENV)/bin/python tests/stub_gpu/launch_ops.py host benchmarks/results/host.json
 
 pages: $(VENV)/.bench
 	@$(VENV)/bin/python -m fastvit.benchmarks.report.summary

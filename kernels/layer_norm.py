@@ -113,34 +113,41 @@ def _constants(request: Request, config: RowConfig) -> dict:
     return dict(ACC=acc, BLOCK_ROWS=config.BLOCK_ROWS, BLOCK_D=config.BLOCK_D, num_warps=config.num_warps)
 
 
-def _forward(x, weight, bias, y, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+def row_statistics(
+    x: torch.Tensor, eps: float, normalised=(None, None, None), statistics=None, config: RowConfig | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and 1/sqrt(var + eps) of each row of x (M, D): two (M,) tensors, float32 (float64 for float64).
+
+    normalised: weight (D,), bias (D,) and y (M, D), which is filled with the normalised rows. statistics: the two
+    tensors to fill; config: the one chosen for the request; made and chosen if not given.
+    """
     rows, columns = x.shape
     acc = accumulator_dtype(x.dtype)
-    mean, rstd = (torch.empty(rows, dtype=acc, device=x.device) for _ in range(2))
-    if rows:
-        kernel = "layer_norm_statistics" if y is None else "layer_norm_forward"
-        request = Request(kernel, (rows, columns), x.dtype, Rows(out_dtype=None if y is None else y.dtype))
+    weight, bias, y = normalised
+    mean, rstd = statistics or [torch.empty(rows, dtype=acc, device=x.device) for _ in range(2)]
+    if rows == 0:
+        return mean, rstd
+    kernel = "layer_norm_statistics" if y is None else "layer_norm_forward"
+    request = Request(kernel, (rows, columns), x.dtype, Rows(out_dtype=None if y is None else y.dtype))
+    if config is None:
 
-        def start(config: RowConfig) -> tuple[torch.Tensor, ...]:
-            grid = (ceil_div(rows, config.BLOCK_ROWS), 1, 1)
-            args = (x, weight, bias, y, mean, rstd, rows, columns, x.stride(0), eps)
-            launch(layer_norm_kernel, _constants, request, config, x.device, grid, args)
+        def repeat(config: RowConfig) -> tuple[torch.Tensor, ...]:
+            row_statistics(x, eps, normalised, (mean, rstd), config)
             return (mean, rstd) if y is None else (y, mean, rstd)
 
-        start(choose(request, x.device, start))
+        config = choose(request, x.device, repeat)
+    grid = (ceil_div(rows, config.BLOCK_ROWS), 1, 1)
+    args = (x, weight, bias, y, mean, rstd, rows, columns, x.stride(0), eps)
+    launch(layer_norm_kernel, _constants, request, config, x.device, grid, args)
     return mean, rstd
 
 
-def row_statistics(x: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and 1/sqrt(var + eps) of each row of x (M, D): two (M,) tensors, float32 (float64 for float64)."""
-    return _forward(x, None, None, None, eps)
-
-
-def layer_norm_forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, dtype=None):
+def layer_norm_forward(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, dtype: torch.dtype | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """x (M, D) with unit stride along D -> y (M, D) in `dtype`, x's if not given, mean (M,), rstd (M,)."""
     y = torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
-    mean, rstd = _forward(x, weight, bias, y, eps)
-    return y, mean, rstd
+    return y, *row_statistics(x, eps, (weight, bias, y))
 
 
 def layer_norm_backward(dy, x, mean, rstd, weight, dresidual=None):

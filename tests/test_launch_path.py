@@ -193,6 +193,23 @@ def test_weight_gradients_of_the_library_launch_nothing_but_a_norm(launch_ops):
                 assert launched[sample][name] == kernels, (sample, name)
 
 
+def test_the_way_from_a_block_to_its_kernels(launch_ops):
+    """Six hops, and those of the first product as docs/architecture.md lists them."""
+    ways = launch_ops("hops", STUB_GPU_COMPILE="no")
+    assert len(ways) == 7 and max(len(way) - 1 for way in ways) <= 6
+    listed = "\n".join(f"{hop}. {function}" for hop, function in enumerate(ways[1]))
+    assert listed in (TESTS.parent / "docs" / "architecture.md").read_text(), listed
+
+
+def test_the_hosts_rows(launch_ops):
+    """As many launches as the committed rows have; their times are for `make host` to compare."""
+    kept = json.loads((TESTS.parent / "benchmarks" / "results" / "host.json").read_text())["rows"]
+    found = launch_ops("host", STUB_GPU_COMPILE="no")
+    assert [row["launches"] for row in found] == [row["launches"] for row in kept]
+    assert [row["pass"] for row in found] == [row["pass"] for row in kept]
+    assert all(row["ms"] > 0 for row in (*found, *kept))
+
+
 def test_variants_by_batch_size(launch_ops):
     """Without a compiler behind: how often Triton would have called it."""
     assert launch_ops("variants", *BATCHES, STUB_GPU_COMPILE="no") == VARIANTS

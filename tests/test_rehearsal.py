@@ -62,7 +62,7 @@ def test_a_run_with_kernels_that_go_astray_and_a_second_call(environment, tmp_pa
     assert micro["finished"] and not micro["failed"]
     assert found["runbook.json"]["micro"]["starts"] >= 3
     (fatal,) = (value for name, value in found.items() if name.endswith(".attempts.json"))
-    assert any("store_activated" in name and "took the GPU" in why for name, why in fatal.items()), fatal
+    assert any("matrix activated" in name and "took the GPU" in why for name, why in fatal.items()), fatal
     assert any(name.startswith("attention_forward") and "ended the process" in why for name, why in fatal.items()), (
         fatal
     )

@@ -39,6 +39,9 @@ def _gemm_tile(request: Request, arch: Arch, sms: int) -> GemmConfig:
     left, right, epilogue, *_ = request.parts
     if request.dtype.itemsize > 2:
         config = FULL_PRECISION
+        if arch.name == "sm_100" and not (left.plain or left.transforms):
+            # Addresses of patches for a third stage spill with Triton 3.6.
+            config = FULL_PRECISION._replace(num_stages=2)
     elif request.parts.gathers:
         config = GATHERED
     elif epilogue.tiles > 2 or not arch.has_wgmma:

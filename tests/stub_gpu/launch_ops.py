@@ -5,20 +5,30 @@ the kernels. The tensors are on the CPU, the driver does nothing (see stub_gpu.p
                                        to train, and of one with each input alone; a second DTYPE: of the wide tensors
     launch_ops.py variants BATCH...    of each sample, how many kernels were compiled once it had run, forward and
                                        backward, at this and all earlier batch sizes
+    launch_ops.py hops                 of each launch of a block's forward pass, the functions of ours on the way there
+    launch_ops.py host [FILE]          of a model of 12 blocks, the launches of a pass and the host's milliseconds; also
+                                       written to FILE, as `make host` does
 """
 
 from __future__ import annotations
 
 import ctypes
 import json
+import statistics
 import sys
+import time
 from collections.abc import Callable
+from pathlib import Path
 
 import samples
 import stub_gpu
 import torch
 
-from fastvit import dispatch, use_backend
+from fastvit import create_model, dispatch, nn, use_backend
+from fastvit.environment import environment
+from fastvit.report import write_json
+
+ROOT = Path(__file__).parents[2]
 
 # What may be wider than the weights: the residual stream, images, what is added to tokens or to scores.
 WIDE = ("x", "residual", "image", "pos_embed", "prefix", "attn_bias")
@@ -93,6 +103,56 @@ def report_variants(*batches: str) -> dict[str, list[int]]:
     return found
 
 
+def report_hops() -> list[list[str]]:
+    """Each way from `nn.Block.forward`, in training, to a kernel: the functions that call each other, the kernel last."""
+    block = nn.Block(192, 3, qkv_bias=True, init_values=1e-5).bfloat16()
+    ways = []
+
+    def way(self, *args) -> None:
+        found, frame = [], sys._getframe(1)
+        while frame is not None:
+            path = Path(frame.f_code.co_filename)
+            if path.is_relative_to(ROOT) and path.relative_to(ROOT).parts[0] in ("fastvit", "kernels"):
+                found.append(f"{path.relative_to(ROOT)}: {frame.f_code.co_name}")
+            frame = frame.f_back
+        ways.append([*found[::-1], str(self)])
+
+    Recorder.__call__ = way
+    block(torch.randn(2, 21, 192, dtype=torch.bfloat16, requires_grad=True))
+    return ways
+
+
+def report_host(*file: str) -> list[dict]:
+    """Python's time in a ViT-Ti of 12 blocks and four patches, one image: what a GPU that takes none would wait for."""
+    model = create_model("vit_tiny_patch16_224", img_size=32).bfloat16()
+    images, parameters = torch.empty(1, 3, 32, 32, dtype=torch.bfloat16), list(model.parameters())
+
+    def forward() -> None:
+        with torch.inference_mode():
+            model(images)
+
+    def training() -> None:
+        torch.autograd.grad(model(images).sum(), parameters)
+
+    rows = []
+    for name, run, rounds in (("forward", forward, 50), ("forward and backward", training, 20)):
+        launches_of_pass, _ = launches(run)
+        Recorder.__call__ = stub_gpu.driver.CudaLauncher.__call__  # noting them takes time
+        seconds = []
+        for _ in range(rounds):
+            start = time.perf_counter()
+            run()
+            seconds.append(time.perf_counter() - start)
+        Recorder.__call__ = noting
+        ms = round(1e3 * statistics.median(seconds), 2)
+        rows.append({"pass": name, "launches": len(launches_of_pass), "ms": ms})
+    for path in file:
+        write_json(path, {"environment": environment("cpu"), "rows": rows})
+    return rows
+
+
+noting = Recorder.__call__
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     stub_gpu.Driver.launcher_cls = Recorder
@@ -102,5 +162,6 @@ if __name__ == "__main__":
     if what == "auto":
         dispatch.torch_without_question = lambda device_type: None
     reports = {"launches": report_launches, "auto": report_launches, "variants": report_variants}
+    reports |= {"hops": report_hops, "host": report_host}
     with use_backend("auto" if what == "auto" else "triton"):
         print(json.dumps(reports[what](*arguments), default=str))
