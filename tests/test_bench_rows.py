@@ -239,7 +239,7 @@ def test_photographs_are_classified_on_the_kernels(quick, monkeypatch):
 
     operator = inspect.getmodule(fastvit.ops.attention).FORWARD
     right = operator.of(torch.empty(0))
-    monkeypatch.setattr(operator, "of", lambda tensor: lambda *args: (right(*args)[0] * 1.1, right(*args)[1]))
+    monkeypatch.setattr(operator, "of", lambda *tensors: lambda *args: (right(*args)[0] * 1.1, right(*args)[1]))
     assert not bench.classify_interpreted(settings)["ok"]
 
 

@@ -74,7 +74,7 @@ def test_pre_activation_is_kept_only_for_a_backward_pass(trained, device, monkey
     kept = []
     operator = inspect.getmodule(ops.layer_norm_mlp).FORWARD
     forward = operator.of(torch.empty(0, device=device))
-    monkeypatch.setattr(operator, "of", lambda tensor: lambda *args: kept.append(forward(*args)) or kept[-1])
+    monkeypatch.setattr(operator, "of", lambda *tensors: lambda *args: kept.append(forward(*args)) or kept[-1])
     with torch.set_grad_enabled(trained):
         BY_NAME["layer_norm_mlp"].run(BY_NAME["layer_norm_mlp"].tensors(device=device))
     assert (kept[0][3] is not None) == trained

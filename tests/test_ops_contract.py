@@ -72,7 +72,7 @@ def test_custom_ops_pass_opcheck(sample, trained, device, monkeypatch):
     module = inspect.getmodule(getattr(ops, sample.op))
     for found in (module.FORWARD, module.BACKWARD):
         noted = lambda *args, op=found.operator: calls.append((op, args)) or op(*args)  # noqa: E731
-        monkeypatch.setattr(found, "of", lambda tensor, noted=noted: noted)
+        monkeypatch.setattr(found, "of", lambda *tensors, noted=noted: noted)
     tensors = sample.tensors(torch.float32 if trained == "all" else torch.bfloat16, device)
     if trained == "one":
         tensors = {n: t.detach().float() if n in ("x", "pos_embed") else t for n, t in tensors.items()}
@@ -86,6 +86,26 @@ def test_custom_ops_pass_opcheck(sample, trained, device, monkeypatch):
     for op, args in calls:
         args = [arg.detach() if isinstance(arg, torch.Tensor) else arg for arg in args]
         torch.library.opcheck(op, args)
+
+
+class Wrapper(torch.Tensor):
+    """As libraries have them that quantise or shard: not every one has its numbers where a tensor has them."""
+
+
+@every_op
+def test_launchers_are_called_straight_with_plain_tensors_only(sample, device, monkeypatch):
+    module = inspect.getmodule(getattr(ops, sample.op))
+    called = []
+    for found in (module.FORWARD, module.BACKWARD):
+        monkeypatch.setattr(found, "operator", lambda *a, op=found.operator, n=found.name: called.append(n) or op(*a))
+    tensors = sample.tensors(device=device)
+    expected = results(sample, tensors)
+    assert called == []
+    name = next(name for name in tensors if name.endswith(("weight", "qkv")))
+    wrapped = tensors[name].detach().as_subclass(Wrapper).requires_grad_(tensors[name].requires_grad)
+    for key, value in results(sample, {**tensors, name: wrapped}).items():
+        assert torch.equal(value.as_subclass(torch.Tensor), expected[key]), key
+    assert called == [module.FORWARD.name, module.BACKWARD.name]
 
 
 @every_op

@@ -35,15 +35,17 @@ class Operator:
         torch.library.register_fake(f"fastvit::{self.name}", fake, lib=_LIBRARY)
         self.operator = getattr(torch.ops.fastvit, self.name).default
 
-    def of(self, tensor: torch.Tensor) -> Callable:
-        """What to call for tensors like this one."""
+    def of(self, *tensors: torch.Tensor | None) -> Callable:
+        """What to call with these tensors."""
         if (
             torch.compiler.is_compiling()
-            or type(tensor) not in _PLAIN
             or torch._C._len_torch_dispatch_stack()
             or torch._C._get_tracing_state() is not None
         ):
             return self.operator
+        for tensor in tensors:
+            if tensor is not None and type(tensor) not in _PLAIN:
+                return self.operator  # a wrapper, whose memory holds something else
         return self._launch or self._resolve()
 
     def _resolve(self) -> Callable:

@@ -56,7 +56,7 @@ class AttentionFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, qkv, scale, key_padding_mask, attn_bias):
-        out, lse = FORWARD.of(qkv)(qkv, scale, key_padding_mask, attn_bias)
+        out, lse = FORWARD.of(qkv, key_padding_mask, attn_bias)(qkv, scale, key_padding_mask, attn_bias)
         ctx.save_for_backward(qkv, out, lse, key_padding_mask, attn_bias)
         ctx.scale = scale
         return out
@@ -74,7 +74,7 @@ class AttentionFunction(torch.autograd.Function):
             return dqkv, None, None, dbias
         dout = dout if dout.stride(-1) == 1 else dout.contiguous()
         given = (qkv, out, lse, ctx.scale, key_padding_mask, attn_bias, needs_bias)
-        dqkv, dbias = BACKWARD.of(dout)(dout, *given)
+        dqkv, dbias = BACKWARD.of(dout, qkv, key_padding_mask, attn_bias)(dout, *given)
         return dqkv if needs_qkv else None, None, None, dbias if needs_bias else None
 
 

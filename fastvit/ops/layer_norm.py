@@ -48,7 +48,7 @@ class LayerNormFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, eps):
-        y, mean, rstd = FORWARD.of(x)(rows(x), weight, bias, eps)
+        y, mean, rstd = FORWARD.of(x, weight, bias)(rows(x), weight, bias, eps)
         ctx.save_for_backward(x, mean, rstd, weight, bias)
         ctx.eps = eps
         return y.view(x.shape)
@@ -60,7 +60,7 @@ class LayerNormFunction(torch.autograd.Function):
         if _common.differentiating_again(dy):
             norm = partial(reference.layer_norm, eps=ctx.eps)
             return *_common.again_differentiable(norm, (x, weight, bias), needs, dy), None
-        dx, dweight, dbias = BACKWARD.of(dy)(rows(dy), rows(x), mean, rstd, weight, bias)
+        dx, dweight, dbias = BACKWARD.of(dy, x, weight, bias)(rows(dy), rows(x), mean, rstd, weight, bias)
         return *or_none((dx.view(dy.shape), dweight, dbias), needs), None
 
 

@@ -54,7 +54,9 @@ class LayerNormLinearFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, norm_weight, norm_bias, weight, bias, eps, by_library=False):
-        y, mean, rstd = FORWARD.of(x)(rows(x), norm_weight, norm_bias, weight, bias, eps)
+        y, mean, rstd = FORWARD.of(x, norm_weight, norm_bias, weight, bias)(
+            rows(x), norm_weight, norm_bias, weight, bias, eps
+        )
         ctx.save_for_backward(x, mean, rstd, norm_weight, norm_bias, weight, bias)
         ctx.eps, ctx.by_library = eps, by_library
         return y.view(*x.shape[:-1], weight.shape[0])
@@ -67,7 +69,7 @@ class LayerNormLinearFunction(torch.autograd.Function):
             function = partial(reference.layer_norm_linear, eps=ctx.eps)
             return *_common.again_differentiable(function, (x, *parameters), needs, dy), None, None
         how = (ctx.eps, ctx.by_library, [any(needs[:3]), *needs[3:]])
-        dx, *grads = BACKWARD.of(dy)(rows(dy), rows(x), mean, rstd, *parameters, *how)
+        dx, *grads = BACKWARD.of(dy, x, *parameters)(rows(dy), rows(x), mean, rstd, *parameters, *how)
         dx = dx.view(x.shape) if needs[0] else dx
         return *or_none((dx, *grads), needs), None, None
 

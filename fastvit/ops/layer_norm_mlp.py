@@ -92,7 +92,8 @@ class LayerNormMLPFunction(torch.autograd.Function):
         added = (None if residual is None else rows(residual), layer_scale, drop_path_scale, residual_is_x)
         out_dtype = sum_dtype(x if residual_is_x else residual, fc2_weight)
         how = (eps, activation, keep_preactivation, out_dtype)
-        out, mean, rstd, preactivation = FORWARD.of(x)(rows(x), *parameters, *added, *how)
+        launch = FORWARD.of(x, *parameters, residual, layer_scale, drop_path_scale)
+        out, mean, rstd, preactivation = launch(rows(x), *parameters, *added, *how)
         ctx.save_for_backward(x, mean, rstd, preactivation, *parameters, layer_scale, drop_path_scale)
         ctx.eps, ctx.activation, ctx.residual_is_x, ctx.by_library = eps, activation, residual_is_x, by_library
         ctx.residual_dtype = None if residual is None else residual.dtype
@@ -121,7 +122,7 @@ class LayerNormMLPFunction(torch.autograd.Function):
             grads = _common.again_differentiable(mlp, (x, *parameters, layer_scale), needed, dout)
         else:
             how = (ctx.eps, ctx.activation, ctx.residual_is_x, ctx.by_library, [any(needed[:3]), *needed[3:]])
-            grads = or_none(BACKWARD.of(dout)(rows(dout), rows(x), *saved, *how), needed)
+            grads = or_none(BACKWARD.of(dout, x, *saved)(rows(dout), rows(x), *saved, *how), needed)
         dx, *first, dlayer_scale = grads
         dx = dx.view(x.shape) if needed[0] else None
         dresidual = dout.to(ctx.residual_dtype) if by_input[7] else None

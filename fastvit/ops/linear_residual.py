@@ -53,7 +53,8 @@ class LinearResidualFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, residual, layer_scale, drop_path_scale, by_library=False):
         scales, out_dtype = (layer_scale, drop_path_scale), sum_dtype(residual, weight)
-        out = FORWARD.of(x)(rows(x), weight, bias, rows(residual), *scales, out_dtype)
+        launch = FORWARD.of(x, weight, bias, residual, *scales)
+        out = launch(rows(x), weight, bias, rows(residual), *scales, out_dtype)
         ctx.save_for_backward(x, weight, bias, layer_scale, drop_path_scale)
         ctx.residual_dtype, ctx.by_library = residual.dtype, by_library
         return out.view(residual.shape)
@@ -72,7 +73,7 @@ class LinearResidualFunction(torch.autograd.Function):
 
             grads = _common.again_differentiable(branch, (x, weight, bias, layer_scale), needs, dout)
         else:
-            grads = BACKWARD.of(dout)(rows(dout), rows(x), *saved, ctx.by_library, needs)
+            grads = BACKWARD.of(dout, x, *saved)(rows(dout), rows(x), *saved, ctx.by_library, needs)
             grads = or_none(grads, needs)
         dx, dweight, dbias, dlayer_scale = grads
         dx = dx.view(x.shape) if needs_x else None

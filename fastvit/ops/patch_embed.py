@@ -67,11 +67,13 @@ class PatchEmbedFunction(torch.autograd.Function):
         ctx.save_for_backward(image, weight, bias, pos_embed, prefix)
         ctx.normalisation, ctx.by_library = (mean, std), by_library
         out_dtype = _tokens_dtype(weight, pos_embed, prefix)
-        return FORWARD.of(image)(image, weight, bias, pos_embed, prefix, mean, std, out_dtype)
+        return FORWARD.of(image, weight, bias, pos_embed, prefix)(
+            image, weight, bias, pos_embed, prefix, mean, std, out_dtype
+        )
 
     @staticmethod
     def backward(ctx, dtokens):
-        needs = ctx.needs_input_grad[:5]
+        needs, saved = ctx.needs_input_grad[:5], ctx.saved_tensors
         if _common.differentiating_again(dtokens):
 
             def embed(image, weight, bias, pos_embed, prefix):
@@ -80,9 +82,9 @@ class PatchEmbedFunction(torch.autograd.Function):
                     image, weight, bias, pos_embed=pos_embed, prefix=prefix, mean=mean, std=std
                 )
 
-            return *_common.again_differentiable(embed, ctx.saved_tensors, needs, dtokens), None, None, None
+            return *_common.again_differentiable(embed, saved, needs, dtokens), None, None, None
         how = (*ctx.normalisation, ctx.by_library, list(needs))
-        grads = BACKWARD.of(dtokens)(dtokens.contiguous(), *ctx.saved_tensors, *how)
+        grads = BACKWARD.of(dtokens, *saved)(dtokens.contiguous(), *saved, *how)
         return *or_none(grads, needs), None, None, None
 
 

@@ -104,7 +104,7 @@ def report_variants(*batches: str) -> dict[str, list[int]]:
 
 
 def report_hops() -> list[list[str]]:
-    """Each way from `nn.Block.forward`, in training, to a kernel: the functions that call each other, the kernel last."""
+    """Each way from `nn.Block.forward`, in training, to a kernel: the functions that call each other, then it."""
     block = nn.Block(192, 3, qkv_bias=True, init_values=1e-5).bfloat16()
     ways = []
 
