@@ -1,6 +1,7 @@
-"""What only a GPU can tell, for `make gpu`: its limits, how fast each launch is, what its counters and driver say.
+"""What only a GPU can tell, for `make gpu`: its peaks, the time of each launch, a profiler's counters, the driver's
+facts.
 
-    python3 -m fastvit.benchmarks.on_gpu {peaks,micro,counters,launches,loaded} FOLDER SECONDS --models A,B --batch N
+python3 -m fastvit.benchmarks.on_gpu {peaks,micro,counters,launches,loaded} FOLDER SECONDS --models A,B --batch N
 
 Each writes a file into FOLDER as it goes, with "finished" when nothing is left; past SECONDS nothing new is started.
 """
@@ -35,7 +36,7 @@ from . import micro, peaks, roofline
 from .static.estimate import config_text
 
 SAVE_EVERY = 25  # kernels of `loaded`
-COUNTED = 16  # launches that a profiler counts: the longest
+COUNTED = 16  # how many launches a profiler counts, the longest ones
 # Sections of Nsight Compute, and what of them goes into the table: heading -> metric.
 SECTIONS = ("SpeedOfLight", "LaunchStats", "Occupancy", "MemoryWorkloadAnalysis", "ComputeWorkloadAnalysis",
             "SchedulerStats", "WarpStateStats")  # fmt: skip
@@ -64,9 +65,9 @@ def measure_micro(folder: Path, deadline: float, models: list[str], batch: int) 
 
 
 def loaded(folder: Path, deadline: float, models: list[str], batch: int) -> bool:
-    """loaded.json: registers of each shipped kernel, and whether it has local memory (spills, a stack), as the driver
-    loads it, beside what the static report reads off the same code. False where they differ: then the report cannot be
-    believed."""
+    """loaded.json: for each shipped kernel the registers and whether it uses local memory (spills, a stack), as the
+    driver loads it and as the static report reads them from the same code. False if they differ: then the report is
+    wrong."""
     from .static import cases, compile
 
     path, arch = folder / "loaded.json", hardware.current_arch()
@@ -83,7 +84,7 @@ def loaded(folder: Path, deadline: float, models: list[str], batch: int) -> bool
         written = {"arch": arch.name, "triton": triton.__version__, "kernels": rows, "finished": finished}
         report.write_json(path, written)
 
-    # Meanwhile Triton's cache is the report's own, so that ptxas is heard, and what it made is found again here.
+    # The report compiles in a Triton cache of its own, so that ptxas always runs; the code is reloaded from there.
     with contextlib.closing(compile.compile_all(left)) as records:
         for launch, record in zip(left, records, strict=False):
             row = {"kernel": record.kernel, "case": record.case, "options": record.options, "error": record.error}
@@ -115,8 +116,8 @@ def loaded(folder: Path, deadline: float, models: list[str], batch: int) -> bool
 
 
 def counters(folder: Path, deadline: float, models: list[str], batch: int) -> bool:
-    """counters.csv: what Nsight Compute counts of the longest launches of micro.json, each with its best config;
-    counters.json says whether it could. False where it ended badly."""
+    """counters.csv: Nsight Compute's counters for the longest launches of micro.json, each with its best config;
+    counters.json: whether that worked. False if the profiler failed or ran out of time."""
     path, seconds = folder / "counters.json", max(1.0, deadline - time.monotonic())
     if shutil.which("ncu") is None:
         print("no counters: Nsight Compute (ncu) is not on the PATH")
@@ -124,7 +125,7 @@ def counters(folder: Path, deadline: float, models: list[str], batch: int) -> bo
         return True
     command = ["ncu", "--csv", "--page", "details", "--clock-control", "none", "--profile-from-start", "off"]
     command += [part for section in SECTIONS for part in ("--section", section)]
-    # The profiler prints when the program ends: that must be in time.
+    # The profiler prints only when the program ends, so the program gets less time than the profiler.
     command += [sys.executable, "-m", "fastvit.benchmarks.on_gpu", "launches", str(folder), f"{0.6 * seconds:.0f}"]
     command += ["--models", ",".join(models), "--batch", str(batch)]
     with open(folder / "counters.csv", "w", encoding="utf-8") as out:
@@ -135,7 +136,7 @@ def counters(folder: Path, deadline: float, models: list[str], batch: int) -> bo
             status = None
         finally:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(profiler.pid, signal.SIGKILL)  # with the program that it profiles
+                os.killpg(profiler.pid, signal.SIGKILL)  # and the program that it profiles
             profiler.wait()
     counted = read_counters(folder / "counters.csv")
     rows = report.Table({"kernel": -44} | {heading: max(7, len(heading)) for heading in COUNTERS})
@@ -149,7 +150,7 @@ def counters(folder: Path, deadline: float, models: list[str], batch: int) -> bo
 
 
 def read_counters(path: Path) -> list[tuple[str, dict[str, str]]]:
-    """(kernel, {metric: value}) of each launch in Nsight Compute's CSV, which other programs' lines may precede."""
+    """(kernel, {metric: value}) of each launch in Nsight Compute's CSV, skipping other output before it."""
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), len(lines))
     found: dict[str, tuple[str, dict[str, str]]] = {}
@@ -160,16 +161,16 @@ def read_counters(path: Path) -> list[tuple[str, dict[str, str]]]:
 
 
 def launches(folder: Path, deadline: float, models: list[str], batch: int) -> bool:
-    """Launch what `counters` counts, once each, between the profiler's start and stop."""
+    """The program that `counters` profiles: each launch once, between the profiler's start and stop."""
     written = json.loads((folder / micro.FILE).read_text(encoding="utf-8"))
     longest = sorted(written["launches"], key=lambda row: -row["seconds"])[:COUNTED]
     device, arch = torch.device("cuda", torch.cuda.current_device()), hardware.current_arch()
     known, attempts = Attempts(tuned.table(device).attempts).fatal, Attempts()
-    attempts.fatal |= known  # what is fatal under a profiler is no one else's concern
+    attempts.fatal |= known  # what is fatal only under a profiler is not recorded for others
     calls = {call.op.name: call for call in calls_of(model_entry(models[0]).config, batch, micro.DTYPE, "training")}
     for op in dict.fromkeys(row["op"] for row in longest):
         best = {row["request"]: row["best"] for row in longest if row["op"] == op}
-        with torch.no_grad(), contextlib.suppress(RuntimeError):  # of a call that is known to be fatal
+        with torch.no_grad(), contextlib.suppress(RuntimeError):  # a call that is known to be fatal
             _, found = tune.launches_of(calls[op], device, arch, attempts)
             for request, (run, *_) in found.items():
                 if request.key not in best:

@@ -1,13 +1,13 @@
 """`make gpu`: what is worth knowing about a GPU, in one unattended run of a few minutes, in order of worth.
 
-    python3 benchmarks/runbook.py [--out FOLDER] [--from ARCHIVE] [--commit NAME] [--budget SECONDS]
-                                  [--models NAME,...] [--batch N] [--only STEP ...]
+python3 benchmarks/runbook.py [--out FOLDER] [--from ARCHIVE] [--commit NAME] [--budget SECONDS] [--models NAME,...]
+[--batch N] [--only STEP ...]
 
 Each step is processes of its own: one that hangs, or that a kernel left without its GPU, is ended and started again,
-goes on where it stopped and leaves out what it died of. A step gets its share of the time that is left, is asked to end
-in good order, and is interrupted, then killed, when it does not. All that is known so far lies in FOLDER, a few files
-that are written anew every few seconds: an archive of every result, gpu.log and summary.txt, which is also the last
-thing printed. A second call finds that archive, or the one of --from, and goes on. Needs no network, installs nothing.
+goes on where it stopped and leaves out what ended it. A step gets its share of the time that is left and is told when
+to stop; if it does not, it is interrupted, then killed. FOLDER holds all results so far, rewritten every few seconds:
+an archive of every result, gpu.log and summary.txt, which is also the last thing printed. A second call finds that
+archive, or the one of --from, and goes on. Needs no network, installs nothing.
 """
 
 from __future__ import annotations
@@ -34,23 +34,24 @@ from fastvit.workers import GPU_LOST
 
 ROOT = Path(__file__).resolve().parent.parent
 FASTVIT = Path(fastvit.__file__).parents[1]  # where every step finds it, too
-BUDGET = 510.0  # seconds; with what ends a process that hangs, under nine minutes
+BUDGET = 510.0  # seconds; with GRACE for a process that hangs, under nine minutes in all
 MODELS = "vit_base_patch16_224,vit_small_patch16_224,vit_large_patch16_224"
 BATCH = 256
-# Those that are strong and soon ready: max-autotune alone would take the whole time.
+# Strong peers that are soon ready: max-autotune alone would take the whole time.
 PEERS = "torch,timm,timm amp,timm compiled,compiled,sdpa flash,sdpa efficient,sdpa cudnn,flash-attn"
 GRACE = 10.0  # seconds from an interrupt to a kill
-STALL = 150.0  # seconds without a line of output, after which a process is taken to hang: the longest compilation
-PACK_SECONDS = 15.0  # how much a machine that goes away may take with it
-AGAIN, MOST_AGAIN = 15.0, 5  # seconds that must be left for a step to be started again, and how often it is
+STALL = 150.0  # seconds without output after which a process is taken to hang: longer than any compilation
+PACK_SECONDS = 15.0  # how often the archive is written: the most that is lost if the machine goes away
+AGAIN, MOST_AGAIN = 15.0, 5  # a step is restarted if this many seconds are left; the most starts of a step
 NO_GPU = 2
 
 
 @dataclass(frozen=True)
 class Step:
-    """One part of the run. share: of the time, against the shares of the steps still to come; command: what python3 is
-    given, from the results folder and the seconds after which no new work should start; result: the file that it
-    writes, whose "finished" says whether a further call has anything to add; environment: variables of its own."""
+    """One part of the run. share: of the time that is left, relative to the shares of the steps still to come; command:
+    the arguments of python3, made from the results folder and the seconds after which no new work should start; result:
+    the file that it writes, whose "finished" says whether a further call has anything to add; environment: its own
+    environment variables."""
 
     name: str
     what: str
@@ -74,7 +75,7 @@ class Step:
 
 
 def steps(models: str = MODELS, batch: int = BATCH) -> tuple[Step, ...]:
-    """The run for these models, of which the first matters most, at a batch."""
+    """The steps for these models, the most important first, at this batch."""
     from fastvit.benchmarks.cases import OPS  # which imports torch
 
     def fastvit(*arguments: str) -> Callable[[Path, float], list[str]]:
@@ -92,7 +93,7 @@ def steps(models: str = MODELS, batch: int = BATCH) -> tuple[Step, ...]:
             *("-m", "fastvit.benchmarks.on_gpu", name, str(folder), f"{seconds:.0f}", *options)
         ]
 
-    # What is verified and timed first is what a user has without tuning, and stays finished once the tables change.
+    # The first steps measure what a user has without tuning; so they also stay finished when tuning changes the table.
     untuned = {"FASTVIT_TUNING": "off"}
     first = models.partition(",")[0]
     bench = ("bench", "--resume", "--dtypes", "bf16", "--seconds", "2")
@@ -124,7 +125,7 @@ def steps(models: str = MODELS, batch: int = BATCH) -> tuple[Step, ...]:
 
 
 class Out:
-    """What a caller takes home: everything printed, in gpu.log, and all results so far, in one archive."""
+    """What a run leaves: everything that was printed, in gpu.log, and all results so far, in one archive."""
 
     def __init__(self, out: Path, name: str):
         """name: of the archive, and of the one folder in it."""
@@ -138,12 +139,12 @@ class Out:
             print(text, file=log)
 
     def unpack(self, results: Path, other: Path | None) -> None:
-        """Take up what an earlier call left: here, or in the archive `other`."""
+        """Unpack what an earlier call left: here, or in the archive `other`."""
         for archive in (self.archive, other):
             if archive is not None and archive.exists():
                 with tarfile.open(archive) as tar:
                     members = [member for member in tar.getmembers() if member.name.startswith(f"{self._name}/")]
-                    # By hand: the filters of extractall came with Python 3.10.12 and 3.11.4.
+                    # Not by extractall, whose filters came only with Python 3.10.12 and 3.11.4.
                     for member in filter(tarfile.TarInfo.isfile, members):
                         path = results / member.name.removeprefix(f"{self._name}/")
                         if not path.resolve().is_relative_to(results.resolve()):
@@ -156,8 +157,8 @@ class Out:
                 self.say(f"== {archive} is of another device or commit: nothing of it is taken up")
 
     def pack(self, results: Path, every: float = 0.0) -> None:
-        """Write the archive anew, if the last one is older than `every` seconds. every: a step may be running, and what
-        it tries just now is no finding."""
+        """Write the archive, if the last one is older than `every` seconds. With `every`, a step may be running: the
+        record of what it is trying at this moment (.trying) is left out."""
         if time.monotonic() - self._packed < every:
             return
         buffer = io.BytesIO()
@@ -165,7 +166,7 @@ class Out:
             for path in sorted(results.rglob("*")):
                 if path.is_dir() or path.name.startswith(".") or (every and path.suffix == ".trying"):
                     continue
-                with contextlib.suppress(OSError):  # gone, or replaced, as steps do
+                with contextlib.suppress(OSError):  # a step may just have removed or replaced it
                     data = path.read_bytes()
                     member = tarfile.TarInfo(f"{self._name}/{path.relative_to(results).as_posix()}")
                     member.size, member.mtime = len(data), int(time.time())
@@ -201,14 +202,15 @@ def run(
         ends = began + allowed
         while True:
             seconds = ends - time.monotonic()
-            # A case that is under way when the soft limit comes needs time to end.
+            # A case that is running at the step's own limit needs time to end.
             command = [sys.executable, *step.command(results, max(1.0, 0.85 * seconds))]
             before = step.found(results)
             variables = (os.environ if environment is None else environment) | step.environment
             status, overdue = _run(command, seconds, variables, out, lambda: out.pack(results, PACK_SECONDS))
             state |= {"status": status, "starts": state["starts"] + 1}
             done = step.finished(results)
-            # One that ended by itself and found nothing new would do so again; one that was ended knows why by now.
+            # A process that ended by itself without a new result would do so again. After one that was killed or lost
+            # the GPU, the next one knows what to leave out.
             ended = overdue or status < 0 or status == GPU_LOST
             again = not done and (ended or (status in (0, 1) and step.found(results) != before))
             if not again or state["starts"] == MOST_AGAIN or ends - time.monotonic() < max(AGAIN, 0.15 * allowed):
@@ -229,8 +231,8 @@ def run(
 def _run(
     command: list[str], seconds: float, environment: dict[str, str], out: Out, meanwhile: Callable[[], None]
 ) -> tuple[int, bool]:
-    """Run to the end, every line going to `out`: the exit status, and whether it had to be stopped, for its time was up
-    or it said nothing for too long. meanwhile: called about once a second."""
+    """Run a command, handing every line to `out`; returns its exit status, and whether it had to be stopped because its
+    time was up or it printed nothing for too long. meanwhile: called about once a second."""
     process = subprocess.Popen(command, cwd=FASTVIT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     printed = _Lines(process.stdout.fileno(), out.say)
     end, overdue = time.monotonic() + seconds, False
@@ -256,14 +258,14 @@ def _run(
 
 
 class _Lines:
-    """What a process prints, handed on line by line; heard: when it last said something."""
+    """Hands on what a process prints, line by line; heard: when it last printed."""
 
     def __init__(self, descriptor: int, say: Callable[[str], None]):
         self._descriptor, self._say, self._pending, self.heard = descriptor, say, b"", time.monotonic()
         os.set_blocking(descriptor, False)
 
     def listen(self, seconds: float) -> bool:
-        """Hand on what comes within so long; False once nothing can come any more."""
+        """Hand on what comes within `seconds`; False once the output is closed."""
         ready, _, _ = select.select([self._descriptor], [], [], seconds)
         if not ready:
             return True
@@ -275,7 +277,7 @@ class _Lines:
         return bool(text)
 
     def rest(self) -> None:
-        """Hand on what is there; what its children print after its end is not waited for."""
+        """Hand on what is there, without waiting for what child processes may still print."""
         while select.select([self._descriptor], [], [], 0)[0] and self.listen(0):
             pass
         if self._pending:
@@ -304,7 +306,7 @@ def main(arguments: list[str] | None = None) -> int:
         return _no_gpu(f"PyTorch {torch.__version__} finds no GPU")
     if options.commit:
         os.environ["FASTVIT_COMMIT"] = options.commit
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill ends it as Ctrl-C does
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGTERM ends it as Ctrl-C does
     from fastvit.benchmarks.report import gpu
 
     from fastvit.environment import environment
@@ -323,7 +325,7 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             out.unpack(results, options.before)
             write_json(results / "environment.json", facts)
-            # What is tuned here is used by the steps that follow, and lies with the results.
+            # The tuned table lies with the results, and the steps that follow use it.
             places["FASTVIT_CACHE"] = str(results / "tuned")
             states = run(todo, results, options.budget, out, os.environ | places)
             well = all(state["state"] in ("done", "kept") for state in states.values())
