@@ -191,11 +191,11 @@ def _by_name(device: str) -> dict[str, Case]:
 
 
 def use_interpreter() -> None:
-    """Let the kernels run on the CPU, repaired and guarded. Nothing may have imported Triton before."""
+    """Let the kernels run on the CPU, repaired, each launch checked. Nothing may have imported Triton before."""
     os.environ["TRITON_INTERPRET"] = "1"
     from .interpret import install
 
-    install(os.environ.get("FASTVIT_GUARD", "race"))
+    install(os.environ.get("FASTVIT_SANITIZER", "race"))
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
-"""Test set-up: on a machine without a GPU, the kernels run in the repaired and guarded interpreter.
+"""Test set-up: on a machine without a GPU, the kernels run in the repaired and sanitized interpreter.
 
-FASTVIT_GUARD=off|bounds|race chooses what the interpreter checks (race, if not said). With a GPU the kernels run on
+FASTVIT_SANITIZER=off|bounds|race chooses what the interpreter checks (race, if not said). With a GPU the kernels run on
 it, or in the interpreter as well where TRITON_INTERPRET=1 is set.
 """
 
@@ -21,6 +21,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 from fastvit.benchmarks.peers import _torchvision_shim  # noqa: E402
+from poison import poison_empty  # noqa: E402
 
 from fastvit import dispatch, use_backend  # noqa: E402
 from fastvit.dispatch import interpreting  # noqa: E402
@@ -28,7 +29,7 @@ from fastvit.dispatch import interpreting  # noqa: E402
 if interpreting():
     from fastvit.interpret import install
 
-    install(os.environ.get("FASTVIT_GUARD", "race"))
+    install(os.environ.get("FASTVIT_SANITIZER", "race"))
     # numpy's threads and torch's would fight for the cores.
     torch.set_num_threads(1)
 
@@ -60,8 +61,6 @@ def _poisoned_memory():
     if not interpreting():
         yield
         return
-    from fastvit.interpret import poison_empty
-
     with poison_empty():
         yield
 

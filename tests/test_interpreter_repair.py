@@ -304,7 +304,7 @@ def test_install_refuses_an_unknown_interpreter():
     assert f"interpreter of Triton {triton.__version__}: it has no InterpreterBuilder.create_dot" in done.stderr
 
 
-def test_install_twice_changes_nothing_and_keeps_its_guard():
+def test_install_twice_changes_nothing_and_keeps_its_sanitizer():
     code = (
         "import fastvit.interpret as i; i.install('bounds'); from triton.runtime import interpreter as t\n"
         "before = t.InterpreterBuilder.create_dot, t.GridExecutor.__call__, t._interpreter; i.install('bounds')\n"
@@ -315,6 +315,6 @@ def test_install_twice_changes_nothing_and_keeps_its_guard():
     )
     done = run_python(code, TRITON_INTERPRET="1")
     assert done.stdout.splitlines() == [
-        "install: guard 'bounds' is installed already, cannot change it to 'race'",
-        "install: unknown guard 'nonsense', expected one of off, bounds, race",
+        "install: sanitizer 'bounds' is installed already, cannot change it to 'race'",
+        "install: unknown sanitizer 'nonsense', expected one of off, bounds, race",
     ], done.stderr

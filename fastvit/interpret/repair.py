@@ -19,7 +19,7 @@ from triton.runtime import driver, interpreter
 
 _FLOAT8 = {tl.float8e4nv: (torch.float8_e4m3fn, 448.0), tl.float8e5: (torch.float8_e5m2, 57344.0)}
 
-# Everything private that the repair and the guard replace or call. Checked first, so that a Triton that renamed one
+# Everything private that the repair and the sanitizer replace or call. Checked first, so that a Triton that renamed one
 # is refused by name instead of failing, or quietly staying unrepaired, somewhere inside a kernel.
 _PRIVATE = {
     "": [

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -239,50 +240,33 @@ def gemm_launch(grid, metadata, args: dict) -> dict:
     return _metrics(metadata, f"{made_of}, M={m} N={n} K={k}", cost, args["DTYPE"].primitive_bitwidth // 8)
 
 
-def _attention_launch(metadata, args: dict, of_op, *others) -> dict:
+def _attention_launch(of_op, grid, metadata, args: dict) -> dict:
     qkv = args["qkv_ptr"]
     batch, tokens, _, heads, head_dim = qkv.shape
+    others = (args.get(name) for name in ("mask_ptr", "bias_ptr", "dbias_ptr"))
     cost = of_op(batch, tokens, heads, head_dim, qkv.element_size()) + Cost(0.0, _matrix_bytes(*others))
     about = f"B={batch} N={tokens} H={heads} d={head_dim}"
     return _metrics(metadata, about, cost, qkv.element_size())
 
 
-def attention_launch(grid, metadata, args: dict) -> dict:
-    """`launch_metadata` of `attention.attention_kernel`."""
-    return _attention_launch(metadata, args, attention_forward, args["mask_ptr"], args["bias_ptr"])
+# `launch_metadata` of the three kernels of attention.
+attention_launch = partial(_attention_launch, attention_forward)
+attention_backward_dq_launch = partial(_attention_launch, attention_backward_dq)
+attention_backward_dkdv_launch = partial(_attention_launch, attention_backward_dkdv)
 
 
-def attention_backward_dq_launch(grid, metadata, args: dict) -> dict:
-    """`launch_metadata` of `attention.attention_backward_dq_kernel`."""
-    others = (args[name] for name in ("mask_ptr", "bias_ptr", "dbias_ptr"))
-    return _attention_launch(metadata, args, attention_backward_dq, *others)
-
-
-def attention_backward_dkdv_launch(grid, metadata, args: dict) -> dict:
-    """`launch_metadata` of `attention.attention_backward_dkdv_kernel`."""
-    return _attention_launch(metadata, args, attention_backward_dkdv, args["mask_ptr"], args["bias_ptr"])
-
-
-def _rows_launch(metadata, x, of_op, **options) -> dict:
+def _rows_launch(matrices, grid, metadata, args: dict) -> dict:
+    """matrices: of args, those that a row-wise kernel reads or writes."""
+    x = args["x_ptr"]
     rows, columns = x.shape
-    cost = of_op(rows, columns, x.element_size(), **options)
-    return _metrics(metadata, f"rows={rows} columns={columns}", cost, x.element_size())
+    moved = sum(args[name] is not None for name in matrices) * rows * columns * x.element_size()
+    return _metrics(metadata, f"rows={rows} columns={columns}", Cost(0.0, moved), x.element_size())
 
 
-def layer_norm_launch(grid, metadata, args: dict) -> dict:
-    """`launch_metadata` of `layer_norm.layer_norm_kernel`."""
-    return _rows_launch(metadata, args["x_ptr"], row_statistics if args["y_ptr"] is None else layer_norm_forward)
-
-
-def layer_norm_backward_launch(grid, metadata, args: dict) -> dict:
-    """`launch_metadata` of `layer_norm.layer_norm_backward_kernel`."""
-    residual = args["dresidual_ptr"] is not None
-    return _rows_launch(metadata, args["x_ptr"], layer_norm_backward, residual=residual)
-
-
-def column_sum_launch(grid, metadata, args: dict) -> dict:
-    """`launch_metadata` of `reduce.column_sum_kernel`."""
-    return _rows_launch(metadata, args["x_ptr"], column_sum)
+# `launch_metadata` of the row-wise kernels.
+layer_norm_launch = partial(_rows_launch, ("x_ptr", "y_ptr"))
+layer_norm_backward_launch = partial(_rows_launch, ("dy_ptr", "x_ptr", "dx_ptr", "dresidual_ptr"))
+column_sum_launch = partial(_rows_launch, ("x_ptr",))
 
 
 # ---- Estimates ---------------------------------------------------------------------------------------------------
@@ -377,9 +361,9 @@ def gemm_seconds(
     compute = _seconds_of_programs(tiles, ceil_div(depth, config.BLOCK_K), step, config, arch, shared, sms)
     if config.SPLIT_K == 1:
         return max(compute, _memory_seconds(gemm(m, n, k, itemsize).bytes, arch)) + LAUNCH_SECONDS
-    partial = m * n * _wide(itemsize)
-    moved = (m * k + k * n) * itemsize + config.SPLIT_K * partial
-    reduction = _memory_seconds((config.SPLIT_K + 1) * partial, arch)
+    part = m * n * _wide(itemsize)
+    moved = (m * k + k * n) * itemsize + config.SPLIT_K * part
+    reduction = _memory_seconds((config.SPLIT_K + 1) * part, arch)
     return max(compute, _memory_seconds(moved, arch)) + reduction + 2 * LAUNCH_SECONDS
 
 

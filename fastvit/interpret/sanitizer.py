@@ -209,7 +209,7 @@ def _views(name: str, argument) -> list[_View]:
     return [_View(name, argument)] if isinstance(argument, torch.Tensor) and argument.numel() else []
 
 
-class _GuardedMemory:
+class _CheckedMemory:
     """Triton's native load and store functions, each access checked against the launch under way first."""
 
     def __init__(self, native) -> None:
@@ -244,16 +244,16 @@ def _poison(dtype: np.dtype, triton_dtype: tl.dtype):
     return True if dtype.kind == "b" else np.iinfo(dtype).max
 
 
-def install(races: bool) -> None:
-    """Guard every launch in the interpreter, which `repair` must have checked, for the rest of the process."""
-    memory = interpreter._interpreter = _GuardedMemory(interpreter._interpreter)
+def sanitize_launches(races: bool) -> None:
+    """Check every launch in the interpreter, which `repair` must have checked, for the rest of the process."""
+    memory = interpreter._interpreter = _CheckedMemory(interpreter._interpreter)
     builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
     builder.set_grid_idx = _counting_programs(builder.set_grid_idx, memory)
     builder.create_masked_load = _leaving_undefined(builder.create_masked_load)
-    executor.__call__ = _guarded(executor.__call__, memory, races)
+    executor.__call__ = _sanitized(executor.__call__, memory, races)
 
 
-def _counting_programs(original, memory: _GuardedMemory):
+def _counting_programs(original, memory: _CheckedMemory):
     def set_grid_idx(self, x, y, z):
         memory.launch.programs.append((x, y, z))
         original(self, x, y, z)
@@ -275,7 +275,7 @@ def _leaving_undefined(original):
     return create_masked_load
 
 
-def _guarded(original, memory: _GuardedMemory, races: bool):
+def _sanitized(original, memory: _CheckedMemory, races: bool):
     @functools.wraps(original)
     def call(self, *args, **kwargs):
         arguments = [*zip(self.arg_names, args, strict=False), *kwargs.items()]

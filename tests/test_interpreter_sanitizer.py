@@ -10,17 +10,17 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from poison import poison_empty
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastvit.dispatch import interpreting
 
 if not interpreting():
     pytest.skip("tests Triton's interpreter", allow_module_level=True)
-if os.environ.get("FASTVIT_GUARD", "race") != "race":
-    pytest.skip("tests the guard 'race'", allow_module_level=True)
+if os.environ.get("FASTVIT_SANITIZER", "race") != "race":
+    pytest.skip("tests the sanitizer 'race'", allow_module_level=True)
 
-from fastvit.interpret import poison_empty
-from fastvit.interpret.guard import KernelFault
+from fastvit.interpret.sanitizer import KernelFault
 
 
 @triton.jit
@@ -255,7 +255,7 @@ def test_nothing_may_meet_a_store(second):
 
 
 def test_a_race_with_one_of_very_many_reads(monkeypatch):
-    monkeypatch.setattr("fastvit.interpret.guard._KEPT_READS", 10)
+    monkeypatch.setattr("fastvit.interpret.sanitizer._KEPT_READS", 10)
     test_a_program_stores_what_an_earlier_one_loaded()
 
 
@@ -327,9 +327,9 @@ def test_masked_off_lanes_without_other_are_undefined(dtype):
     assert out[:10].eq(1).all() and out[10:].isnan().all()
 
 
-RUN_GUARDED = """
+RUN_SANITIZED = """
 import fastvit.interpret, torch, triton, triton.language as tl
-fastvit.interpret.install({guard!r})
+fastvit.interpret.install({sanitizer!r})
 @triton.jit
 def kernel(x_ptr, BLOCK: tl.constexpr):
     tl.store(x_ptr + tl.arange(0, BLOCK), 1.0)
@@ -343,11 +343,11 @@ for programs, length in ((2, 32), (1, 31)):
 
 
 @pytest.mark.parametrize(
-    "guard, found", [("off", ["passed", "passed"]), ("bounds", ["passed", "bounds"]), ("race", ["race", "bounds"])]
+    "sanitizer, found", [("off", ["passed", "passed"]), ("bounds", ["passed", "bounds"]), ("race", ["race", "bounds"])]
 )
-def test_levels(guard, found, tmp_path):
+def test_levels(sanitizer, found, tmp_path):
     script = tmp_path / "script.py"
-    script.write_text(RUN_GUARDED.format(guard=guard))
+    script.write_text(RUN_SANITIZED.format(sanitizer=sanitizer))
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
     assert done.stdout.split() == found, done.stderr
