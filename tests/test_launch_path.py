@@ -193,6 +193,18 @@ def test_weight_gradients_of_the_library_launch_nothing_but_a_norm(launch_ops):
                 assert launched[sample][name] == kernels, (sample, name)
 
 
+def test_a_second_launch_is_handed_what_the_first_was(launch_ops):
+    """By ourselves, but where a kernel or Triton may be another, or somebody listens: grid, kernel, every argument."""
+    found = launch_ops("replays", STUB_GPU_COMPILE="no")
+    backward = {name: len(table["forward"]) + len(table["backward"]) for name, table in LAUNCHES.items()}
+    assert {name: found.pop(name) for name in LAUNCHES} == {name: [n, n, n] for name, n in backward.items()}
+    assert found == {
+        "a profiler": [2, 2, 0],
+        "an address that 16 does not divide": [2, 2, 0],
+        "a Triton that is not known": [2, 2, 0],
+    }
+
+
 def test_the_way_from_a_block_to_its_kernels(launch_ops):
     """Six hops, and those of the first product as docs/architecture.md lists them."""
     ways = launch_ops("hops", STUB_GPU_COMPILE="no")

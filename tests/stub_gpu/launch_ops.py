@@ -5,6 +5,8 @@ the kernels. The tensors are on the CPU, the driver does nothing (see stub_gpu.p
                                        to train, and of one with each input alone; a second DTYPE: of the wide tensors
     launch_ops.py variants BATCH...    of each sample, how many kernels were compiled once it had run, forward and
                                        backward, at this and all earlier batch sizes
+    launch_ops.py replays              of each sample, the launches of a second pass that are handed what Triton's own
+                                       launches of the first were, and those that Triton makes itself
     launch_ops.py hops                 of each launch of a block's forward pass, the functions of ours on the way there
     launch_ops.py host [FILE]          of a model of 12 blocks, the launches of a pass and the host's milliseconds; also
                                        written to FILE, as `make host` does
@@ -103,6 +105,68 @@ def report_variants(*batches: str) -> dict[str, list[int]]:
     return found
 
 
+def addresses(value):
+    """What a launcher was given, a tensor as its address."""
+    if isinstance(value, torch.Tensor):
+        return value.data_ptr()
+    if isinstance(value, tuple):
+        return tuple(map(addresses, value))
+    return getattr(value, "value", value)  # of a tl.constexpr
+
+
+def has_tensors(value) -> bool:
+    return isinstance(value, torch.Tensor) or isinstance(value, tuple) and any(map(has_tensors, value))
+
+
+def report_replays() -> dict[str, list[int]]:
+    """[launches, those of the second pass with the same arguments, those of them without a tensor], and of a second
+    pass under other conditions."""
+    from fastvit.kernels.launch import launcher
+
+    given, made = [], []
+
+    def note(self, *args) -> None:
+        *grid, stream, function, metadata, _, _, _ = args[:9]
+        given.append((grid, stream, function, metadata, addresses(args[9:]), has_tensors(args[9:])))
+
+    def same_memory(make, again):
+        """torch's function, giving the same tensors in the same order the second time."""
+        return lambda *args, **how: again.pop(0) if again else made.append(make(*args, **how)) or made[-1]
+
+    def both_passes(sample, tensors, between=lambda: None) -> list[int]:
+        launcher._prepared.clear()
+        makers, seen, again = (torch.empty, torch.empty_like), [], []
+        made.clear()
+        torch.empty, torch.empty_like = (same_memory(make, again) for make in makers)
+        for _ in range(2):
+            given.clear()
+            out = sample.run(tensors)
+            samples.gradients(out, tensors, upstream.setdefault(sample.name, makers[1](out).fill_(1)))
+            seen.append(given.copy())
+            again[:] = made
+            between()
+        torch.empty, torch.empty_like = makers
+        first, second = seen
+        alike = sum(one[:5] == other[:5] for one, other in zip(first, second, strict=True))
+        assert all(tensors for *_, tensors in first)
+        return [len(first), alike, sum(not tensors for *_, tensors in second)]
+
+    Recorder.__call__ = note
+    upstream, found = {}, {}
+    for sample in samples.SAMPLES:
+        found[sample.name] = both_passes(sample, sample.tensors(torch.bfloat16))
+    (norm,) = (sample for sample in samples.SAMPLES if sample.name == "layer_norm")
+    tensors = norm.tensors(torch.bfloat16)
+    hooks, heard = launcher.knobs.runtime.launch_enter_hook, []
+    found["a profiler"] = both_passes(norm, tensors, lambda: hooks.add(heard.append))
+    hooks.remove(heard.append)
+    odd = torch.empty(25, dtype=torch.bfloat16)[1:].copy_(tensors["weight"].detach()).requires_grad_()
+    found["an address that 16 does not divide"] = both_passes(norm, {**tensors, "weight": odd})
+    launcher._KNOWN = False
+    found["a Triton that is not known"] = both_passes(norm, tensors)
+    return found
+
+
 def report_hops() -> list[list[str]]:
     """Each way from `nn.Block.forward`, in training, to a kernel: the functions that call each other, then it."""
     block = nn.Block(192, 3, qkv_bias=True, init_values=1e-5).bfloat16()
@@ -162,6 +226,6 @@ if __name__ == "__main__":
     if what == "auto":
         dispatch.torch_without_question = lambda device_type: None
     reports = {"launches": report_launches, "auto": report_launches, "variants": report_variants}
-    reports |= {"hops": report_hops, "host": report_host}
+    reports |= {"replays": report_replays, "hops": report_hops, "host": report_host}
     with use_backend("auto" if what == "auto" else "triton"):
         print(json.dumps(reports[what](*arguments), default=str))
