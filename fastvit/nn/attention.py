@@ -110,9 +110,10 @@ class Attention(nn.Module):
 
     def dropout_p(self) -> float:
         """The rate that the op applies in attn_drop's stead. Raises TypeError for a module it cannot stand in for."""
-        if type(self.attn_drop) not in (nn.Dropout, nn.Identity):
-            raise TypeError(f"attn_drop is {type(self.attn_drop).__name__}, expected nn.Dropout or nn.Identity")
-        return self.attn_drop.p if type(self.attn_drop) is nn.Dropout and dropout_active(self.attn_drop) else 0.0
+        drop = self.attn_drop
+        if type(drop) not in (nn.Dropout, nn.Identity):
+            raise TypeError(f"attn_drop is {type(drop).__name__}, expected nn.Dropout or nn.Identity")
+        return drop.p if type(drop) is nn.Dropout and dropout_active(drop) else 0.0
 
     def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False) -> torch.Tensor:
         """x (B, N, D) -> (B, N, dim_out).
