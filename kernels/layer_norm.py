@@ -150,7 +150,14 @@ def layer_norm_forward(
     return y, *row_statistics(x, eps, (weight, bias, y))
 
 
-def layer_norm_backward(dy, x, mean, rstd, weight, dresidual=None):
+def layer_norm_backward(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    weight: torch.Tensor,
+    dresidual: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dy (M, D), x (M, D), dresidual (M, D) or None, each with unit stride along D -> dx (M, D) in x's dtype, dweight
     (D,) and dbias (D,) in weight's dtype, summed in float32 (float64 for float64)."""
     rows, columns = x.shape

@@ -22,27 +22,27 @@ class FeatureInfo(list):
         """The dicts, under timm's name."""
         return self
 
-    def get(self, key: str, idx: int | Sequence[int] | None = None):
+    def get(self, key: str, idx: int | Sequence[int] | None = None) -> object:
         """`key` of the block numbered idx, or a list: of the blocks in idx, or for None of those in out_indices."""
         if isinstance(idx, int):
             return self[idx][key]
         return [self[index][key] for index in (self.out_indices if idx is None else idx)]
 
-    def get_dicts(self, keys: Sequence[str] | None = None, idx: int | Sequence[int] | None = None):
+    def get_dicts(self, keys: Sequence[str] | None = None, idx: int | Sequence[int] | None = None) -> dict | list[dict]:
         """As `get`, with a dict of `keys`, or of all of them for None, for each block."""
         if isinstance(idx, int):
             return self[idx] if keys is None else {key: self[idx][key] for key in keys}
         return [self.get_dicts(keys, index) for index in (self.out_indices if idx is None else idx)]
 
-    def channels(self, idx: int | Sequence[int] | None = None):
+    def channels(self, idx: int | Sequence[int] | None = None) -> int | list[int]:
         """Channels of the maps; idx as `get` has it."""
         return self.get("num_chs", idx)
 
-    def reduction(self, idx: int | Sequence[int] | None = None):
+    def reduction(self, idx: int | Sequence[int] | None = None) -> int | list[int]:
         """Pixels of the image per pixel of the maps; idx as `get` has it."""
         return self.get("reduction", idx)
 
-    def module_name(self, idx: int | Sequence[int] | None = None):
+    def module_name(self, idx: int | Sequence[int] | None = None) -> str | list[str]:
         """Names of the modules that give the maps; idx as `get` has it."""
         return self.get("module", idx)
 

@@ -228,7 +228,9 @@ class VisionTransformer(nn.Module):
                 tokens = self._run_block(block, tokens, attn_mask, is_causal)
         return _normalise(self.norm, tokens)
 
-    def forward_head(self, x: torch.Tensor, pre_logits: bool = False):
+    def forward_head(
+        self, x: torch.Tensor, pre_logits: bool = False
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Tokens x (B, P + N, D) of `forward_features` -> logits (B, num_classes), or with pre_logits, and where there
         is no classifier, the pooled features (B, D); for global_pool "" both are per token.
 
@@ -264,7 +266,7 @@ class VisionTransformer(nn.Module):
         attn_mask: torch.Tensor | None = None,
         is_causal: bool = False,
         masks: torch.Tensor | None = None,
-    ):
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Images x (B, C, H, W) -> what `forward_head` gives; the masks as `forward_features` has them."""
         return self.forward_head(self.forward_features(x, attn_mask, is_causal, masks=masks))
 
@@ -280,7 +282,7 @@ class VisionTransformer(nn.Module):
         output_dict: bool = False,
         attn_mask: torch.Tensor | None = None,
         is_causal: bool = False,
-    ):
+    ) -> list | tuple[torch.Tensor, list] | dict:
         """Outputs of chosen blocks, in order: (forward_features' tokens, list), or the list with intermediates_only.
 
         indices: the last n blocks for an int, every block for None, else block numbers (negative from the end). Each
@@ -393,7 +395,7 @@ class VisionTransformer(nn.Module):
         for info in self.feature_info:
             info["reduction"] = self.patch_embed.feat_ratio()
 
-    def get_classifier(self):
+    def get_classifier(self) -> nn.Module | tuple[nn.Module, nn.Module]:
         """The classifier, or the pair (head, head_dist) of a distilled model."""
         return (self.head, self.head_dist) if self.config.distilled else self.head
 

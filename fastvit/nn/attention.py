@@ -10,7 +10,9 @@ from fastvit import ops
 from .layers import check_input, check_positive, check_rate, dropout_active, refuse_scripting, traced
 
 
-def masks(attn_mask, is_causal: bool, batch: int, num_heads: int, tokens: int, like: torch.Tensor):
+def masks(
+    attn_mask: torch.Tensor | None, is_causal: bool, batch: int, num_heads: int, tokens: int, like: torch.Tensor
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """(key_padding_mask, attn_bias) of `fastvit.ops.attention` for timm's mask arguments, the bias where it has to be
     made in the dtype and on the device of `like`. Raises as `Attention.forward` says."""
     if attn_mask is None:
