@@ -23,6 +23,7 @@ import torch
 from . import dispatch, report, tuned
 from .attempts import Attempts, GpuLost, gpu_is_lost
 from .decide import Clock, CudaClock, Run, measure
+from .examples import Draw
 from .kernels.launch import choice, cost, hardware
 from .kernels.launch.absent import target_of, without_gpu
 from .kernels.launch.request import Config, Request
@@ -121,18 +122,15 @@ class Work:
 
 
 def _random(device: torch.device) -> Callable:
-    """Random tensors of an op, weights scaled by their inputs; the process's own generators are left alone."""
+    """Random tensors of an op; the process's own generators are left alone."""
     generator = torch.Generator(device).manual_seed(0)
 
     def make(shape, dtype, name):
-        tensor = torch.empty(shape, dtype=dtype, device=device)
-        if dtype == torch.bool:
-            tensor.bernoulli_(0.9, generator=generator)[:, 0] = True  # a mask that leaves every query a key
-            return tensor
-        if not dtype.is_floating_point:
-            return tensor.random_(0, 256, generator=generator)
-        tensor.normal_(generator=generator)
-        return tensor.mul_(math.prod(shape[1:]) ** -0.5) if name.endswith("weight") and len(shape) > 1 else tensor
+        if dtype == torch.bool:  # a mask that leaves every query a key
+            mask = torch.rand(shape, generator=generator, device=device) < 0.9
+            mask[:, 0] = True
+            return mask
+        return Draw(dtype, str(device), generator)(name, *shape)
 
     return make
 

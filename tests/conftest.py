@@ -33,6 +33,7 @@ if interpreting():
     # numpy's threads and torch's would fight for the cores.
     torch.set_num_threads(1)
 
+from tuning import auto, table  # noqa: E402, F401
 
 # timm and transformers import torchvision.
 _torchvision_shim.install()

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import pytest
 import torch
 
 import fastvit
@@ -80,6 +81,8 @@ SAMPLES = [
     ),
 ]
 BY_NAME = {sample.name: sample for sample in SAMPLES}
+every_op = pytest.mark.parametrize("sample", SAMPLES, ids=str)
+HALF = [torch.bfloat16, torch.float16]
 
 
 def bad_call(name: str, changes: dict):

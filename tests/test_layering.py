@@ -55,8 +55,8 @@ LAYERS = {
         ("fastvit.attempts", "fastvit.graphs", "fastvit.measure", "fastvit.report"), others=("torch",)
     ),
     "fastvit.tune": Layer(
-        ("fastvit.attempts", "fastvit.decide", "fastvit.dispatch", "fastvit.kernels", "fastvit.report",
-         "fastvit.tuned"),
+        ("fastvit.attempts", "fastvit.decide", "fastvit.dispatch", "fastvit.examples", "fastvit.kernels",
+         "fastvit.report", "fastvit.tuned"),
         others=("torch",),
     ),
     # They have the tuner, which knows ops by what dispatch says of them, called for what nobody measured yet.
