@@ -258,8 +258,6 @@ OPS: dict[str, Op] = {}  # every op, by name; filled as the ops are made
 def choose(op: Op, args: tuple) -> tuple[Callable[..., torch.Tensor], tuple]:
     """What runs a call of `op`, and the arguments that it takes. Raises what the op's check raises, and RuntimeError
     with every reason where "triton" was asked for and the kernels cannot take the call."""
-    if _watcher is not None:
-        _watcher(op, args)
     alike = _alike(op, args)
     try:
         decision = None if alike is None else _decisions.get(alike)
@@ -278,6 +276,8 @@ def choose(op: Op, args: tuple) -> tuple[Callable[..., torch.Tensor], tuple]:
             if len(_decisions) >= REMEMBERED:
                 _decisions.clear()
             _decisions[alike] = decision
+    if _watcher is not None:
+        _watcher(op, args)
     run, how = decision
     return run, args if how is None else op.prepare(*args, **how)
 
@@ -304,7 +304,7 @@ def _alike(op: Op, args: tuple) -> tuple | None:
     parts: list = [op.name, torch.is_grad_enabled(), transforming()]
     for value in args:
         kind = type(value)
-        if kind in _PLAIN:
+        if kind in _PLAIN and value.layout is torch.strided:
             parts += (value.shape, value.dtype, value.device, value.requires_grad, value.is_contiguous())
             if value is first:
                 parts.append("first")

@@ -64,7 +64,8 @@ def layer_norm_backward_kernel(
     weight_ptr,  # (columns,)
     dresidual_ptr,  # (rows, columns), unit stride along the columns: the gradient that reaches x past the norm; or None
     dx_ptr,  # (rows, columns) contiguous
-    partial_ptr,  # (parts, 2, columns) contiguous: the gradients of weight and bias
+    dweight_ptr,  # (parts, columns) contiguous
+    dbias_ptr,  # (parts, columns) contiguous
     rows,
     columns,
     stride_dy,
@@ -103,9 +104,9 @@ def layer_norm_backward_kernel(
         if dresidual_ptr is not None:
             dx += tl.load(dresidual_ptr + (row * stride_dresidual + j[None, :]), mask=mask, other=0.0).to(ACC)
         tl.store(dx_ptr + (row * columns + j[None, :]), dx.to(dx_ptr.dtype.element_ty), mask=mask)
-    partial_ptr += part.to(tl.int64) * 2 * columns
-    tl.store(partial_ptr + j, tl.sum(dweight, axis=0).to(partial_ptr.dtype.element_ty), mask=column_ok)
-    tl.store(partial_ptr + columns + j, tl.sum(dbias, axis=0).to(partial_ptr.dtype.element_ty), mask=column_ok)
+    out = part.to(tl.int64) * columns + j
+    tl.store(dweight_ptr + out, tl.sum(dweight, axis=0).to(dweight_ptr.dtype.element_ty), mask=column_ok)
+    tl.store(dbias_ptr + out, tl.sum(dbias, axis=0).to(dbias_ptr.dtype.element_ty), mask=column_ok)
 
 
 def _constants(request: Request, config: RowConfig) -> dict:
@@ -156,26 +157,28 @@ def layer_norm_backward(
     mean: torch.Tensor,
     rstd: torch.Tensor,
     weight: torch.Tensor,
+    bias: torch.Tensor,
     dresidual: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dy (M, D), x (M, D), dresidual (M, D) or None, each with unit stride along D -> dx (M, D) in x's dtype, dweight
-    (D,) and dbias (D,) in weight's dtype, summed in float32 (float64 for float64)."""
+    (D,) and dbias (D,) in weight's and bias's, summed in float32 (float64 for float64)."""
     rows, columns = x.shape
     acc = accumulator_dtype(x.dtype)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if rows == 0:
-        return dx, *torch.zeros(2, columns, dtype=weight.dtype, device=x.device).unbind()
+        return dx, *(torch.zeros(columns, dtype=dtype, device=x.device) for dtype in (weight.dtype, bias.dtype))
 
     request = Request("layer_norm_backward", (rows, columns), x.dtype, Rows(residual=dresidual is not None))
 
     def start(config: RowConfig) -> tuple[torch.Tensor, ...]:
         stretch = rows_per_program("layer_norm_backward", rows, config.BLOCK_ROWS)
         parts = ceil_div(rows, stretch)
-        partial = partial_sums(parts, (2, columns), acc, weight.dtype, x.device)
+        # Two tensors: gradients must not share memory.
+        sums = [partial_sums(parts, (columns,), acc, dtype, x.device) for dtype in (weight.dtype, bias.dtype)]
         strides = (dy.stride(0), x.stride(0), 0 if dresidual is None else dresidual.stride(0))
-        matrices = (dy, x, mean, rstd, weight, dresidual, dx, partial)
+        matrices = (dy, x, mean, rstd, weight, dresidual, dx, *sums)
         args = (*matrices, rows, columns, *strides, stretch)
         launch(layer_norm_backward_kernel, _constants, request, config, x.device, (parts, 1, 1), args)
-        return dx, *total(partial, parts, weight.dtype).unbind()
+        return dx, total(sums[0], parts, weight.dtype), total(sums[1], parts, bias.dtype)
 
     return start(choose(request, x.device, start))

@@ -54,7 +54,7 @@ def layer_norm_linear_backward(
     needs: three bools: the input and norm parameters, the weight, the bias; None for each that is not needed.
     by_library: the gradient of the weight by the library's product, of a normalised tensor written for it.
     dresidual (M, D): added to the gradient of x. Returns dx (M, D) in x's dtype, dnorm_weight, dnorm_bias in
-    norm_weight's, dweight and dbias in weight's, all sums made in float32 (float64 for float64).
+    their parameters' dtypes, dweight and dbias in weight's, all sums made in float32 (float64 for float64).
     """
     needs_norm, needs_weight, needs_bias = needs
     rows, outputs = dy.shape
@@ -74,6 +74,6 @@ def layer_norm_linear_backward(
         shape = (rows, inputs, outputs)
         gemm.launch(MATRIX, plain(dy), MATRIX, plain(weight), INPUT_GRADIENT, (dnormalised,), shape, weight.dtype)
         dx, dnorm_weight, dnorm_bias = layer_norm.layer_norm_backward(
-            dnormalised, x, mean, rstd, norm_weight, dresidual
+            dnormalised, x, mean, rstd, norm_weight, norm_bias, dresidual
         )
     return dx, dnorm_weight, dnorm_bias, dweight, dbias

@@ -227,7 +227,7 @@ def test_every_kernel_tells_its_cost(monkeypatch, device):
         attention.attention_backward(out, qkv, out, lse, 0.25, mask, bias, needs_bias=True)
         x, vector = tensor(10, 32), tensor(32)
         y, mean, rstd = layer_norm.layer_norm_forward(x, vector, vector, 1e-6)
-        layer_norm.layer_norm_backward(y, x, mean, rstd, vector, dresidual=x)
+        layer_norm.layer_norm_backward(y, x, mean, rstd, vector, vector, dresidual=x)
         reduce.column_sum(tensor(10, 32, dtype=torch.float64))
         gemm.weight_gradient(x, gemm.SCALED, (x, None, None, 1, 32), 32, BF16, wide=True)
     for launch in caught:

@@ -200,6 +200,7 @@ def test_a_second_launch_is_handed_what_the_first_was(launch_ops):
     assert {name: found.pop(name) for name in LAUNCHES} == {name: [n, n, n] for name, n in backward.items()}
     assert found == {
         "a profiler": [2, 2, 0],
+        "a hook": [2, 2, 0],
         "an address that 16 does not divide": [2, 2, 0],
         "a Triton that is not known": [2, 2, 0],
     }

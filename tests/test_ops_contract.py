@@ -105,6 +105,41 @@ def test_launchers_are_called_straight_with_plain_tensors_only(sample, device, m
 
 
 @every_op
+def test_gradients_share_no_memory(sample, device):
+    """So that they may be accumulated, clipped and scaled in place."""
+    tensors = sample.tensors(device=device)
+    out = sample.run(tensors)
+    if "pos_embed" in tensors:  # positions of the prefix rows, too: one sum holds both gradients
+        tensors["pos_embed"] = torch.randn(*out.shape[1:], device=device, requires_grad=True)
+        out = sample.run(tensors)
+    found = torch.autograd.grad(out.square().sum(), [tensor for tensor in tensors.values() if tensor.requires_grad])
+    assert len({grad.untyped_storage().data_ptr() for grad in found}) == len(found)
+    for grad in found:
+        grad.add_(1)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+def test_what_memory_does_not_hold_as_it_is(device):
+    """A view that is negative only when it is read; weights that are sparse."""
+    x, one, zero = torch.randn(5, 24, device=device), torch.ones(24, device=device), torch.zeros(24, device=device)
+    torch.testing.assert_close(ops.layer_norm(torch._neg_view(x), one, zero), ops.layer_norm(-x, one, zero))
+    weight = torch.randn(8, 24, device=device)
+    with fastvit.use_backend("torch"):
+        got = ops.layer_norm_linear(x, one, zero, weight.to_sparse_csr())
+    torch.testing.assert_close(got, reference.layer_norm_linear(x, one, zero, weight))
+
+
+def test_each_norm_parameter_has_its_gradient_in_its_own_dtype(device):
+    """A bfloat16 weight beside a float32 bias does not round the bias's sum."""
+    x = torch.randn(3001, 24, device=device).bfloat16()
+    weight = torch.ones(24, device=device).bfloat16().requires_grad_()
+    bias = torch.zeros(24, device=device, requires_grad=True)
+    out = ops.layer_norm(x, weight, bias)
+    (dbias,) = torch.autograd.grad(out, [bias], torch.ones_like(out))
+    assert dbias.dtype == torch.float32 and (dbias == 3001).all()
+
+
+@every_op
 def test_compiles_to_one_graph(sample, device):
     torch.compiler.reset()  # the samples share one function, and its compiled forms would add up to torch's limit
     tensors = sample.tensors(device=device)

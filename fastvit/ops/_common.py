@@ -44,8 +44,8 @@ class Operator:
         ):
             return self.operator
         for tensor in tensors:
-            if tensor is not None and type(tensor) not in _PLAIN:
-                return self.operator  # a wrapper, whose memory holds something else
+            if tensor is not None and (type(tensor) not in _PLAIN or tensor.is_neg()):
+                return self.operator  # its memory holds something else than its numbers
         return self._launch or self._resolve()
 
     def _resolve(self) -> Callable:

@@ -22,7 +22,7 @@ def _fake_forward(x, weight, bias, eps):
 
 def _backward(dy, x, mean, rstd, weight, bias):
     kernels = launchers("layer_norm")
-    return _common.gradients(kernels.layer_norm_backward(dy, x, mean, rstd, weight), (x, weight, bias))
+    return _common.gradients(kernels.layer_norm_backward(dy, x, mean, rstd, weight, bias), (x, weight, bias))
 
 
 def _fake_backward(dy, x, mean, rstd, weight, bias):

@@ -36,8 +36,9 @@ def _backward(dtokens, image, weight, bias, pos_embed, prefix, mean, std, by_lib
     which = (needs_image, needs_weight, any(needs[2:]))
     dimage, dweight, by_token = launch(dtokens, image, weight, prefix_rows, mean, std, which, by_library)
     dbias = by_token[prefix_rows:].sum(dim=0) if needs_bias else None
-    dposition = by_token[-pos_embed.shape[0] :] if needs_position else None
-    dprefix = by_token[:prefix_rows] if needs_prefix else None
+    # Clones: what is handed out as gradients must not share memory.
+    dposition = by_token[-pos_embed.shape[0] :].clone() if needs_position else None
+    dprefix = by_token[:prefix_rows].clone() if needs_prefix else None
     grads = (dimage, dweight, dbias, dposition, dprefix)
     return _common.gradients(grads, (image, weight, bias, pos_embed, prefix))
 

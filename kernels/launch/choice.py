@@ -48,6 +48,9 @@ def choose(request: Request, device: torch.device, repeat: Repeat | None = None)
 
 
 def _decide(request: Request, device: torch.device) -> Config:
+    if device.index not in (None, triton.runtime.driver.active.get_current_device()):
+        with torch.cuda.device(device):  # which may be of another architecture
+            return _decide(request, device)
     arch = hardware.current_arch()
     if _lookup is not None:
         config = _lookup(request, device)

@@ -10,7 +10,8 @@ the compiled kernel is kept by these, and launched with new pointers. That relie
 - a launcher takes an address in place of a tensor.
 
 Where the first cannot be seen in Triton's source, on AMD, whose kernels depend on the size of a tensor too, in the
-interpreter, and while a profiler listens, every launch is Triton's own.
+interpreter, and while a profiler listens, every launch is Triton's own. What the environment tells Triton of compiling
+counts when a launch is prepared.
 """
 
 from __future__ import annotations
@@ -34,7 +35,10 @@ _CALL = (
     "knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook, *bound_args.values()) return kernel"
 )
 _RUN = JITFunction.run
-_KNOWN = _CALL in " ".join(inspect.getsource(_RUN).split())
+try:
+    _KNOWN = _CALL in " ".join(inspect.getsource(_RUN).split())
+except (OSError, TypeError):  # Triton without its source
+    _KNOWN = False
 
 _prepared: dict[tuple, tuple] = {}
 _one_at_a_time = threading.RLock()
@@ -68,23 +72,29 @@ def launch(
     bits, values = _bind(args, key)
     key, aligned = tuple(key), not bits & 15
     prepared = _prepared.get(key)
-    if prepared is not None and aligned and JITFunction.run is _RUN and not _listening():
-        run, function, metadata, tail = prepared
-        run(*grid, driver.get_current_stream(current), function, metadata, None, None, None, *values, *tail)
+    replayable = aligned and JITFunction.run is _RUN and not kernel.pre_run_hooks and not _listening()
+    if prepared is not None and replayable:
+        compiled, function, metadata, tail = prepared
+        compiled.run(*grid, driver.get_current_stream(current), function, metadata, None, None, None, *values, *tail)
         return
     given = constants(request, config)
     compiled = kernel[grid](*args, **given)
-    known = _KNOWN and JITFunction.run is _RUN and type(compiled) is CompiledKernel
-    if known and aligned and compiled.metadata.target.backend == "cuda":
+    if not (_KNOWN and replayable and type(compiled) is CompiledKernel):
+        return
+    if compiled.metadata.target.backend == "cuda":
         if len(_prepared) >= REMEMBERED:
             _prepared.clear()
         tail = tuple(given[name] for name in kernel.arg_names[len(args) :])
-        _prepared[key] = compiled.run, compiled.function, compiled.packed_metadata, tail
+        _prepared[key] = compiled, compiled.function, compiled.packed_metadata, tail
 
 
 def _listening() -> bool:
-    """Whether a profiler wants to be told of launches."""
-    return bool(knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls)
+    """Whether a profiler wants to be told of launches, or the program has told Triton to compile otherwise."""
+    runtime = knobs.runtime
+    for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook):
+        if getattr(hook, "calls", hook):  # a chain of hooks, one hook, or None
+            return True
+    return "debug" in runtime.__dict__ or "instrumentation_mode" in knobs.compilation.__dict__
 
 
 def _bind(args: tuple, key: list) -> tuple[int, tuple]:
