@@ -259,6 +259,8 @@ def choose(op: Op, args: tuple) -> tuple[Callable[..., torch.Tensor], tuple]:
     """What runs a call of `op`, and the arguments that it takes. Raises what the op's check raises, and RuntimeError
     with every reason where "triton" was asked for and the kernels cannot take the call."""
     alike = _alike(op, args)
+    if alike is None and not torch.compiler.is_compiling():
+        args = tuple([a.resolve_neg() if isinstance(a, torch.Tensor) and a.is_neg() else a for a in args])
     try:
         decision = None if alike is None else _decisions.get(alike)
     except TypeError:  # of what cannot be hashed
@@ -297,14 +299,16 @@ tuned.on_change(forget)
 
 def _alike(op: Op, args: tuple) -> tuple | None:
     """What a decision depends on; None where it must not be remembered: while something traces, whose shapes may be
-    symbols, and for tensors of other types."""
+    symbols, and for tensors whose memory does not hold their numbers as they are."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return None
     first = args[0]
     parts: list = [op.name, torch.is_grad_enabled(), transforming()]
     for value in args:
         kind = type(value)
-        if kind in _PLAIN and value.layout is torch.strided:
+        if kind in _PLAIN:
+            if value.layout is not torch.strided or value.is_neg():
+                return None
             parts += (value.shape, value.dtype, value.device, value.requires_grad, value.is_contiguous())
             if value is first:
                 parts.append("first")

@@ -15,7 +15,7 @@ from fastvit import dispatch, tuned
 from fastvit.dispatch import autocasting
 
 _LIBRARY = torch.library.Library("fastvit", "DEF")
-_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
 
 
 class Operator:
@@ -41,11 +41,10 @@ class Operator:
             torch.compiler.is_compiling()
             or torch._C._len_torch_dispatch_stack()
             or torch._C._get_tracing_state() is not None
+            or not _PLAIN.issuperset(map(type, tensors))  # a wrapper's memory holds something else
+            or tensors[0].is_neg()  # an upstream gradient's: dispatch sees to arguments
         ):
             return self.operator
-        for tensor in tensors:
-            if tensor is not None and (type(tensor) not in _PLAIN or tensor.is_neg()):
-                return self.operator  # its memory holds something else than its numbers
         return self._launch or self._resolve()
 
     def _resolve(self) -> Callable:

@@ -35,8 +35,10 @@ _CALL = (
     "knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook, *bound_args.values()) return kernel"
 )
 _RUN = JITFunction.run
+_SET = knobs.runtime.__dict__, knobs.compilation.__dict__  # knobs that the program set
+_HOOKS = [getattr(type(knobs.runtime), name, None) for name in ("launch_enter_hook", "launch_exit_hook")]
 try:
-    _KNOWN = _CALL in " ".join(inspect.getsource(_RUN).split())
+    _KNOWN = _CALL in " ".join(inspect.getsource(_RUN).split()) and all(hasattr(hook, "calls") for hook in _HOOKS)
 except (OSError, TypeError):  # Triton without its source
     _KNOWN = False
 
@@ -72,29 +74,24 @@ def launch(
     bits, values = _bind(args, key)
     key, aligned = tuple(key), not bits & 15
     prepared = _prepared.get(key)
-    replayable = aligned and JITFunction.run is _RUN and not kernel.pre_run_hooks and not _listening()
+    replayable = _KNOWN and aligned and JITFunction.run is _RUN and not kernel.pre_run_hooks and not _listening()
     if prepared is not None and replayable:
-        compiled, function, metadata, tail = prepared
-        compiled.run(*grid, driver.get_current_stream(current), function, metadata, None, None, None, *values, *tail)
+        _, run, function, metadata, tail = prepared
+        run(*grid, driver.get_current_stream(current), function, metadata, None, None, None, *values, *tail)
         return
     given = constants(request, config)
     compiled = kernel[grid](*args, **given)
-    if not (_KNOWN and replayable and type(compiled) is CompiledKernel):
-        return
-    if compiled.metadata.target.backend == "cuda":
+    if replayable and type(compiled) is CompiledKernel and compiled.metadata.target.backend == "cuda":
         if len(_prepared) >= REMEMBERED:
             _prepared.clear()
         tail = tuple(given[name] for name in kernel.arg_names[len(args) :])
-        _prepared[key] = compiled, compiled.function, compiled.packed_metadata, tail
+        _prepared[key] = compiled, compiled.run, compiled.function, compiled.packed_metadata, tail
 
 
 def _listening() -> bool:
     """Whether a profiler wants to be told of launches, or the program has told Triton to compile otherwise."""
-    runtime = knobs.runtime
-    for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook):
-        if getattr(hook, "calls", hook):  # a chain of hooks, one hook, or None
-            return True
-    return "debug" in runtime.__dict__ or "instrumentation_mode" in knobs.compilation.__dict__
+    # Where the program sets no knob, the hooks are Triton's own chains.
+    return bool(_SET[0] or _SET[1] or _HOOKS[0].calls or _HOOKS[1].calls)
 
 
 def _bind(args: tuple, key: list) -> tuple[int, tuple]:
