@@ -121,10 +121,10 @@ LAUNCHES = {
 BATCHES = (2, 3, 16, 1, 5, 32)  # 42, 63, 336, 21, 105 and 672 rows
 VARIANTS = {
     "layer_norm": [2, 2, 4, 4, 4, 4],
-    "layer_norm_linear": [7, 7, 9, 10, 10, 10],
+    "layer_norm_linear": [7, 7, 8, 9, 9, 9],
     "linear_residual": [5] * 6,
-    "layer_norm_mlp": [10, 10, 12, 13, 13, 13],
-    "layer_norm_mlp-residual": [12, 12, 14, 15, 15, 15],
+    "layer_norm_mlp": [10, 10, 11, 12, 12, 12],
+    "layer_norm_mlp-residual": [12, 12, 13, 14, 14, 14],
     "attention": [3] * 6,
     "attention-biased": [3] * 6,
     "patch_embed": [4] * 6,
