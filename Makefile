@@ -61,7 +61,8 @@ static: $(TRITONS:%=$(VENV)-static-%/.installed) $(PLACE)/fastvit
 			benchmarks/static_report.py --json results/static/$$version.json || status=$$?; \
 		if [ $$status -eq 130 ]; then exit 130; fi; \
 	done; \
-	$(VENV)/bin/python -m fastvit.benchmarks.static.pages docs/static $(TRITONS:%=results/static/%.json) && exit $$status
+	cd $(PLACE) && $(abspath $(VENV))/bin/python -m fastvit.benchmarks.static.pages \
+		$(CURDIR)/docs/static $(TRITONS:%=$(CURDIR)/results/static/%.json) && exit $$status
 
 $(VENV)-static-%/.installed: $(VENV)/.bench
 	@echo "installing Triton $* in $(@D)"

@@ -163,7 +163,7 @@ def measure_launches(
                 "direction": direction(request),
                 "flops": needs.flops,
                 "bytes": needs.bytes,
-                "bound_seconds": cost.floor_seconds(needs, rates),
+                "bound_seconds": cost.bound_seconds(needs, rates),
                 "heuristic": config_text(next(iter(choices))),
                 "best": config_text(labels[best]),
                 "seconds": _median(measured, best),

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 from fastvit.kernels.launch import cost
-from fastvit.kernels.launch.cost import Cost, Rates, floor_seconds
+from fastvit.kernels.launch.cost import Cost, Rates, bound_seconds
 
 from fastvit.verify import SHORT
 
@@ -89,7 +89,7 @@ def case_cost(case: Case) -> Cost:
 def bound(case: Case, rates: Rates) -> float:
     """The roofline bound in seconds: of a model summed over the plan's kernels, of an op over forward and backward,
     each as if it were a single kernel."""
-    return sum(floor_seconds(kernel, rates) for _, kernel in _kernels(case))
+    return sum(bound_seconds(kernel, rates) for _, kernel in _kernels(case))
 
 
 def _kernels(case: Case) -> list[tuple[str, Cost]]:

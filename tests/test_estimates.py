@@ -58,7 +58,7 @@ def test_what_a_request_needs(request_, must):
 def test_estimates(arch, request_, must):
     """Never below the floor of the data sheet; never slower with more multiprocessors; nothing but numbers."""
     flops = arch.flops_16 if request_.dtype.itemsize <= 2 else arch.flops_32
-    floor = cost.floor_seconds(must, Rates(flops, arch.bandwidth))
+    floor = cost.bound_seconds(must, Rates(flops, arch.bandwidth))
     for config in search_space(request_, arch, arch.sms):
         seconds = cost.request_seconds(request_, config, arch)
         assert math.isfinite(seconds) and seconds > floor

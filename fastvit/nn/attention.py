@@ -38,10 +38,14 @@ def masks(
     return None, torch.zeros(allowed.shape, dtype=like.dtype, device=like.device).masked_fill_(~allowed, float("-inf"))
 
 
-def split_heads(qkv: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """Packed rows (B, N, 3 * H * d) as `fastvit.ops.attention` takes them, (B, N, 3, H, d)."""
+def operands(
+    qkv: torch.Tensor, num_heads: int, scale: float, attn_mask: torch.Tensor | None, is_causal: bool, dropout_p: float
+) -> dict:
+    """What `fastvit.ops.attention` takes for packed rows (B, N, 3 * H * d) and timm's mask arguments."""
     batch, tokens, width = qkv.shape
-    return qkv.view(batch, tokens, 3, num_heads, width // (3 * num_heads))
+    key_padding_mask, attn_bias = masks(attn_mask, is_causal, batch, num_heads, tokens, qkv)
+    heads = qkv.view(batch, tokens, 3, num_heads, width // (3 * num_heads))
+    return dict(qkv=heads, scale=scale, key_padding_mask=key_padding_mask, attn_bias=attn_bias, dropout_p=dropout_p)
 
 
 @torch.fx.wrap
@@ -50,9 +54,7 @@ def attend(
 ) -> torch.Tensor:
     """softmax(q k^T * scale + mask) v of packed rows: qkv (B, N, 3 * H * d) -> (B, N, H * d). One node of a graph that
     torch.fx traces, so that its masks are looked at, and its back end is chosen, when the graph runs."""
-    padding, bias = masks(attn_mask, is_causal, qkv.shape[0], num_heads, qkv.shape[1], qkv)
-    heads = split_heads(qkv, num_heads)
-    return ops.attention(heads, scale=scale, key_padding_mask=padding, attn_bias=bias, dropout_p=dropout_p)
+    return ops.attention(**operands(qkv, num_heads, scale, attn_mask, is_causal, dropout_p))
 
 
 class Attention(nn.Module):

@@ -9,7 +9,7 @@ from torch import nn
 
 from fastvit import ops
 
-from .attention import Attention, masks, split_heads
+from .attention import Attention, operands
 from .layers import (
     DROP_PATH,
     DROPOUT,
@@ -34,6 +34,7 @@ from .layers import (
     timm_layer,
     traced,
     vit_layer_norm,
+    weights,
 )
 from .mlp import Mlp, SwiGLU
 
@@ -163,46 +164,24 @@ class Block(nn.Module):
             check_input(x, self.dim)
         norm1, attn, ls1, drop_path1, norm2, mlp, ls2, drop_path2 = submodules(self, _PARTS)
         if not tracing and self.can_fuse_attention():
-            qkv, proj, _ = submodules(attn, _ATTENTION_PARTS)
-            packed = ops.layer_norm_linear(x, norm1.weight, norm1.bias, qkv.weight, qkv.bias, eps=norm1.eps)
-            padding, bias = masks(attn_mask, is_causal, x.shape[0], attn.num_heads, x.shape[1], packed)
+            packed = ops.layer_norm_linear(x, *weights(norm1, attn.qkv), eps=norm1.eps)
             mixed = ops.attention(
-                split_heads(packed, attn.num_heads),
-                scale=attn.scale,
-                key_padding_mask=padding,
-                attn_bias=bias,
-                dropout_p=attn.dropout_p(),
+                **operands(packed, attn.num_heads, attn.scale, attn_mask, is_causal, attn.dropout_p())
             )
-            gamma, drop = branch_scales(ls1, drop_path1, x)
-            x = ops.linear_residual(mixed, proj.weight, proj.bias, x, layer_scale=gamma, drop_path_scale=drop)
+            x = ops.linear_residual(mixed, *weights(attn.proj), x, **branch_scales(ls1, drop_path1, x))
         else:
             x = x + drop_path1(ls1(attn(norm1(x), attn_mask=attn_mask, is_causal=is_causal)))
-        if not tracing and self.can_fuse_mlp():
-            fc1, fc2 = submodules(mlp, _MLP_PARTS)
-            gamma, drop = branch_scales(ls2, drop_path2, x)
-            if type(mlp) is SwiGLU:
-                packed = ops.layer_norm_linear(x, norm2.weight, norm2.bias, fc1.weight, fc1.bias, eps=norm2.eps)
-                gated = mlp.gate(packed)
-                return ops.linear_residual(gated, fc2.weight, fc2.bias, x, layer_scale=gamma, drop_path_scale=drop)
-            return ops.layer_norm_mlp(
-                x,
-                norm2.weight,
-                norm2.bias,
-                fc1.weight,
-                fc1.bias,
-                fc2.weight,
-                fc2.bias,
-                eps=norm2.eps,
-                activation=activation_name(mlp.act),
-                residual=x,
-                layer_scale=gamma,
-                drop_path_scale=drop,
-            )
-        return x + drop_path2(ls2(mlp(norm2(x))))
+        if tracing or not self.can_fuse_mlp():
+            return x + drop_path2(ls2(mlp(norm2(x))))
+        scales = branch_scales(ls2, drop_path2, x)
+        if type(mlp) is SwiGLU:
+            gated = mlp.gate(ops.layer_norm_linear(x, *weights(norm2, mlp.fc1), eps=norm2.eps))
+            return ops.linear_residual(gated, *weights(mlp.fc2), x, **scales)
+        how = {"eps": norm2.eps, "activation": activation_name(mlp.act)}
+        return ops.layer_norm_mlp(x, *weights(norm2, mlp.fc1, mlp.fc2), residual=x, **how, **scales)
 
 
 _PARTS = ("norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2")
 _ATTENTION_PARTS = ("qkv", "proj", "proj_drop")
-_MLP_PARTS = ("fc1", "fc2")
 _ATTENTION_ROLES = ((Attention,), LAYER_NORM, LINEAR, LINEAR, DROPOUT, LAYER_SCALE, DROP_PATH)
 _MLP_ROLES = ((Mlp, SwiGLU), LAYER_NORM, LAYER_SCALE, DROP_PATH)

@@ -217,9 +217,14 @@ LAYER_SCALE = (LayerScale, nn.Identity)
 DROP_PATH = (DropPath, nn.Identity)
 
 
-def branch_scales(
-    layer_scale: nn.Module, drop_path: nn.Module, x: torch.Tensor
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+def weights(*modules: nn.Module) -> list[torch.Tensor | None]:
+    """The weight and the bias of each module, as fused ops take them one after the other."""
+    return [tensor for module in modules for tensor in (module.weight, module.bias)]
+
+
+def branch_scales(layer_scale: nn.Module, drop_path: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor | None]:
     """What a fused op takes in place of the two modules that end a residual branch: gamma, and a draw per sample."""
-    gamma = layer_scale.gamma if type(layer_scale) is LayerScale else None
-    return gamma, drop_path.sample_scale(x) if type(drop_path) is DropPath else None
+    return {
+        "layer_scale": layer_scale.gamma if type(layer_scale) is LayerScale else None,
+        "drop_path_scale": drop_path.sample_scale(x) if type(drop_path) is DropPath else None,
+    }

@@ -29,6 +29,7 @@ from .layers import (
     refuse_scripting,
     traced,
     vit_layer_norm,
+    weights,
 )
 
 
@@ -190,18 +191,11 @@ class LayerNormMLP(nn.Module):
         if tracing or not self.can_fuse():
             branch = self.drop_path(self.ls(self.fc2(self.act(self.fc1(self.norm(x))))))
             return x + branch if self.residual else branch
-        gamma, drop = branch_scales(self.ls, self.drop_path, x)
         return ops.layer_norm_mlp(
             x,
-            self.norm.weight,
-            self.norm.bias,
-            self.fc1.weight,
-            self.fc1.bias,
-            self.fc2.weight,
-            self.fc2.bias,
+            *weights(self.norm, self.fc1, self.fc2),
             eps=self.norm.eps,
             activation=activation_name(self.act),
             residual=x if self.residual else None,
-            layer_scale=gamma,
-            drop_path_scale=drop,
+            **branch_scales(self.ls, self.drop_path, x),
         )

@@ -10,6 +10,8 @@ from __future__ import annotations
 import importlib
 import inspect
 
+import torch
+
 from fastvit import dispatch
 
 from .attention import AttentionFunction, attention
@@ -42,7 +44,7 @@ def explain(op: str, *args, **kwargs) -> dispatch.Explanation:
     return found.explain(*given)
 
 
-def run_candidate(name: str, candidate: str, *args, **kwargs):
+def run_candidate(name: str, candidate: str, *args, **kwargs) -> torch.Tensor:
     """Op `name` by one of the candidates that `explain` may name, whatever the back end asked for."""
     op, given = _bound(name, args, kwargs)
     op.check(*given)

@@ -52,7 +52,7 @@ class Rates:
     bytes_per_s: float
 
 
-def floor_seconds(cost: Cost, rates: Rates) -> float:
+def bound_seconds(cost: Cost, rates: Rates) -> float:
     """The least time for `cost`: products and memory traffic overlap perfectly (the roofline, doi
     10.1145/1498765.1498785)."""
     return max(cost.flops / rates.flops_per_s, cost.bytes / rates.bytes_per_s)
