@@ -12,6 +12,7 @@ import pytest
 import torch
 from fastvit.kernels import attention, gemm, layer_norm, layer_norm_mlp, patch_embed
 from fastvit.kernels.launch import choice, hardware
+from fastvit.kernels.launch.absent import AbsentDriver, target_of
 from fastvit.kernels.launch.hardware import ARCHS
 from fastvit.kernels.launch.heuristic import heuristic
 from fastvit.kernels.launch.request import (
@@ -252,6 +253,32 @@ def test_a_table_is_asked_once_and_obeyed_where_valid(table, device):
         assert choice.choose(request, device) == arch_choice
     table(None)
     assert choice.choose(request, device) == arch_choice
+
+
+def test_a_tensor_on_another_gpu_gets_a_config_for_its_architecture(monkeypatch):
+    """Whichever GPU is current: there are two, of two kinds."""
+    current = 0
+
+    @contextlib.contextmanager
+    def on(device):
+        nonlocal current
+        before, current = current, device.index
+        yield
+        current = before
+
+    kinds = [ARCHS["sm_90"], ARCHS["sm_80"]]
+    driver = AbsentDriver(target_of(kinds[0]))
+    driver.get_current_device = lambda: current
+    monkeypatch.setattr(choice.triton.runtime.driver, "_active", driver)
+    monkeypatch.setattr(torch.cuda, "device", on)
+    monkeypatch.setattr(choice.hardware, "current_arch", lambda: kinds[current])
+    monkeypatch.setattr(choice.hardware, "num_sms", lambda device: kinds[device.index].sms)
+    request = product(12608, 768, 768)
+    for _ in range(2):  # the second time by what is remembered
+        for index, arch in enumerate(kinds):
+            assert choice.choose(request, torch.device("cuda", index)) == heuristic(request, arch, arch.sms)
+        current = 1 - current
+    assert heuristic(request, kinds[0], 132) != heuristic(request, kinds[1], 108)
 
 
 def test_a_launch_runs_the_tables_config(table, device, triton_backend):

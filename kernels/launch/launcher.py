@@ -90,8 +90,12 @@ def launch(
 
 def _listening() -> bool:
     """Whether a profiler wants to be told of launches, or the program has told Triton to compile otherwise."""
-    # Where the program sets no knob, the hooks are Triton's own chains.
-    return bool(_SET[0] or _SET[1] or _HOOKS[0].calls or _HOOKS[1].calls)
+    if not (_SET[0] or _SET[1]):  # reading knobs takes longer
+        return bool(_HOOKS[0].calls or _HOOKS[1].calls)
+    runtime = knobs.runtime
+    hooks = (runtime.launch_enter_hook, runtime.launch_exit_hook)  # each a chain of hooks, one hook, or None
+    heard = any(getattr(hook, "calls", hook) for hook in hooks)
+    return bool(heard or runtime.debug or knobs.compilation.instrumentation_mode)
 
 
 def _bind(args: tuple, key: list) -> tuple[int, tuple]:

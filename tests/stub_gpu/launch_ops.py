@@ -15,16 +15,19 @@ the kernels. The tensors are on the CPU, the driver does nothing (see stub_gpu.p
 from __future__ import annotations
 
 import ctypes
+import gc
 import json
 import statistics
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
 import samples
 import stub_gpu
 import torch
+from fastvit.kernels import layer_norm
 
 from fastvit import create_model, dispatch, nn, use_backend
 from fastvit.environment import environment
@@ -118,6 +121,45 @@ def has_tensors(value) -> bool:
     return isinstance(value, torch.Tensor) or isinstance(value, tuple) and any(map(has_tensors, value))
 
 
+def kept_alive(sample: samples.Sample, tensors: dict[str, torch.Tensor]) -> bool:
+    """Whether a prepared kernel outlives Triton's caches: the newest Triton unloads those that nobody holds."""
+    from fastvit.kernels.launch import launcher
+
+    launcher._prepared.clear()
+    passes(sample, tensors)
+    ((compiled, *_), *_) = launcher._prepared.values()
+    alive = weakref.ref(compiled)
+    del compiled
+    launched.clear()
+    layer_norm.layer_norm_kernel.device_caches.clear()
+    layer_norm.layer_norm_backward_kernel.device_caches.clear()
+    gc.collect()
+    return alive() is not None
+
+
+def told_apart() -> list[int]:
+    """How many launches are prepared for calls of the same shape, dtype and config that are not the same, then for the
+    first of them once more."""
+    from fastvit import ops
+    from fastvit.kernels.launch import launcher
+
+    x, norm, weight, bias = (torch.randn(*shape, dtype=torch.bfloat16) for shape in ((42, 32), (32,), (48, 32), (48,)))
+    calls = [
+        (x, norm, norm, weight, bias),
+        (x, norm.float(), norm, weight, bias),  # a vector's dtype
+        (torch.randn(42, 64, dtype=torch.bfloat16)[:, :32], norm, norm, weight, bias),  # a stride
+        (x, norm, norm, weight, None),  # a pointer that is none
+        (x, norm, norm, weight, bias),
+    ]
+    launcher._prepared.clear()
+    counts = []
+    for call in calls:
+        before = len(launcher._prepared)
+        ops.layer_norm_linear(*call)
+        counts.append(len(launcher._prepared) - before)
+    return counts
+
+
 def report_replays() -> dict[str, list[int]]:
     """[launches, those of the second pass with the same arguments, those of them without a tensor], and of a second
     pass under other conditions."""
@@ -157,16 +199,23 @@ def report_replays() -> dict[str, list[int]]:
         found[sample.name] = both_passes(sample, sample.tensors(torch.bfloat16))
     (norm,) = (sample for sample in samples.SAMPLES if sample.name == "layer_norm")
     tensors = norm.tensors(torch.bfloat16)
-    hooks, heard = launcher.knobs.runtime.launch_enter_hook, []
-    found["a profiler"] = both_passes(norm, tensors, lambda: hooks.add(heard.append))
-    hooks.calls.clear()
-    launcher.knobs.runtime.launch_enter_hook = heard.append  # which Triton takes, too
-    found["a hook"] = both_passes(norm, tensors)
-    launcher.knobs.runtime.launch_enter_hook = hooks
     odd = torch.empty(25, dtype=torch.bfloat16)[1:].copy_(tensors["weight"].detach()).requires_grad_()
-    found["an address that 16 does not divide"] = both_passes(norm, {**tensors, "weight": odd})
-    launcher._KNOWN = False
-    found["a Triton that is not known"] = both_passes(norm, tensors)
+    runtime, compilation, heard = launcher.knobs.runtime, launcher.knobs.compilation, []
+    chain = runtime.launch_enter_hook
+    # What happens after the first pass, and what undoes it: launches have to be replayed again.
+    for name, given_tensors, begin, end in (
+        ("a profiler", tensors, lambda: chain.add(heard.append), chain.calls.clear),
+        ("a hook", tensors, lambda: runtime.__setattr__("launch_enter_hook", heard.append),
+         lambda: runtime.__setattr__("launch_enter_hook", chain)),
+        ("a knob", tensors, lambda: compilation.__setattr__("instrumentation_mode", "gsan"),
+         lambda: compilation.__setattr__("instrumentation_mode", "")),
+        ("an address that 16 does not divide", {**tensors, "weight": odd}, lambda: None, lambda: None),
+        ("a Triton that is not known", tensors, lambda: vars(launcher).update(_KNOWN=False),
+         lambda: vars(launcher).update(_KNOWN=True)),
+    ):  # fmt: skip
+        found[name] = [*both_passes(norm, given_tensors, begin), end(), *both_passes(norm, tensors)]
+    found["still alive"] = kept_alive(norm, tensors)
+    found["apart"] = told_apart()
     return found
 
 
