@@ -140,8 +140,9 @@ def kept_alive(sample: samples.Sample, tensors: dict[str, torch.Tensor]) -> bool
 def told_apart() -> list[int]:
     """How many launches are prepared for calls of the same shape, dtype and config that are not the same, then for the
     first of them once more."""
-    from fastvit import ops
     from fastvit.kernels.launch import launcher
+
+    from fastvit import ops
 
     x, norm, weight, bias = (torch.randn(*shape, dtype=torch.bfloat16) for shape in ((42, 32), (32,), (48, 32), (48,)))
     calls = [
