@@ -119,3 +119,51 @@ def test_no_triton_is_a_reason_not_a_crash(monkeypatch):
     assert torch.equal(ops.layer_norm(x, weight, weight), fastvit.reference.layer_norm(x, weight, weight))
     with fastvit.use_backend("triton"), pytest.raises(RuntimeError, match="Triton is not installed"):
         ops.layer_norm(x, weight, weight)
+
+
+def test_a_decision_is_made_once_for_calls_that_are_alike(monkeypatch):
+    decided, decide = [], dispatch._decide
+    monkeypatch.setattr(dispatch, "_decide", lambda op, args: decided.append(op.name) or decide(op, args))
+    x, one, trained = torch.randn(4, 8), torch.ones(8), torch.ones(8, requires_grad=True)
+    weight, other = torch.randn(8, 8), torch.randn(4, 8)
+    image, patches, rows = torch.randn(1, 1, 2, 4), torch.randn(8, 1, 2, 2), torch.randn(2, 8)
+
+    def under(context, *args, **kwargs):
+        with context:
+            ops.layer_norm(*args, **kwargs)
+
+    different = [
+        lambda: ops.layer_norm(x, one, one),
+        lambda: ops.layer_norm(x[:3], one, one),
+        lambda: ops.layer_norm(x.double(), one, one),
+        lambda: ops.layer_norm(x, one.double(), one),
+        lambda: ops.layer_norm(other.T.contiguous().T, one, one),
+        lambda: ops.layer_norm(x.to("meta"), one.to("meta"), one.to("meta")),
+        lambda: ops.layer_norm(x, trained, one),
+        lambda: ops.layer_norm(x, one, trained),
+        lambda: under(torch.no_grad(), x, one, one),
+        lambda: under(torch.autocast("cpu", torch.bfloat16), x, one, one),
+        lambda: under(torch.autocast("cpu", torch.float16), x, one, one),
+        lambda: torch.func.vmap(lambda x: ops.layer_norm(x, one, one))(x[None]),
+        lambda: ops.layer_norm(x, one, one, 1.0),
+        lambda: ops.layer_norm(x, one, one, 1),
+        lambda: ops.linear_residual(x, weight, None, x),
+        lambda: ops.linear_residual(x, weight, None, other),
+        lambda: ops.linear_residual(x, weight, one, other),
+        lambda: ops.patch_embed(image, patches, pos_embed=rows),
+        lambda: ops.patch_embed(image, patches, prefix=rows),
+    ]
+    for count, call in enumerate(different, 1):
+        call()
+        call()
+        assert len(decided) == count
+    with pytest.raises(TypeError, match="eps must be a number, got True"):
+        ops.layer_norm(x, one, one, True)
+    with fastvit.use_backend("torch"):  # what decisions follow has changed
+        different[0]()
+    different[0]()
+    assert len(decided) == len(different) + 3
+    monkeypatch.setattr(dispatch, "REMEMBERED", 2)
+    for call in different:
+        call()
+    assert len(dispatch._decisions) <= 2
