@@ -17,7 +17,7 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TextIO
@@ -30,7 +30,7 @@ from fastvit.kernels.layer_norm_mlp import ACTIVATED, ACTIVATED_AND_KEPT, ACTIVA
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from triton.runtime.jit import JITFunction
 
-from fastvit import precompile, report, tune, tuned
+from fastvit import report, tune, tuned
 from fastvit.attempts import Attempts
 from fastvit.calls import calls_of
 from fastvit.decide import Clock, Measured, Run, measure
@@ -64,7 +64,7 @@ def run(
         rows = {"launches": list(found.values()), "failed": failures, "finished": finished}
         report.write_json(path, written | rows)
 
-    def measure(calls: Iterable[tune.Call]) -> None:
+    def measure() -> None:
         for call in calls:
             try:
                 for row in measure_launches(call, device, arch, rates, attempts, deadline, found, clock):
@@ -86,9 +86,7 @@ def run(
 
     finished = False
     try:
-        job = precompile.Job.on(device, calls, keep=tune.ALL, kinds=("configs",))
-        with precompile.ahead(job, deadline) as compiled:
-            measure(compiled)
+        measure()
         explain()  # last: what it launches is compiled here, one by one
         finished = True
     except tune.OutOfTime:
@@ -122,7 +120,7 @@ def measure_launches(
     """A row for each launch of one call that `known` has none for. Raises OutOfTime past the deadline."""
     table = tuned.table(device)
     with tuned.use_tuning("read-only"), torch.inference_mode(False), torch.no_grad():
-        works, launches = tune.launches_of(call, device, arch, attempts)
+        bound, launches = tune.launches_of(call, device, arch, attempts)
         for request, runs in launches.items():
             name = f"{call.op.name}: {request.key}"
             if name in known:
@@ -134,9 +132,10 @@ def measure_launches(
                 raise tune.OutOfTime
             choices = tune.pruned(request, arch, hardware.num_sms(device), keep=tune.ALL)
             labels = {tune.label(config): config for config in choices}
+            tune.compile_all([partial(runs[0], config) for config in choices], device)
             compiled: dict[str, object] = {}
             candidates = {
-                text: [partial(_recorded, run, config, compiled, text) for run in runs[: len(works)]]
+                text: [partial(_recorded, run, config, compiled, text) for run in runs[: len(bound)]]
                 for text, config in labels.items()
             }
             key = f"{request.key}: library"
@@ -400,8 +399,8 @@ def other_tokens(request: Request, call: tune.Call, device, arch: hardware.Arch)
     for tokens in OTHER_TOKENS:
         shape = (qkv.shape[0], tokens, *qkv.shape[2:])
         other = torch.empty(shape, dtype=qkv.dtype, device="meta", requires_grad=qkv.requires_grad)
-        (work, *_) = tune.works_of(tune.Call(call.op, (other, *others), call.autocast), device, arch)
-        for same, runs in tune.requests_of([work]).items():
+        (bound, *_) = tune.bind(tune.Call(call.op, (other, *others), call.autocast), device, arch)
+        for same, runs in tune.requests_of([bound]).items():
             if same.kernel == request.kernel:
                 found[f"{tokens} tokens"] = runs[0]
     return found

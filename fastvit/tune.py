@@ -11,21 +11,25 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
 
 import torch
+import triton
+from triton.runtime.jit import JITFunction
 
 from . import dispatch, report, tuned
 from .attempts import Attempts, GpuLost, gpu_is_lost
 from .decide import Clock, CudaClock, Run, measure
 from .examples import Draw
 from .kernels.launch import choice, cost, hardware
-from .kernels.launch.absent import target_of, without_gpu
+from .kernels.launch.absent import launching_by, target_of, without_gpu
 from .kernels.launch.request import Config, Request
 from .kernels.launch.search import search_space
 
@@ -55,13 +59,6 @@ class Call:
         made = {id(value): _meta(value) for value in args}  # what is given twice, x as its own residual, stays one
         return Call(op, tuple(made[id(value)] for value in args), autocast)
 
-    def __reduce__(self):
-        return _call_of, (self.op.name, self.args, self.autocast)  # not every function of an op can be pickled
-
-
-def _call_of(name: str, args: tuple, autocast: torch.dtype | None) -> Call:
-    return Call(dispatch.OPS[name], args, autocast)
-
 
 def _meta(value):
     if not isinstance(value, torch.Tensor):
@@ -69,9 +66,9 @@ def _meta(value):
     return torch.empty(value.shape, dtype=value.dtype, device="meta").requires_grad_(dispatch.needs_grad(value))
 
 
-class Work:
-    """A call with tensors: `work(function)` runs it once with one of the op's candidates and returns the result and all
-    gradients. make(shape, dtype, name) gives the tensors."""
+class BoundCall:
+    """A call with tensors: `bound(function)` runs it once with one of the op's candidates and returns the result and
+    all gradients. make(shape, dtype, name) gives the tensors."""
 
     def __init__(self, call: Call, device: torch.device, make: Callable):
         self.call, self.device = call, device
@@ -135,33 +132,33 @@ def _random(device: torch.device) -> Callable:
     return make
 
 
-def works_of(call: Call, device: torch.device, arch: hardware.Arch) -> list[Work]:
+def bind(call: Call, device: torch.device, arch: hardware.Arch) -> list[BoundCall]:
     """The call with random tensors, so often that by the time the first comes round again it has left the L2 cache."""
     make = _random(device)
-    first = Work(call, device, make)
+    first = BoundCall(call, device, make)
     copies = min(MAX_COPIES, math.ceil(2 * arch.l2 / max(1, first.bytes())))
-    return [first, *(Work(call, device, make) for _ in range(copies - 1))]
+    return [first, *(BoundCall(call, device, make) for _ in range(copies - 1))]
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # Launches
 
 
-def requests_of(works: list[Work]) -> dict[Request, list[Callable]]:
-    """Each launch with a choice that the works' op makes on our kernels: how to repeat it, once a work. The weight
+def requests_of(bound: list[BoundCall]) -> dict[Request, list[Callable]]:
+    """Each launch with a choice that the calls' op makes on our kernels: how to repeat it, once a call. The weight
     gradients are made in both ways."""
     found: dict[Request, list[Callable]] = {}
 
     def note(request: Request, run: Callable) -> None:
         runs = found.setdefault(request, [])
-        if len(runs) < len(works):
+        if len(runs) < len(bound):
             runs.append(run)
 
     with choice.watching(note):
         for name in (dispatch.KERNELS, dispatch.LIBRARY_GRADIENTS):
-            for work in works:
-                if name in (candidates := work.candidates()):
-                    work(candidates[name])
+            for call in bound:
+                if name in (candidates := call.candidates()):
+                    call(candidates[name])
     return found
 
 
@@ -171,6 +168,32 @@ def pruned(request: Request, arch: hardware.Arch, sms: int, keep: int | None = N
     first, *rest = search_space(request, arch, sms)
     estimates = {config: cost.request_seconds(request, config, arch, sms) for config in (first, *rest)}
     return {config: estimates[config] for config in (first, *sorted(rest, key=estimates.get)[: keep or KEEP])}
+
+
+def compile_all(starts: Iterable[Callable[[], object]], device: torch.device) -> None:
+    """Compile, in a thread a core, every kernel that a call of `starts` would launch on `device`, and launch none:
+    while a compiler works, Python's other threads do too. What cannot be compiled is met again when it is launched."""
+    if dispatch.interpreting():
+        return
+    found: dict[object, Callable[[], object]] = {}
+    compile = JITFunction.run
+
+    def note(kernel: JITFunction, *args, grid, warmup, **kwargs) -> None:
+        *_, binder = kernel.device_caches[triton.runtime.driver.active.get_current_device()]
+        _, specialization, options = binder(*args, **kwargs)
+        one = partial(compile, kernel, *args, grid=grid, warmup=True, **kwargs)
+        found.setdefault((kernel, str(specialization), str(options)), one)
+
+    with launching_by(note):
+        for start in starts:
+            with contextlib.suppress(Exception):
+                start()
+    on_device = partial(torch.cuda.set_device, device) if device.type == "cuda" else None
+    pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)), initializer=on_device)
+    try:
+        wait([pool.submit(one) for one in found.values()])
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def as_dict(config: Config) -> dict:
@@ -209,8 +232,8 @@ def tune_call(
     table, arch, sms = tuned.table(device), hardware.current_arch(), hardware.num_sms(device)
     attempts = attempts or Attempts(table.attempts)
     with tuned.use_tuning("read-only"), torch.inference_mode(False), torch.no_grad():
-        works, launches = launches_of(call, device, arch, attempts)
-        if works[0].key in table.own("ops"):
+        bound, launches = launches_of(call, device, arch, attempts)
+        if bound[0].key in table.own("ops"):
             return
 
         def settle(
@@ -229,9 +252,10 @@ def tune_call(
                 continue
             choices = {label(config): config for config in pruned(request, arch, sms)}
             candidates = {
-                name: [partial(run, config) for run in runs[: len(works)]] for name, config in choices.items()
+                name: [partial(run, config) for run in runs[: len(bound)]] for name, config in choices.items()
             }
             how = (request.dtype, LAUNCH_ROUNDINGS, clock)
+            compile_all([partial(runs[0], config) for config in choices.values()], device)
             try:
                 settle(
                     *("configs", request.key, candidates, lambda name, known=choices: as_dict(known[name]), *how),
@@ -243,10 +267,10 @@ def tune_call(
                 go_on_without(error)
                 say(f"{request.key}: not tuned, {report.first_line(error)}")
         candidates = {
-            name: [partial(work, function) for work in works] for name, function in works[0].candidates().items()
+            name: [partial(one, function) for one in bound] for name, function in bound[0].candidates().items()
         }
         how = (_narrowest(call), OP_ROUNDINGS, clock)
-        settle("ops", works[0].key, candidates, str, *how, first=works[0].unmeasured())
+        settle("ops", bound[0].key, candidates, str, *how, first=bound[0].unmeasured())
 
 
 def go_on_without(error: Exception) -> None:
@@ -257,16 +281,17 @@ def go_on_without(error: Exception) -> None:
 
 def launches_of(
     call: Call, device: torch.device, arch: hardware.Arch, attempts: Attempts
-) -> tuple[list[Work], dict[Request, list[Callable]]]:
+) -> tuple[list[BoundCall], dict[Request, list[Callable]]]:
     """The call with tensors on the device, and each of its launches with a choice (see `requests_of`), for which it is
     run once. Raises RuntimeError where that ended a process before, and GpuLost."""
     name = f"{call.op.name}: {call.op.key(call.args)}"
     if name in attempts.fatal:
         raise RuntimeError(f"{name} {attempts.fatal[name]}")
     with attempts.trying(name):
-        works = works_of(call, device, arch)
-        found = requests_of(works)
-    return works, found
+        compile_all([lambda: requests_of([BoundCall(call, device, _random(device))])], device)
+        bound = bind(call, device, arch)
+        found = requests_of(bound)
+    return bound, found
 
 
 def _narrowest(call: Call) -> torch.dtype:
@@ -321,9 +346,9 @@ def tune_missing(op: dispatch.Op, args: tuple) -> None:
 # Without a GPU
 
 
-def placeholder(call: Call) -> Work:
+def placeholder(call: Call) -> BoundCall:
     """The call with tensors that hold nothing, on the CPU: for launches that nothing runs."""
-    return Work(call, torch.device("cpu"), lambda shape, dtype, name: torch.empty(shape, dtype=dtype))
+    return BoundCall(call, torch.device("cpu"), lambda shape, dtype, name: torch.empty(shape, dtype=dtype))
 
 
 def planned(call: Call, arch: hardware.Arch) -> dict[Request, dict[Config, float]]:

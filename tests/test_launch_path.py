@@ -205,6 +205,18 @@ def test_a_second_launch_is_handed_what_the_first_was(launch_ops):
     assert found == {name: [2, 2, 0, None, 2, 2, 2] for name in others}
 
 
+def test_the_tuner_has_kernels_compiled_ahead(launch_ops, tmp_path):
+    """All that it launches but a tile that cannot be compiled, which stops no other; and launches none for it."""
+    found = launch_ops("tuning", DISABLE_LLVM_OPT="1", TRITON_CACHE_DIR=str(tmp_path))
+    assert found["launched ahead"] == []
+    assert set(found["itself"]) == {"gemm_kernel 100"} and len(found["itself"]) == 3
+    assert {kernel.split()[0] for kernel in found["ahead"]} == {"gemm_kernel", "column_sum_kernel"}
+    assert len(found["ahead"]) > 8
+    *launched, _ = found["said"]
+    assert len(launched) == 4 and not any("not tuned" in line for line in launched)
+    assert sum("dropped GemmConfig BLOCK_M=100" in line for line in launched) == 3
+
+
 def test_the_way_from_a_block_to_its_kernels(launch_ops):
     """Six hops, and those of the first product as docs/architecture.md lists them."""
     ways = launch_ops("hops", STUB_GPU_COMPILE="no")

@@ -75,15 +75,11 @@ LAYERS = {
         ("fastvit.interpret", "fastvit.models", "fastvit.reference"),
         ("torch",),
     ),
-    "fastvit.precompile": Layer(
-        ("fastvit.kernels", "fastvit.ops", "fastvit.tune", "fastvit.tuned", "fastvit.workers"),
-        others=("torch", "triton"),
-    ),
     # They stand above the package: only the command that runs them may reach up.
     "fastvit.benchmarks": Layer(
         ("fastvit", "fastvit.accuracy", "fastvit.attempts", "fastvit.calls", "fastvit.decide", "fastvit.dispatch",
          "fastvit.environment", "fastvit.examples", "fastvit.graphs", "fastvit.images", "fastvit.kernels",
-         "fastvit.measure", "fastvit.models", "fastvit.ops", "fastvit.precompile", "fastvit.report", "fastvit.tune",
+         "fastvit.measure", "fastvit.models", "fastvit.ops", "fastvit.report", "fastvit.tune",
          "fastvit.tuned", "fastvit.verify", "fastvit.workers"),
         ("fastvit.reference",),
     ),
@@ -91,7 +87,7 @@ LAYERS = {
         ("fastvit", "fastvit.report"),
         ("fastvit.attempts", "fastvit.calls", "fastvit.dispatch", "fastvit.environment", "fastvit.features",
          "fastvit.heatmaps", "fastvit.images", "fastvit.kernels", "fastvit.maps", "fastvit.models",
-         "fastvit.precompile", "fastvit.tune", "fastvit.tuned", "fastvit.verify", "fastvit.workers"),
+         "fastvit.tune", "fastvit.tuned", "fastvit.verify", "fastvit.workers"),
         ("torch", "PIL"),
     ),
     "fastvit.commands.bench": Layer(

@@ -1,7 +1,6 @@
 """Single launches beside the library's equivalents, as far as they can be told without a GPU: in the interpreter, with
 a clock that is told what everything takes."""
 
-import contextlib
 import json
 import math
 import time
@@ -181,12 +180,10 @@ def test_the_table_and_the_line_say_what_was_measured(table, capsys):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Two ops in place of a model's, compiled ahead by nobody; and what runs them."""
+    """Two ops in place of a model's."""
     found = [small_call(), small_call(dispatch.OPS["attention"], ((1, 21, 3, 1, 16),), (0.25, None, None, 0.0))]
     monkeypatch.setattr(micro, "calls_of", lambda *_: found)
     monkeypatch.setattr(micro.hardware, "current_arch", lambda: ARCH)
-    monkeypatch.setattr(micro.precompile.Job, "on", staticmethod(lambda *_, **__: None))
-    monkeypatch.setattr(micro.precompile, "ahead", lambda job, deadline: contextlib.nullcontext(iter(found)))
     return found
 
 

@@ -1,6 +1,5 @@
 """The tuner and its command, with a clock that is told what everything costs."""
 
-import contextlib
 import json
 import os
 import random
@@ -16,7 +15,7 @@ from fastvit.kernels.launch import choice, hardware
 from fastvit.kernels.launch.request import CONFIGS, Request, Rows
 from tuning import CPU, IDENTITY, FakeClock, attention_call, norm_call, price_of
 
-from fastvit import calls, cli, dispatch, ops, precompile, tune, tuned
+from fastvit import calls, cli, dispatch, ops, tune, tuned
 from fastvit.models.registry import model_entry
 
 
@@ -185,8 +184,6 @@ def test_tune_reports_and_stops_in_time(table, tmp_path, monkeypatch, capsys):
     for device in (torch.device("cuda"), torch.device("cuda", 0)):
         monkeypatch.setitem(tuned._tables, device, table)
     monkeypatch.setattr(tune, "CudaClock", lambda: None)
-    monkeypatch.setattr(precompile.Job, "on", lambda device, calls: calls)
-    monkeypatch.setattr(precompile, "ahead", lambda calls, deadline: contextlib.nullcontext(calls))
     given = {}
 
     def fake(calls, device, clock, say, deadline):

@@ -15,7 +15,7 @@ from fastvit.ops import _common
 
 
 def record(table, call, choice):
-    work = tune.Work(call, CPU, tune._random(CPU))
+    work = tune.BoundCall(call, CPU, tune._random(CPU))
     seconds = {"triton": [2e-6, 2e-6, 2e-6]} | {choice: [1e-6, 1e-6, 1e-6]}
     table.record("ops", work.key, tuned.Entry(choice, "triton", seconds, {}, 50, True, "2026-01-01"))
     return work.args
@@ -172,7 +172,7 @@ def test_keys_tell_apart_what_may_run_differently():
         assert op.key((x, norm, norm, weight, None, 1e-6)) == f"{key} autocast=bfloat16"
         call = tune.Call.like(op, (x, norm, norm, weight, None, 1e-6))
     with fastvit.use_backend("triton"):
-        assert tune.Work(call, CPU, tune._random(CPU)).key == f"{key} autocast=bfloat16"
+        assert tune.BoundCall(call, CPU, tune._random(CPU)).key == f"{key} autocast=bfloat16"
 
 
 def test_the_watcher_of_ops_is_restored():

@@ -77,7 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _measure(arguments: argparse.Namespace, device: str, calls: list) -> int:
     import torch
 
-    from .. import precompile, report
+    from .. import report
     from .. import tune as tuner
     from ..attempts import GpuLost
     from ..tuned import table
@@ -101,8 +101,7 @@ def _measure(arguments: argparse.Namespace, device: str, calls: list) -> int:
     finished, failed = False, 0
     deadline = time.monotonic() + (arguments.time_limit or math.inf)
     try:
-        with precompile.ahead(precompile.Job.on(current, calls), deadline) as compiled:
-            failed = tuner.tune(compiled, current, tuner.CudaClock(), say, deadline)
+        failed = tuner.tune(calls, current, tuner.CudaClock(), say, deadline)
         finished = not failed  # what failed may not another time
     except GpuLost as error:
         report.note(f"The GPU is lost: {error}. Another run goes on from here, without that.")

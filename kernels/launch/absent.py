@@ -53,13 +53,22 @@ ABSENT_H100 = AbsentDriver(target_of(ARCHS["sm_90"]))
 
 
 @contextlib.contextmanager
-def without_gpu(target: GPUTarget, run: Callable = JITFunction.run, device: int | str = 0) -> Iterator[None]:
-    """In the `with` body Triton takes `target` for its device, named `device`, and launches go to
-    run(kernel, *args, grid, warmup, **kwargs) in place of Triton's own method."""
-    driver, before = triton.runtime.driver, (triton.runtime.driver._active, JITFunction.run)
-    driver.set_active(AbsentDriver(target, device))
-    JITFunction.run = run
+def launching_by(run: Callable) -> Iterator[None]:
+    """In the `with` body launches go to run(kernel, *args, grid, warmup, **kwargs) in place of Triton's own method."""
+    before, JITFunction.run = JITFunction.run, run
     try:
         yield
     finally:
-        driver._active, JITFunction.run = before
+        JITFunction.run = before
+
+
+@contextlib.contextmanager
+def without_gpu(target: GPUTarget, run: Callable = JITFunction.run, device: int | str = 0) -> Iterator[None]:
+    """`launching_by`, and Triton takes `target` for its device, named `device`."""
+    driver, before = triton.runtime.driver, triton.runtime.driver._active
+    driver.set_active(AbsentDriver(target, device))
+    try:
+        with launching_by(run):
+            yield
+    finally:
+        driver._active = before

@@ -7,6 +7,7 @@ the kernels. The tensors are on the CPU, the driver does nothing (see stub_gpu.p
                                        backward, at this and all earlier batch sizes
     launch_ops.py replays              of each sample, the launches of a second pass that are handed what Triton's own
                                        launches of the first were, and those that Triton makes itself
+    launch_ops.py tuning               what `tune.tune_call` has compiled ahead, in threads, and what it compiles itself
     launch_ops.py hops                 of each launch of a block's forward pass, the functions of ours on the way there
     launch_ops.py host [FILE]          of a model of 12 blocks, the launches of a pass and the host's milliseconds; also
                                        written to FILE, as `make host` does
@@ -19,6 +20,8 @@ import gc
 import json
 import statistics
 import sys
+import tempfile
+import threading
 import time
 import weakref
 from collections.abc import Callable
@@ -28,12 +31,13 @@ import samples
 import stub_gpu
 import torch
 from fastvit.kernels import layer_norm
+from fastvit.kernels.launch.hardware import ARCHS
 
 from fastvit import create_model, dispatch, nn, use_backend
 from fastvit.environment import environment
 from fastvit.report import write_json
 
-ROOT = Path(__file__).parents[2]
+ROOT, ARCH = Path(__file__).parents[2], ARCHS["sm_90"]
 
 # What may be wider than the weights: the residual stream, images, what is added to tokens or to scores.
 WIDE = ("x", "residual", "image", "pos_embed", "prefix", "attn_bias")
@@ -220,6 +224,43 @@ def report_replays() -> dict[str, list[int]]:
     return found
 
 
+def report_tuning() -> dict[str, list]:
+    """Of a linear layer in training, with one tile among the candidates that cannot be compiled."""
+    from fastvit.kernels.launch import hardware
+    from fastvit.kernels.launch.request import GemmConfig
+    from triton.runtime.jit import JITFunction
+
+    from fastvit import tune, tuned
+
+    class Clock:
+        def timer(self, runs, graph):
+            return lambda: 1.0
+
+    cpu, said = torch.device("cpu"), []
+    compiled = {"ahead": [], "itself": []}
+    compile, pruned = JITFunction._do_compile, tune.pruned
+
+    def noting(kernel, key, signature, device, constants, *rest):
+        main = threading.current_thread() is threading.main_thread()
+        tile = {kernel.arg_names[index]: value for (index, *_), value in constants.items()}.get("BLOCK_M")
+        compiled["itself" if main else "ahead"].append(f"{kernel.fn.__name__} {tile}")
+        return compile(kernel, key, signature, device, constants, *rest)
+
+    odd = {GemmConfig(100, 128, 64, 8, 3): 1.0}
+    tune.pruned = lambda request, *rest: pruned(request, *rest) | (odd if request.kernel == "gemm" else {})
+    tune.KEEP = tune.MAX_COPIES = 1
+    hardware.num_sms = lambda device: 2  # so few that the heuristic takes other tiles than `search_space` goes on with
+    shapes = ((2, 70, 64), (72, 64), (72,), (2, 70, 72))
+    tensors = [torch.randn(shape, dtype=torch.bfloat16, requires_grad=True) for shape in shapes]
+    call = tune.Call.like(dispatch.OPS["linear_residual"], (*tensors, None, None))
+    with tempfile.TemporaryDirectory() as folder:
+        tuned._tables[cpu] = tuned.Table({}, Path(folder) / "table.json")
+        JITFunction._do_compile = noting
+        before = launches(lambda: tune.compile_all([lambda: tune.requests_of([tune.bind(call, cpu, ARCH)[0]])], cpu))[0]
+        tune.tune_call(call, cpu, Clock(), said.append)
+    return compiled | {"launched ahead": before, "said": said}
+
+
 def report_hops() -> list[list[str]]:
     """Each way from `nn.Block.forward`, in training, to a kernel: the functions that call each other, then it."""
     block = nn.Block(192, 3, qkv_bias=True, init_values=1e-5).bfloat16()
@@ -281,6 +322,6 @@ if __name__ == "__main__":
     if what == "auto":
         dispatch.torch_without_question = lambda device_type: None
     reports = {"launches": report_launches, "auto": report_launches, "variants": report_variants}
-    reports |= {"replays": report_replays, "hops": report_hops, "host": report_host}
+    reports |= {"replays": report_replays, "tuning": report_tuning, "hops": report_hops, "host": report_host}
     with use_backend("auto" if what == "auto" else "triton"):
         print(json.dumps(reports[what](*arguments), default=str))
