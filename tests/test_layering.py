@@ -57,7 +57,7 @@ LAYERS = {
     "fastvit.tune": Layer(
         ("fastvit.attempts", "fastvit.decide", "fastvit.dispatch", "fastvit.examples", "fastvit.kernels",
          "fastvit.report", "fastvit.tuned"),
-        others=("torch",),
+        others=("torch", "triton"),
     ),
     # They have the tuner, which knows ops by what dispatch says of them, called for what nobody measured yet.
     "fastvit.ops": Layer(
