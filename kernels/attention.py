@@ -74,12 +74,29 @@ def accumulate(p, x0, x1, acc0, acc1, D1: tl.constexpr, ACC: tl.constexpr, PRECI
 
 
 @triton.jit
-def key_allowed(n, N, mask_ptr, batch, mask_stride_b, mask_stride_n):
+def head_pointers(qkv_ptr, strides, batch, head):
+    """Where q, k and v of a head start."""
+    q_ptr = qkv_ptr + batch * strides[0] + head * strides[3]
+    k_ptr = q_ptr + strides[2]
+    return q_ptr, k_ptr, k_ptr + strides[2]  # strides[2] * 2 could overflow 32 bits
+
+
+@triton.jit
+def key_allowed(n, N, mask_ptr, strides, batch):
     allowed = n < N
     if mask_ptr is not None:
-        offset = batch * mask_stride_b + n.to(tl.int64) * mask_stride_n
+        offset = batch * strides[0] + n.to(tl.int64) * strides[1]
         allowed = allowed & (tl.load(mask_ptr + offset, mask=n < N, other=0) != 0)
     return allowed
+
+
+@triton.jit
+def add_bias(scores, bias_ptr, strides, batch, head, m, n, N):
+    """scores, in base 2, plus the bias of queries m and keys n, one a column, the other a row."""
+    if bias_ptr is not None:
+        offset = batch * strides[0] + head * strides[1] + m.to(tl.int64) * strides[2] + n.to(tl.int64) * strides[3]
+        scores += tl.load(bias_ptr + offset, mask=(m < N) & (n < N), other=0.0).to(scores.dtype) * LOG2_E
+    return scores
 
 
 @triton.jit(launch_metadata=cost.attention_launch)
@@ -92,16 +109,9 @@ def attention_kernel(
     N,
     H,
     scale,
-    stride_b,
-    stride_n,
-    stride_3,
-    stride_h,
-    mask_stride_b,
-    mask_stride_n,
-    bias_stride_b,
-    bias_stride_h,
-    bias_stride_m,
-    bias_stride_n,
+    strides,  # of qkv's first four axes
+    mask_strides,
+    bias_strides,
     HEAD_DIM: tl.constexpr,
     D0: tl.constexpr,
     D1: tl.constexpr,
@@ -113,12 +123,10 @@ def attention_kernel(
     tiles = tl.cdiv(N, BLOCK_M)
     head = tl.program_id(0) // tiles
     batch, head_in_batch = (head // H).to(tl.int64), (head % H).to(tl.int64)
-    q_ptr = qkv_ptr + batch * stride_b + head_in_batch * stride_h
-    k_ptr = q_ptr + stride_3
-    v_ptr = k_ptr + stride_3  # stride_3 * 2 could overflow 32 bits
+    q_ptr, k_ptr, v_ptr = head_pointers(qkv_ptr, strides, batch, head_in_batch)
     m = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     row_ok = m < N
-    q0, q1 = load_head(q_ptr, m.to(tl.int64) * stride_n, row_ok, HEAD_DIM, D0, D1)
+    q0, q1 = load_head(q_ptr, m.to(tl.int64) * strides[1], row_ok, HEAD_DIM, D0, D1)
 
     largest = tl.full((BLOCK_M,), float("-inf"), ACC)
     total = tl.zeros((BLOCK_M,), ACC)
@@ -128,15 +136,11 @@ def attention_kernel(
         acc1 = tl.zeros((BLOCK_M, D1), ACC)
     for start in range(0, N, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
-        k0, k1 = load_head(k_ptr, n.to(tl.int64) * stride_n, n < N, HEAD_DIM, D0, D1)
-        v0, v1 = load_head(v_ptr, n.to(tl.int64) * stride_n, n < N, HEAD_DIM, D0, D1)
+        k0, k1 = load_head(k_ptr, n.to(tl.int64) * strides[1], n < N, HEAD_DIM, D0, D1)
+        v0, v1 = load_head(v_ptr, n.to(tl.int64) * strides[1], n < N, HEAD_DIM, D0, D1)
         scores = product(q0, q1, k0, k1, D1, ACC, PRECISION) * (scale * LOG2_E)
-        if bias_ptr is not None:
-            offset = m.to(tl.int64)[:, None] * bias_stride_m + n.to(tl.int64)[None, :] * bias_stride_n
-            offset += batch * bias_stride_b + head_in_batch * bias_stride_h
-            bias = tl.load(bias_ptr + offset, mask=row_ok[:, None] & (n < N)[None, :], other=0.0)
-            scores += bias.to(ACC) * LOG2_E
-        allowed = key_allowed(n, N, mask_ptr, batch, mask_stride_b, mask_stride_n)
+        scores = add_bias(scores, bias_ptr, bias_strides, batch, head_in_batch, m[:, None], n[None, :], N)
+        allowed = key_allowed(n, N, mask_ptr, mask_strides, batch)
         scores = tl.where(allowed[None, :], scores, float("-inf"))
         larger = tl.maximum(largest, tl.max(scores, axis=1))
         shift = larger
@@ -175,18 +179,10 @@ def attention_backward_dq_kernel(
     N,
     H,
     scale,
-    stride_b,
-    stride_n,
-    stride_3,
-    stride_h,
-    dout_stride_b,
-    dout_stride_n,
-    mask_stride_b,
-    mask_stride_n,
-    bias_stride_b,
-    bias_stride_h,
-    bias_stride_m,
-    bias_stride_n,
+    strides,  # of qkv's first four axes
+    dout_strides,  # of dout's first two
+    mask_strides,
+    bias_strides,
     HEAD_DIM: tl.constexpr,
     D0: tl.constexpr,
     D1: tl.constexpr,
@@ -198,16 +194,14 @@ def attention_backward_dq_kernel(
     tiles = tl.cdiv(N, BLOCK_M)
     head = tl.program_id(0) // tiles
     batch, head_in_batch = (head // H).to(tl.int64), (head % H).to(tl.int64)
-    q_ptr = qkv_ptr + batch * stride_b + head_in_batch * stride_h
-    k_ptr = q_ptr + stride_3
-    v_ptr = k_ptr + stride_3  # stride_3 * 2 could overflow 32 bits
+    q_ptr, k_ptr, v_ptr = head_pointers(qkv_ptr, strides, batch, head_in_batch)
     m = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     row_ok = m < N
     m_wide = m.to(tl.int64)
     out_row = (batch * N + m) * (H * HEAD_DIM) + head_in_batch * HEAD_DIM
-    dout_row = batch * dout_stride_b + m_wide * dout_stride_n + head_in_batch * HEAD_DIM
+    dout_row = batch * dout_strides[0] + m_wide * dout_strides[1] + head_in_batch * HEAD_DIM
 
-    q0, q1 = load_head(q_ptr, m_wide * stride_n, row_ok, HEAD_DIM, D0, D1)
+    q0, q1 = load_head(q_ptr, m_wide * strides[1], row_ok, HEAD_DIM, D0, D1)
     out0, out1 = load_head(out_ptr, out_row, row_ok, HEAD_DIM, D0, D1)
     dout0, dout1 = load_head(dout_ptr, dout_row, row_ok, HEAD_DIM, D0, D1)
     delta = tl.sum(widen(out0) * widen(dout0), axis=1)
@@ -222,19 +216,16 @@ def attention_backward_dq_kernel(
         dq1 = tl.zeros((BLOCK_M, D1), ACC)
     for start in range(0, N, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
-        k0, k1 = load_head(k_ptr, n.to(tl.int64) * stride_n, n < N, HEAD_DIM, D0, D1)
-        v0, v1 = load_head(v_ptr, n.to(tl.int64) * stride_n, n < N, HEAD_DIM, D0, D1)
+        k0, k1 = load_head(k_ptr, n.to(tl.int64) * strides[1], n < N, HEAD_DIM, D0, D1)
+        v0, v1 = load_head(v_ptr, n.to(tl.int64) * strides[1], n < N, HEAD_DIM, D0, D1)
         scores = product(q0, q1, k0, k1, D1, ACC, PRECISION) * (scale * LOG2_E)
-        tile = row_ok[:, None] & (n < N)[None, :]
-        if bias_ptr is not None:
-            offset = m_wide[:, None] * bias_stride_m + n.to(tl.int64)[None, :] * bias_stride_n
-            offset += batch * bias_stride_b + head_in_batch * bias_stride_h
-            scores += tl.load(bias_ptr + offset, mask=tile, other=0.0).to(ACC) * LOG2_E
-        allowed = key_allowed(n, N, mask_ptr, batch, mask_stride_b, mask_stride_n)
+        scores = add_bias(scores, bias_ptr, bias_strides, batch, head_in_batch, m[:, None], n[None, :], N)
+        allowed = key_allowed(n, N, mask_ptr, mask_strides, batch)
         p = tl.where(allowed[None, :], tl.exp2(scores - lse[:, None]), 0.0)
         dscores = p * (product(dout0, dout1, v0, v1, D1, ACC, PRECISION) - delta[:, None])
         if dbias_ptr is not None:
             offset = (head.to(tl.int64) * N + m_wide)[:, None] * N + n[None, :]
+            tile = row_ok[:, None] & (n < N)[None, :]
             tl.store(dbias_ptr + offset, dscores.to(dbias_ptr.dtype.element_ty), mask=tile)
         dq0, dq1 = accumulate(dscores, k0, k1, dq0, dq1, D1, ACC, PRECISION)
 
@@ -254,18 +245,10 @@ def attention_backward_dkdv_kernel(
     N,
     H,
     scale,
-    stride_b,
-    stride_n,
-    stride_3,
-    stride_h,
-    dout_stride_b,
-    dout_stride_n,
-    mask_stride_b,
-    mask_stride_n,
-    bias_stride_b,
-    bias_stride_h,
-    bias_stride_m,
-    bias_stride_n,
+    strides,  # of qkv's first four axes
+    dout_strides,  # of dout's first two
+    mask_strides,
+    bias_strides,
     HEAD_DIM: tl.constexpr,
     D0: tl.constexpr,
     D1: tl.constexpr,
@@ -277,16 +260,14 @@ def attention_backward_dkdv_kernel(
     tiles = tl.cdiv(N, BLOCK_N)
     head = tl.program_id(0) // tiles
     batch, head_in_batch = (head // H).to(tl.int64), (head % H).to(tl.int64)
-    q_ptr = qkv_ptr + batch * stride_b + head_in_batch * stride_h
-    k_ptr = q_ptr + stride_3
-    v_ptr = k_ptr + stride_3  # stride_3 * 2 could overflow 32 bits
-    dout_ptr += batch * dout_stride_b + head_in_batch * HEAD_DIM
+    q_ptr, k_ptr, v_ptr = head_pointers(qkv_ptr, strides, batch, head_in_batch)
+    dout_ptr += batch * dout_strides[0] + head_in_batch * HEAD_DIM
     n = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     row_ok = n < N
     n_wide = n.to(tl.int64)
-    allowed = key_allowed(n, N, mask_ptr, batch, mask_stride_b, mask_stride_n)
-    k0, k1 = load_head(k_ptr, n_wide * stride_n, row_ok, HEAD_DIM, D0, D1)
-    v0, v1 = load_head(v_ptr, n_wide * stride_n, row_ok, HEAD_DIM, D0, D1)
+    allowed = key_allowed(n, N, mask_ptr, mask_strides, batch)
+    k0, k1 = load_head(k_ptr, n_wide * strides[1], row_ok, HEAD_DIM, D0, D1)
+    v0, v1 = load_head(v_ptr, n_wide * strides[1], row_ok, HEAD_DIM, D0, D1)
 
     dk0 = tl.zeros((BLOCK_N, D0), ACC)
     dv0 = tl.zeros((BLOCK_N, D0), ACC)
@@ -300,15 +281,12 @@ def attention_backward_dkdv_kernel(
         m = start + tl.arange(0, BLOCK_M)
         m_ok = m < N
         m_wide = m.to(tl.int64)
-        q0, q1 = load_head(q_ptr, m_wide * stride_n, m_ok, HEAD_DIM, D0, D1)
-        dout0, dout1 = load_head(dout_ptr, m_wide * dout_stride_n, m_ok, HEAD_DIM, D0, D1)
+        q0, q1 = load_head(q_ptr, m_wide * strides[1], m_ok, HEAD_DIM, D0, D1)
+        dout0, dout1 = load_head(dout_ptr, m_wide * dout_strides[1], m_ok, HEAD_DIM, D0, D1)
         lse = tl.load(lse_ptr + head.to(tl.int64) * N + m, mask=m_ok, other=0.0)
         delta = tl.load(delta_ptr + head.to(tl.int64) * N + m, mask=m_ok, other=0.0)
         scores = product(k0, k1, q0, q1, D1, ACC, PRECISION) * (scale * LOG2_E)
-        if bias_ptr is not None:
-            offset = m_wide[None, :] * bias_stride_m + n_wide[:, None] * bias_stride_n
-            offset += batch * bias_stride_b + head_in_batch * bias_stride_h
-            scores += tl.load(bias_ptr + offset, mask=row_ok[:, None] & m_ok[None, :], other=0.0).to(ACC) * LOG2_E
+        scores = add_bias(scores, bias_ptr, bias_strides, batch, head_in_batch, m[None, :], n[:, None], N)
         p = tl.where(allowed[:, None], tl.exp2(scores - lse[None, :]), 0.0)
         dv0, dv1 = accumulate(p, dout0, dout1, dv0, dv1, D1, ACC, PRECISION)
         dscores = p * (product(v0, v1, dout0, dout1, D1, ACC, PRECISION) - delta[None, :])
@@ -342,18 +320,13 @@ def _mask_arguments(qkv, key_padding_mask, attn_bias):
     batch, tokens, _, heads, _ = qkv.shape
     mask = None if key_padding_mask is None else key_padding_mask.view(torch.uint8)
     bias = None if attn_bias is None else attn_bias.expand(batch, heads, tokens, tokens)
-    strides = [0] * 6
-    if mask is not None:
-        strides[:2] = mask.stride()
-    if bias is not None:
-        # An axis of one is not stepped along: 0, as for one that is broadcast, so that no kernel is compiled for it.
-        strides[2:] = [0 if size == 1 else stride for size, stride in zip(bias.shape, bias.stride(), strict=True)]
-    return mask, bias, strides
+    mask_strides = (0, 0) if mask is None else mask.stride()
+    # An axis of one is not stepped along: 0, as for one that is broadcast, so that no kernel is compiled for it.
+    steps = [0] * 4 if bias is None else [0 if n == 1 else bias.stride(i) for i, n in enumerate(bias.shape)]
+    return mask, bias, (mask_strides, tuple(steps))
 
 
-def _launch(
-    kernel, name: str, qkv, scores: Scores, args: tuple, written: tuple[torch.Tensor, ...], config=None
-) -> tuple[torch.Tensor, ...]:
+def _launch(kernel, name: str, qkv, scores: Scores, args, written, config=None):
     """Launch a kernel of attention over rows of `qkv`, with the config chosen for it if none is given. Returns
     `written`: what it fills."""
     batch, tokens, _, heads, head_dim = qkv.shape
@@ -369,12 +342,7 @@ def _launch(
     return written
 
 
-def attention_forward(
-    qkv: torch.Tensor,
-    scale: float,
-    key_padding_mask: torch.Tensor | None = None,
-    attn_bias: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def attention_forward(qkv, scale: float, key_padding_mask=None, attn_bias=None):
     """qkv (B, N, 3, H, d) with unit stride along d, key_padding_mask (B, N) bool, attn_bias broadcastable to
     (B, H, N, N) -> out (B, N, H * d) in qkv's dtype, lse (B, H, N) in base 2, float32 (float64 for float64)."""
     batch, tokens, _, heads, head_dim = qkv.shape
@@ -382,23 +350,14 @@ def attention_forward(
     lse = torch.empty(batch, heads, tokens, dtype=accumulator_dtype(qkv.dtype), device=qkv.device)
     if out.numel():
         mask, bias, strides = _mask_arguments(qkv, key_padding_mask, attn_bias)
-        sizes = (tokens, heads, scale, *qkv.stride()[:4], *strides)
+        sizes = (tokens, heads, scale, qkv.stride()[:4], *strides)
         scores = Scores(mask is not None, None if bias is None else bias.dtype)
         args = (qkv, out, lse, mask, bias, *sizes)
         _launch(attention_kernel, "attention_forward", qkv, scores, args, (out, lse))
     return out, lse
 
 
-def attention_backward(
-    dout: torch.Tensor,
-    qkv: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    scale: float,
-    key_padding_mask: torch.Tensor | None = None,
-    attn_bias: torch.Tensor | None = None,
-    needs_bias: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+def attention_backward(dout, qkv, out, lse, scale: float, key_padding_mask=None, attn_bias=None, needs_bias=False):
     """Gradients of `attention_forward` for dout (B, N, H * d) with unit stride along the last axis.
 
     Returns dqkv (B, N, 3, H, d) contiguous in qkv's dtype, and the gradient of the broadcast bias (B, H, N, N) in
@@ -411,7 +370,7 @@ def attention_backward(
     if dqkv.numel():
         delta = torch.empty_like(lse)
         mask, bias, strides = _mask_arguments(qkv, key_padding_mask, attn_bias)
-        sizes = (tokens, heads, scale, *qkv.stride()[:4], *dout.stride()[:2], *strides)
+        sizes = (tokens, heads, scale, qkv.stride()[:4], dout.stride()[:2], *strides)
         scores = Scores(mask is not None, None if bias is None else bias.dtype, needs_bias)
         args = (qkv, out, dout, lse, delta, dqkv, dbias, mask, bias, *sizes)
         written = tuple([tensor for tensor in (dqkv[:, :, 0], delta, dbias) if tensor is not None])

@@ -235,15 +235,7 @@ def _tensors(values: tuple) -> tuple[torch.Tensor, ...]:
     return tuple([value for value in values if value is not None])
 
 
-def weight_gradient(
-    dy: torch.Tensor,
-    right: Prologue,
-    x: tuple,
-    inputs: int,
-    dtype: torch.dtype,
-    wide: bool = False,
-    config: Config | None = None,
-) -> torch.Tensor:
+def weight_gradient(dy, right: Prologue, x, inputs: int, dtype: torch.dtype, wide: bool = False, config=None):
     """dy^T X, summed over tokens: dy (M, O), X (M, inputs) as loaded by `right` from `x`, rounded to `dtype`.
 
     Returns (O, inputs) in it, or, wide, in float32 (float64 for float64), so that what is made of it is rounded once.
@@ -268,7 +260,7 @@ def weight_gradient(
     return total(partial, config.SPLIT_K, out_dtype)
 
 
-def library_weight_gradient(dy: torch.Tensor, x: torch.Tensor, dtype: torch.dtype, wide: bool = False) -> torch.Tensor:
+def library_weight_gradient(dy, x, dtype: torch.dtype, wide: bool = False) -> torch.Tensor:
     """dy^T x by the library, dy (M, O) and x (M, inputs) rounded to `dtype`. Returns (O, inputs) in it, or, wide, in
     float32 (float64 for float64)."""
     left, right = dy.to(dtype).t(), x.to(dtype)

@@ -143,23 +143,13 @@ def row_statistics(
     return mean, rstd
 
 
-def layer_norm_forward(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, dtype: torch.dtype | None = None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def layer_norm_forward(x, weight, bias, eps: float, dtype: torch.dtype | None = None):
     """x (M, D) with unit stride along D -> y (M, D) in `dtype`, x's if not given, mean (M,), rstd (M,)."""
     y = torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
     return y, *row_statistics(x, eps, (weight, bias, y))
 
 
-def layer_norm_backward(
-    dy: torch.Tensor,
-    x: torch.Tensor,
-    mean: torch.Tensor,
-    rstd: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    dresidual: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def layer_norm_backward(dy, x, mean, rstd, weight, bias, dresidual=None):
     """dy (M, D), x (M, D), dresidual (M, D) or None, each with unit stride along D -> dx (M, D) in x's dtype, dweight
     (D,) and dbias (D,) in weight's and bias's, summed in float32 (float64 for float64)."""
     rows, columns = x.shape

@@ -16,14 +16,7 @@ from . import gemm, layer_norm, reduce
 from .gemm import INPUT_GRADIENT, LINEAR, MATRIX, NORMALISED, plain, transposed
 
 
-def layer_norm_linear_forward(
-    x: torch.Tensor,
-    norm_weight: torch.Tensor,
-    norm_bias: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    eps: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def layer_norm_linear_forward(x, norm_weight, norm_bias, weight, bias, eps: float):
     """x (M, D), weight (O, D), bias (O,) or None -> y (M, O) in weight's dtype, mean (M,), rstd (M,)."""
     rows, inputs = x.shape
     outputs = weight.shape[0]
@@ -37,18 +30,8 @@ def layer_norm_linear_forward(
 
 
 def layer_norm_linear_backward(
-    dy: torch.Tensor,
-    x: torch.Tensor,
-    mean: torch.Tensor,
-    rstd: torch.Tensor,
-    norm_weight: torch.Tensor,
-    norm_bias: torch.Tensor,
-    weight: torch.Tensor,
-    eps: float,
-    needs: tuple[bool, bool, bool],
-    dresidual: torch.Tensor | None = None,
-    by_library: bool = False,
-) -> tuple[torch.Tensor | None, ...]:
+    dy, x, mean, rstd, norm_weight, norm_bias, weight, eps: float, needs, dresidual=None, by_library: bool = False
+):
     """Gradients of `layer_norm_linear_forward` for dy (M, O).
 
     needs: three bools: the input and norm parameters, the weight, the bias; None for each that is not needed.

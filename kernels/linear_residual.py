@@ -13,27 +13,17 @@ reads dout.
 import torch
 
 from . import gemm, reduce
-from .gemm import INPUT_GRADIENT, LINEAR, LINEAR_RESIDUAL, MATRIX, SCALED, Prologue, plain, transposed
+from .gemm import INPUT_GRADIENT, LINEAR, LINEAR_RESIDUAL, MATRIX, SCALED, plain, transposed
 
 
-def scaled_operand(
-    x: torch.Tensor, row_scale: torch.Tensor | None, column_scale: torch.Tensor | None
-) -> tuple[Prologue, tuple]:
+def scaled_operand(x, row_scale, column_scale):
     """The prologue, and its source, of x (M, K) times a scale per sample and one per channel; each may be None."""
     if row_scale is None and column_scale is None:
         return MATRIX, plain(x)
     return SCALED, (x, row_scale, column_scale, reduce.rows_per_sample(len(x), row_scale), x.stride(0))
 
 
-def residual_product(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    layer_scale: torch.Tensor | None,
-    drop_path_scale: torch.Tensor | None,
-    out_dtype: torch.dtype,
-) -> tuple:
+def residual_product(x, weight, bias, residual, layer_scale, drop_path_scale, out_dtype: torch.dtype):
     """What `gemm.launch` takes for `linear_residual_forward`, the output's memory included."""
     rows, inputs = x.shape
     outputs = weight.shape[0]
@@ -44,31 +34,14 @@ def residual_product(
     return MATRIX, plain(x), MATRIX, transposed(weight), epilogue, target, (rows, outputs, inputs), weight.dtype
 
 
-def linear_residual_forward(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor,
-    layer_scale: torch.Tensor | None,
-    drop_path_scale: torch.Tensor | None,
-    out_dtype: torch.dtype,
-) -> torch.Tensor:
+def linear_residual_forward(x, weight, bias, residual, layer_scale, drop_path_scale, out_dtype: torch.dtype):
     """x (M, K), weight (O, K), bias (O,), residual (M, O), layer_scale (O,), drop_path_scale (B,), bias and the scales
     None where absent -> (M, O) in out_dtype."""
     product = residual_product(x, weight, bias, residual, layer_scale, drop_path_scale, out_dtype)
     return gemm.launch(*product)[0]
 
 
-def linear_parameter_gradients(
-    dout: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    layer_scale: torch.Tensor | None,
-    drop_path_scale: torch.Tensor | None,
-    needs: tuple[bool, bool, bool],
-    by_library: bool,
-) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+def linear_parameter_gradients(dout, x, weight, bias, layer_scale, drop_path_scale, needs, by_library: bool):
     """Gradients of weight, bias and layer_scale for dout (M, O) and x (M, K), None where not needed.
 
     needs: three bools. by_library: that of the weight by the library's product. Returns dweight (O, K), dbias (O,),
@@ -99,16 +72,7 @@ def linear_parameter_gradients(
     return dweight if needs_weight else None, dbias if needs_bias else None, dlayer_scale
 
 
-def linear_residual_backward(
-    dout: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    layer_scale: torch.Tensor | None,
-    drop_path_scale: torch.Tensor | None,
-    needs: tuple[bool, bool, bool, bool],
-    by_library: bool = False,
-) -> tuple[torch.Tensor | None, ...]:
+def linear_residual_backward(dout, x, weight, bias, layer_scale, drop_path_scale, needs, by_library: bool = False):
     """Gradients of `linear_residual_forward` for dout (M, O); that of the residual is dout.
 
     needs: four bools, for x, weight, bias, layer_scale. Returns dx (M, K) in x's dtype, and the parameters' gradients

@@ -144,16 +144,7 @@ def _normalisation(image, weight, mean, std):
     return _gain_and_shift(*as_tuple, image.shape[1], not image.is_floating_point(), acc, image.device)
 
 
-def patch_embed_forward(
-    image: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    pos_embed: torch.Tensor | None,
-    prefix: torch.Tensor | None,
-    mean: tuple[float, ...] | None,
-    std: tuple[float, ...] | None,
-    out_dtype: torch.dtype,
-) -> torch.Tensor:
+def patch_embed_forward(image, weight, bias, pos_embed, prefix, mean, std, out_dtype: torch.dtype):
     """image (B, C, H, W) of any strides, weight (D, C, ph, pw), bias (D,), pos_embed (N, D) or (P + N, D), prefix
     (P, D), mean and std C floats each, the last five None where absent -> tokens (B, P + N, D) in out_dtype."""
     batch = image.shape[0]
@@ -180,16 +171,7 @@ def _patches(image, gain, shift, patch_height: int, patch_width: int, dtype: tor
     return by_patch.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(0, 2)
 
 
-def patch_embed_backward(
-    dtokens: torch.Tensor,
-    image: torch.Tensor,
-    weight: torch.Tensor,
-    prefix_rows: int,
-    mean: tuple[float, ...] | None,
-    std: tuple[float, ...] | None,
-    needs: tuple[bool, bool, bool],
-    by_library: bool = False,
-) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+def patch_embed_backward(dtokens, image, weight, prefix_rows: int, mean, std, needs, by_library: bool = False):
     """Gradients of `patch_embed_forward` for contiguous dtokens (B, P + N, D).
 
     needs: three bools, for the three results, None where not needed: dimage in image's dtype and layout; dweight

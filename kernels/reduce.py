@@ -64,9 +64,7 @@ def rows_per_sample(rows: int, row_scale: torch.Tensor | None) -> int:
     return rows // len(row_scale) if rows and row_scale is not None else 1
 
 
-def column_sum(
-    x: torch.Tensor, row_scale: torch.Tensor | None = None, dtype: torch.dtype | None = None
-) -> torch.Tensor:
+def column_sum(x, row_scale=None, dtype: torch.dtype | None = None):
     """Sum over rows of x (rows, columns), row i times row_scale[i // (rows / samples)], in float32 (float64 for
     float64). Returns (columns,) rounded to `dtype`, if that is not None."""
     rows, columns = x.shape

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from fastvit.kernels.launch.request import (
     Scores,
 )
 from fastvit.kernels.launch.search import search_space
+from fastvit.kernels.launch.validity import shared_memory
 
 BF16, FP32 = torch.bfloat16, torch.float32
 
@@ -67,32 +69,49 @@ def test_estimates(arch, request_, must):
         assert by_sms == sorted(by_sms, reverse=True) and by_sms[0] > floor
 
 
-def test_estimates_count_padding_waves_and_room():
+def test_estimates_count_padding_waves_and_room(monkeypatch):
     arch = ARCHS["sm_90"]
     tall = GemmConfig(128, 64, 64, 4, 3)
     wide = tall._replace(BLOCK_M=64, BLOCK_N=128)
+
+    def gemm_seconds(shape, config, dtype=BF16, epilogue=gemm.INPUT_GRADIENT, arch=arch):
+        return cost.request_seconds(product(shape, dtype, epilogue), config, arch)
+
     # 64 rows fill half of a tall tile; of many rows neither wastes any.
-    assert cost.gemm_seconds(64, 65536, 768, 4, tall, arch) > 1.5 * cost.gemm_seconds(64, 65536, 768, 4, wide, arch)
-    assert cost.gemm_seconds(65536, 8192, 768, 2, tall, arch) == cost.gemm_seconds(65536, 8192, 768, 2, wide, arch)
+    few, many = (64, 65536, 768), (65536, 8192, 768)
+    assert gemm_seconds(few, tall, FP32) > 1.5 * gemm_seconds(few, wide, FP32)
+    assert gemm_seconds(many, tall) == gemm_seconds(many, wide)
     # One tile more than the multiprocessors hold takes another round.
-    full, over = (cost.gemm_seconds(128 * n, 64, 4096, 4, tall, arch) for n in (132, 133))
+    full, over = (gemm_seconds((128 * n, 64, 4096), tall, FP32) for n in (132, 133))
     assert over > 1.3 * full
     # A long sum into few tiles is better cut.
-    cut = tall._replace(SPLIT_K=8)
-    assert cost.gemm_seconds(768, 768, 50432, 2, cut, arch) < cost.gemm_seconds(768, 768, 50432, 2, tall, arch)
+    long, cut = (768, 768, 50432), tall._replace(SPLIT_K=8)
+    assert gemm_seconds(long, cut, epilogue=gemm.SUMS) < gemm_seconds(long, tall, epilogue=gemm.SUMS)
+    # Its parts are written, read again and added.
+    assert gemm_seconds((4096, 4096, 512), cut, epilogue=gemm.SUMS) > (8 + 8 + 1) * 4096**2 * 4 / arch.bandwidth
     # Blocks that fill the shared memory cannot hide each other's latency.
-    thin = tall._replace(num_stages=2)
-    alone, together = (cost.gemm_seconds(4096, 4096, 64, 4, thin, arch, shared) for shared in (arch.shared // 2, 0))
-    assert alone >= together
+    shallow, thin = (4096, 4096, 64), tall._replace(num_stages=2)
+    crowded = replace(arch, shared=shared_memory(thin, product(shallow, FP32), arch) + 1024)
+    assert gemm_seconds(shallow, thin, FP32, arch=crowded) >= gemm_seconds(shallow, thin, FP32)
 
     narrow = AttentionConfig(64, 32, 4, 2)
-    shape = (256, 197, 12, 64, 2)
-    wasteful = cost.attention_seconds(*shape, narrow._replace(BLOCK_STEP=256), arch)
-    assert wasteful > cost.attention_seconds(*shape, narrow, arch)
-    kernels = [cost.attention_seconds(*shape, narrow, arch, kernel) for kernel in CONFIGS if "attention" in kernel]
+    attentions = [Request(kernel, (256, 197, 12, 64), BF16, Scores()) for kernel in CONFIGS if "attention" in kernel]
+    kernels = [cost.request_seconds(request, narrow, arch) for request in attentions]
+    assert cost.request_seconds(attentions[0], narrow._replace(BLOCK_STEP=256), arch) > kernels[0]
+    # A head of 72 takes products of 80.
+    by_head_dim = [
+        cost.request_seconds(Request("attention_forward", (64, 1024, 12, d), BF16, Scores()), narrow, arch)
+        for d in (64, 72, 80)
+    ]
+    assert by_head_dim[0] < by_head_dim[1] == by_head_dim[2]
     assert kernels == sorted(kernels) and kernels[0] < kernels[2]
 
-    row = RowConfig(4, 1024, 4)
-    assert cost.row_seconds(50432, 1024, 2, row, arch, moves=4) > cost.row_seconds(50432, 1024, 2, row, arch, moves=2)
-    few = cost.row_seconds(50432, 1024, 2, row, arch, stretches=16)
-    assert few > cost.row_seconds(50432, 1024, 2, row, arch, stretches=256)
+    def row_seconds(kernel, residual=False):
+        request = Request(kernel, (50432, 1024), BF16, Rows(residual))
+        return cost.request_seconds(request, RowConfig(4, 1024, 4), arch)
+
+    assert row_seconds("layer_norm_backward", residual=True) > row_seconds("layer_norm_backward")
+    assert row_seconds("layer_norm_forward") > row_seconds("layer_norm_statistics")
+    many = row_seconds("layer_norm_backward")
+    monkeypatch.setitem(cost.MAX_PARTIALS, "layer_norm_backward", 16)
+    assert row_seconds("layer_norm_backward") > many

@@ -318,100 +318,55 @@ def request_seconds(request: Request, config: Config, arch: Arch, sms: int | Non
     """An estimate, not a promise: seconds of the launch that `request` states, with `config`, on an otherwise idle
     `arch` of `sms` multiprocessors (None: those of `arch.gpu`), each with the rates of one of `arch.gpu`'s.
 
-    Every operand is taken to be in request.dtype, and an epilogue to write one matrix and read none. Whether the config
-    is valid is not asked: that is `validity.why_invalid`'s.
+    Every operand is taken to be in request.dtype, and an epilogue to write one matrix and read none. Products of 16-bit
+    operands are taken to run on tensor cores, those of wider ones in full precision without them. Whether the config is
+    valid is not asked: that is `validity.why_invalid`'s.
     """
-    itemsize = request.dtype.itemsize
-    how = {"shared": shared_memory(config, request, arch), "sms": sms}
-    if request.kernel == "gemm":
-        return gemm_seconds(*request.shape, itemsize, config, arch, **how)
-    if request.kernel in _ATTENTION:
-        return attention_seconds(*request.shape, itemsize, config, arch, request.kernel, **how)
-    return row_seconds(
-        *request.shape,
-        itemsize,
-        config,
-        arch,
-        _matrices_moved(request),
-        MAX_PARTIALS.get(request.kernel),
-        sms,
-    )
+    programs, steps, step_seconds = _PROGRAMS[type(config)](request, config, arch)
+    shared = shared_memory(config, request, arch)
+    moved, later = request_cost(request).bytes, LAUNCH_SECONDS
+    if getattr(config, "SPLIT_K", 1) > 1:  # partial results, which a second kernel adds
+        m, n, _ = request.shape
+        part = m * n * _wide(request.dtype.itemsize)
+        moved += (config.SPLIT_K - 1) * part
+        later += _memory_seconds((config.SPLIT_K + 1) * part, arch) + LAUNCH_SECONDS
+    compute = _seconds_of_programs(programs, steps, step_seconds, config, arch, shared, sms)
+    return max(compute, _memory_seconds(moved, arch)) + later
 
 
-def gemm_seconds(
-    m: int,
-    n: int,
-    k: int,
-    itemsize: int,
-    config: GemmConfig,
-    arch: Arch,
-    shared: int = 0,
-    sms: int | None = None,
-) -> float:
-    """An estimate, not a promise: one (m, n) product over k, its SPLIT_K parts added by a second kernel.
-
-    Products on tensor cores for 16-bit operands, in full precision without them for wider ones. shared: bytes of shared
-    memory that a block needs; sms: see `request_seconds`.
-    """
+def _gemm_programs(request: Request, config: GemmConfig, arch: Arch) -> tuple[int, int, float]:
+    """How many programs a launch has, the steps of each, and the seconds of a step on a multiprocessor."""
+    m, n, k = request.shape
     depth = ceil_div(k, config.SPLIT_K)
     tiles = ceil_div(m, config.BLOCK_M) * ceil_div(n, config.BLOCK_N) * config.SPLIT_K
     intensity = config.BLOCK_M * config.BLOCK_N / (config.BLOCK_M + config.BLOCK_N)
     share = _interpolate(DEPTH_SHARE, depth) * _interpolate(TILE_SHARE, intensity)
-    step = 2 * config.BLOCK_M * config.BLOCK_N * config.BLOCK_K / (share * _flops_of_sm(itemsize, arch))
-    compute = _seconds_of_programs(tiles, ceil_div(depth, config.BLOCK_K), step, config, arch, shared, sms)
-    if config.SPLIT_K == 1:
-        return max(compute, _memory_seconds(gemm(m, n, k, itemsize).bytes, arch)) + LAUNCH_SECONDS
-    part = m * n * _wide(itemsize)
-    moved = (m * k + k * n) * itemsize + config.SPLIT_K * part
-    reduction = _memory_seconds((config.SPLIT_K + 1) * part, arch)
-    return max(compute, _memory_seconds(moved, arch)) + reduction + 2 * LAUNCH_SECONDS
+    flops = 2 * config.BLOCK_M * config.BLOCK_N * config.BLOCK_K
+    return tiles, ceil_div(depth, config.BLOCK_K), flops / (share * _flops_of_sm(request.dtype.itemsize, arch))
 
 
-def attention_seconds(
-    batch: int,
-    tokens: int,
-    num_heads: int,
-    head_dim: int,
-    itemsize: int,
-    config: AttentionConfig,
-    arch: Arch,
-    kernel: str = "attention_forward",
-    shared: int = 0,
-    sms: int | None = None,
-) -> float:
-    """An estimate, not a promise: one kernel of attention, by its name in `request.CONFIGS`. shared, sms: see
-    `gemm_seconds`."""
-    of_kernel, products, share = _ATTENTION[kernel]
+def _attention_programs(request: Request, config: AttentionConfig, arch: Arch) -> tuple[int, int, float]:
+    batch, tokens, num_heads, head_dim = request.shape
+    _, products, share = _ATTENTION[request.kernel]
     # As many columns as whole products of 16 take.
     flops = 2 * products * config.BLOCK_ROWS * config.BLOCK_STEP * 16 * ceil_div(head_dim, 16)
     programs = batch * num_heads * ceil_div(tokens, config.BLOCK_ROWS)
-    step = flops / (share * _flops_of_sm(itemsize, arch))
-    compute = _seconds_of_programs(programs, ceil_div(tokens, config.BLOCK_STEP), step, config, arch, shared, sms)
-    moved = of_kernel(batch, tokens, num_heads, head_dim, itemsize).bytes
-    return max(compute, _memory_seconds(moved, arch)) + LAUNCH_SECONDS
+    step_seconds = flops / (share * _flops_of_sm(request.dtype.itemsize, arch))
+    return programs, ceil_div(tokens, config.BLOCK_STEP), step_seconds
 
 
-def row_seconds(
-    rows: int,
-    columns: int,
-    itemsize: int,
-    config: RowConfig,
-    arch: Arch,
-    moves: int = 2,
-    stretches: int | None = None,
-    sms: int | None = None,
-) -> float:
-    """An estimate, not a promise: a row-wise kernel that reads or writes `moves` matrices of (rows, columns), each
-    program a tile of rows, or one of at most `stretches` of them. sms: see `request_seconds`."""
+def _row_programs(request: Request, config: RowConfig, arch: Arch) -> tuple[int, int, float]:
+    rows, columns = request.shape
     tiles = ceil_div(rows, config.BLOCK_ROWS)
-    steps = 1 if stretches is None else ceil_div(tiles, stretches)
-    programs = ceil_div(tiles, steps) * ceil_div(columns, config.BLOCK_D)
-    moved = moves * config.BLOCK_ROWS * min(columns, config.BLOCK_D) * itemsize
+    steps = ceil_div(tiles, MAX_PARTIALS.get(request.kernel, tiles))
+    moved = _matrices_moved(request) * config.BLOCK_ROWS * min(columns, config.BLOCK_D) * request.dtype.itemsize
     instructions = ROW_INSTRUCTIONS * config.BLOCK_ROWS * config.BLOCK_D
     # An SM's share of the bandwidth, and of the data sheet's FLOP/s, which count two an instruction.
-    step = arch.sms * max(_memory_seconds(moved, arch), 2 * instructions / arch.flops_32)
-    compute = _seconds_of_programs(programs, steps, step, config, arch, 0, sms)
-    return max(compute, _memory_seconds(moves * rows * columns * itemsize, arch)) + LAUNCH_SECONDS
+    step_seconds = arch.sms * max(_memory_seconds(moved, arch), 2 * instructions / arch.flops_32)
+    return ceil_div(tiles, steps) * ceil_div(columns, config.BLOCK_D), steps, step_seconds
+
+
+_PROGRAMS = {GemmConfig: _gemm_programs, AttentionConfig: _attention_programs, RowConfig: _row_programs}
 
 
 def _seconds_of_programs(programs: int, steps: int, step_seconds: float, config, arch, shared: int, sms) -> float:
