@@ -95,33 +95,6 @@ LINEAR = Epilogue("linear", store_linear)
 LINEAR_RESIDUAL = Epilogue("linear_residual", store_linear, beside=True)
 
 
-@triton.jit
-def matmul_loop(
-    acc,
-    LOAD_A: tl.constexpr,
-    a,
-    LOAD_B: tl.constexpr,
-    b,
-    i,
-    j,
-    M,
-    N,
-    K,
-    k_first,
-    k_last,
-    DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """acc + A[i, k_first:k_last] B[k_first:k_last, j], the operands rounded to DTYPE."""
-    for start in range(k_first, k_last, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        left = LOAD_A(i, k, a, M, K).to(DTYPE)
-        right = LOAD_B(k, j, b, K, N).to(DTYPE)
-        acc = tl.dot(left, right, acc, input_precision=PRECISION, out_dtype=acc.dtype)
-    return acc
-
-
 @triton.jit(launch_metadata=cost.gemm_launch, do_not_specialize=["tokens"])
 def gemm_kernel(
     a,  # what LOAD_A loads from: the left operand (M, K)
@@ -159,7 +132,11 @@ def gemm_kernel(
     k_first = part * k_per_part
     k_last = tl.minimum(k_first + k_per_part, depth)
     acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
-    acc = matmul_loop(acc, LOAD_A, a, LOAD_B, b, i, j, rows, N, depth, k_first, k_last, DTYPE, PRECISION, BLOCK_K)
+    for start in range(k_first, k_last, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        left = LOAD_A(i, k, a, rows, depth).to(DTYPE)
+        right = LOAD_B(k, j, b, depth, N).to(DTYPE)
+        acc = tl.dot(left, right, acc, input_precision=PRECISION, out_dtype=ACC)
     EPILOGUE(acc, i, j, part, target, rows, N, ACTIVATION)
 
 

@@ -71,8 +71,7 @@ def layer_norm_mlp_forward(
     out_dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """x (M, D), fc1_weight (H, D), fc2_weight (O, H), residual (M, O) or, if it is x itself, None; the other optional
-    ones None where absent -> out (M, O) in out_dtype, mean (M,), rstd (M,),
-    preactivation (M, H) or None."""
+    ones None where absent -> out (M, O) in out_dtype, mean (M,), rstd (M,), preactivation (M, H) or None."""
     rows, inputs = x.shape
     hidden, dtype = fc1_weight.shape[0], fc1_weight.dtype
     mean, rstd = layer_norm.row_statistics(x, eps)
@@ -131,17 +130,9 @@ def layer_norm_mlp_backward(
         dout, activated, fc2_weight, fc2_bias, layer_scale, drop_path_scale, needs_fc2, by_library
     )
     del activated
+    norm = (x, mean, rstd, norm_weight, norm_bias)
+    dresidual = dout if residual_is_x else None
     fc1_gradients = layer_norm_linear_backward(
-        dpreactivation,
-        x,
-        mean,
-        rstd,
-        norm_weight,
-        norm_bias,
-        fc1_weight,
-        eps,
-        needs_fc1,
-        dresidual=dout if residual_is_x else None,
-        by_library=by_library,
+        dpreactivation, *norm, fc1_weight, eps, needs_fc1, dresidual, by_library=by_library
     )
     return *fc1_gradients, *fc2_gradients
