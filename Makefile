@@ -4,7 +4,7 @@ VENV := .venv
 # numpy's and torch's threads would fight the test processes, and the interpreter's small arrays gain nothing by them.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 
-.PHONY: bench verify test test-all static gpu host pages clean help
+.PHONY: bench verify test test-all static gpu host frozen pages clean help
 
 help:
 	@echo "make bench     verify the kernels, then time ViT models beside their peers on photographs"
@@ -15,14 +15,18 @@ help:
 	@echo "make gpu       all that is worth knowing on this machine's GPU, with the python3 on PATH, under 9 minutes:"
 	@echo "               OUT=folder FROM=archive COMMIT=name BUDGET=seconds MODELS=names BATCH=n STEPS=names"
 	@echo "make host      launches of a model and the host's time for them, without a GPU: benchmarks/results/host.json"
+	@echo "make frozen    where a model's time goes before and after it is frozen: docs/frozen.md and its picture"
 	@echo "make pages     the pages and tables of benchmarks/results/ anew, and the table in README.md"
 	@echo "make clean     remove the environment and what was built"
+
+# The peers that `make bench` times ours beside.
+PEERS := timm,torchvision,openvino,frozen,frozen auto
 
 # What would not fit the time limit is left out before the start, and named. With a GPU, ViT-B is tuned first.
 bench: verify
 	@if $(VENV)/bin/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then \
 		$(VENV)/bin/fastvit tune --models vit_base_patch16_224 --batches 256 --time-limit 45 || true; fi
-	@$(VENV)/bin/fastvit bench --peers reference,timm,torchvision --output results --time-limit 240
+	@$(VENV)/bin/fastvit bench --peers "$(PEERS)" --output results --time-limit 240
 
 verify: $(VENV)/.bench
 	@mkdir -p results
@@ -36,11 +40,11 @@ test-all: $(VENV)/.test
 
 # The stamps: made anew when what they install changes. Tests need all that the benchmark needs.
 $(VENV)/.bench: setup.py constraints.txt .ci/environment
-	@.ci/environment $(VENV) bench
+	@.ci/environment $(VENV) bench,openvino,onnxruntime
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.bench
-	@.ci/environment $(VENV) bench,cli,hub,test transformers
+	@.ci/environment $(VENV) bench,openvino,onnxruntime,cli,hub,test transformers
 	@touch $@
 
 # What is on Python's path where nothing is installed: a folder that holds fastvit alone. With the repo's root there,
@@ -82,6 +86,10 @@ gpu: $(PLACE)/fastvit
 # Python's time between launches, on a driver that does nothing. On a quiet machine.
 host: $(VENV)/.test
 	@PYTHONPATH=tests $(ONE_THREAD) $(VENV)/bin/python tests/stub_gpu/launch_ops.py host benchmarks/results/host.json
+
+# On a quiet machine.
+frozen: $(VENV)/.bench
+	@$(VENV)/bin/python benchmarks/frozen_steps.py
 
 pages: $(VENV)/.bench
 	@$(VENV)/bin/python -m fastvit.benchmarks.report.summary

@@ -8,8 +8,8 @@ from setuptools.command import build_py
 FOLDERS = {"fastvit": "fastvit", "fastvit.kernels": "kernels", "fastvit.benchmarks": "benchmarks"}
 PACKAGES = {f"{root}.{found}" for root, folder in FOLDERS.items() for found in find_packages(folder)} | {*FOLDERS}
 # Of `benchmarks/`, what only a checkout runs: `python benchmarks`, pytest, `make gpu`, `make pages`, `make static`.
-TOOLS = ("__main__", "test_ops", "runbook", "on_gpu", "micro", "peaks", "report.gpu", "report.summary", "static",
-         "static_report")  # fmt: skip
+TOOLS = ("__main__", "test_ops", "frozen_steps", "runbook", "on_gpu", "micro", "peaks", "report.gpu", "report.summary",
+         "static", "static_report")  # fmt: skip
 
 
 class BuildPy(build_py.build_py):
@@ -28,8 +28,10 @@ EXTRAS = {
     "bench": ["pillow>=10.1", "rich>=13", "matplotlib>=3.8", "timm>=1.0.15"],
     "test": ["pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3.5", "setuptools>=70.1"],
 }
-# What `fastvit bench` compares with on a CPU. Apart from "all": they are larger than the rest together.
-PEERS = ["timm>=1.0.15", "torchvision", "transformers>=5", "onnxruntime", "onnx", "onnxscript", "openvino"]
+# Runtimes of frozen models, an extra each. Apart from "all", as the peers: they are larger than the rest together.
+RUNTIMES = {"openvino": ["openvino"], "onnxruntime": ["onnxruntime", "onnx", "onnxscript"]}
+# What `fastvit bench` compares with on a CPU.
+PEERS = ["timm>=1.0.15", "torchvision", "transformers>=5", *RUNTIMES["onnxruntime"], *RUNTIMES["openvino"]]
 
 setup(
     name="fastvit",
@@ -38,7 +40,12 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     install_requires=["torch>=2.11", "triton>=3.6; platform_system == 'Linux'", "numpy>=1.26"],
-    extras_require={**EXTRAS, "peers": PEERS, "all": sorted({part for extra in EXTRAS.values() for part in extra})},
+    extras_require={
+        **EXTRAS,
+        **RUNTIMES,
+        "peers": PEERS,
+        "all": sorted({part for extra in EXTRAS.values() for part in extra}),
+    },
     packages=sorted(PACKAGES),
     package_dir=FOLDERS,
     cmdclass={"build_py": BuildPy},

@@ -27,7 +27,7 @@ from fastvit.verify import SHORT
 from . import plan, roofline, timing
 from .cases import Case
 from .peers import PEERS, absent
-from .schema import OURS, Entry, Peaks, Ratio, Row, Run
+from .schema import OURS, SIDES, Duel, Entry, Peaks, Ratio, Row, Run
 from .suites import SEED, Settings
 from .work import ModelWork, OpWork, Subject, run_watched
 
@@ -163,7 +163,12 @@ class Bench:
         if OURS not in measured:
             row.status, row.reason = "failed", row.entries[OURS].reason
             return
-        ratios = _against_ours(measured)
+        ratios = _against(OURS, measured)
+        row.against = {
+            side: {name: Duel(*found) for name, found in _against(side, measured).items()}
+            for side in SIDES
+            if side in measured
+        }
         for name, durations in measured.items():
             entry = row.entries[name]
             entry.seconds = timing.spread(durations)
@@ -194,7 +199,7 @@ class Bench:
         for name, error in (failures | more).items():  # some entries cannot be captured
             entry = row.entries[name]
             entry.note = "; ".join(filter(None, [entry.note, f"no CUDA graph: {first_line(error)}"]))
-        ratios = _against_ours(measured)
+        ratios = _against(OURS, measured)
         for name, durations in measured.items():
             entry = row.entries[name]
             entry.graph = timing.spread([duration / turns for duration in durations])
@@ -227,11 +232,12 @@ def _row(case: Case, peaks: Peaks | None) -> Row:
     )
 
 
-def _against_ours(measured: dict[str, list[float]]) -> dict[str, tuple[Ratio, str]]:
-    """For every peer, the ratio of its time to ours in paired rounds, and the verdict; empty without times of ours."""
+def _against(side: str, measured: dict[str, list[float]]) -> dict[str, tuple[Ratio, str]]:
+    """For every other entry, the ratio of its time to that of `side` in paired rounds, and the verdict; empty without
+    times of that."""
     found = {}
-    for name in measured.keys() - {OURS} if OURS in measured else ():
-        ratios = [peer / ours for peer, ours in zip(measured[name], measured[OURS], strict=True)]
+    for name in measured.keys() - {side} if side in measured else ():
+        ratios = [peer / ours for peer, ours in zip(measured[name], measured[side], strict=True)]
         found[name] = timing.ratio(ratios), verdict(ratios)
     return found
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 
-from .schema import OURS, Entry, Row, Run, Spread
+from .schema import OURS, Entry, Row, Run, Spread, is_ours
 
 MEMORY_NOISE = 4 << 20  # bytes that a CPU's resident set varies by from run to run
 # Two runs are not comparable where two peers moved relative to each other by this factor, in the mean of their rows. In
@@ -91,7 +91,7 @@ def compare(before: Run, after: Run, threshold: float = 0.05, relative: str | No
     found.incomparable = _incomparable(moves, relative)
     if found.incomparable:
         found.changes = [
-            replace(change, what="not judged", bad=False) if change.entry == OURS and change.ratio else change
+            replace(change, what="not judged", bad=False) if is_ours(change.entry) and change.ratio else change
             for change in found.changes
         ]
     return found
@@ -129,7 +129,7 @@ def _row_changes(old: Row, new: Row, threshold: float, relative: str | None) -> 
                 yield Change(new.id, name, "vanished" if b is None else "appeared")
             continue
         if a.status != b.status:
-            bad = name == OURS and b.status in ("wrong", "failed")
+            bad = is_ours(name) and b.status in ("wrong", "failed")
             yield Change(new.id, name, b.status, detail=b.reason, bad=bad)
         if a.seconds and b.seconds:
             by_peer = (_beside(old, relative), _beside(new, relative)) if relative and name == OURS else ()
@@ -151,7 +151,7 @@ def _time_change(
     slower = ratio > 1 + threshold and b.q25 > a.q75
     faster = ratio < 1 / (1 + threshold) and b.q75 < a.q25
     what = "slower" if slower else "faster" if faster else "unchanged"
-    return Change(id, name, what, ratio, detail, bad=slower and name == OURS)
+    return Change(id, name, what, ratio, detail, bad=slower and is_ours(name))
 
 
 def _milliseconds(seconds: float) -> str:
@@ -174,7 +174,7 @@ def _moves(old: dict[str, Row], new: dict[str, Row], both: list[str]) -> dict[st
     for id in both:
         for name, entry in new[id].entries.items():
             before = old[id].entries.get(name)
-            if name != OURS and entry.seconds and before and before.seconds:
+            if not is_ours(name) and entry.seconds and before and before.seconds:
                 moves.setdefault(name, {})[id] = entry.seconds.median / before.seconds.median
     return moves
 
@@ -211,7 +211,7 @@ def lines(found: Comparison, threshold: float, relative: str | None) -> Iterator
         yield f"differs: {warning}"
     width = max((len(change.id) for change in found.changes), default=0)
     for change in found.changes:
-        if change.what == "unchanged" and change.entry != OURS:
+        if change.what == "unchanged" and not is_ours(change.entry):
             continue
         ratio = "" if change.ratio is None else f"{change.ratio:.3f}"
         mark = "!" if change.bad else " "

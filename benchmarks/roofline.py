@@ -11,6 +11,7 @@ Counted: matrix products and matrices, as `cost` says. Not counted: the optimise
 
 from __future__ import annotations
 
+import importlib.util
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -19,6 +20,7 @@ import torch
 from fastvit.kernels.launch import cost
 from fastvit.kernels.launch.cost import Cost, Rates, bound_seconds
 
+from fastvit import onednn
 from fastvit.verify import SHORT
 
 from . import timing
@@ -149,8 +151,9 @@ def measure_peaks(device: str | torch.device, dtypes: Iterable[torch.dtype]) -> 
     """Time a copy far larger than the caches, and for each dtype the product of two large square matrices.
 
     On a GPU 8192 x 8192, at sustained clocks (`timing.steady_seconds`), about a second each; on a CPU the median of
-    several after a warm-up, of sizes that take about a second in all for a dtype on two cores. Products in float32
-    follow torch's present setting for them (TF32 or not).
+    several after a warm-up, of sizes that take about a second in all for a dtype on two cores, by the fastest of
+    PyTorch (MKL), oneDNN and, where installed, OpenVINO. Products in float32 follow torch's present setting for them
+    (TF32 or not).
     """
     device = torch.device(device)
     return Peaks(_copy_rate(device), {SHORT[dtype]: _product_rate(dtype, device) for dtype in dtypes})
@@ -167,7 +170,30 @@ def _product_rate(dtype: torch.dtype, device: torch.device) -> float:
     size = 8192 if device.type == "cuda" else _cpu_size(dtype)
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(left)
-    return 2 * size**3 / _median_seconds(lambda: torch.mm(left, right, out=out), device)
+    calls = [lambda: torch.mm(left, right, out=out)]
+    if device.type == "cpu":
+        calls += _other_products(left, right)
+    return 2 * size**3 / min(_median_seconds(call, device) for call in calls)
+
+
+def _other_products(left: torch.Tensor, right: torch.Tensor) -> list[Callable[[], object]]:
+    """The product by other libraries on a CPU, its right operand known beforehand, of those that are there."""
+    calls: list[Callable[[], object]] = []
+    if onednn.available(left.dtype):
+        packed = onednn.pack(right)
+        calls.append(lambda: onednn.linear(left, packed))
+    precision = {torch.float32: "f32", torch.bfloat16: "bf16"}.get(left.dtype)
+    if precision and importlib.util.find_spec("openvino"):
+        import openvino
+
+        constant = openvino.op.Constant(right.float().numpy())
+        images = openvino.opset13.parameter(list(left.shape), openvino.Type.f32)
+        model = openvino.Model([openvino.opset13.matmul(images, constant, False, True)], [images])
+        hints = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+        request = openvino.Core().compile_model(model, "CPU", hints).create_infer_request()
+        given = left.float().numpy()
+        calls.append(lambda: request.infer([given], share_inputs=True, share_outputs=True))
+    return calls
 
 
 def _cpu_size(dtype: torch.dtype, seconds: float = 0.025) -> int:

@@ -8,11 +8,14 @@ over interleaved rounds. Files carry the schema's version; another version is re
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 KIND, SCHEMA = "fastvit bench", 3
 OURS = "ours"
+# Further entries that are ours, whose ratios to each peer a row keeps too: a frozen model with nothing installed beside
+# PyTorch, and on the fastest runtime that is installed.
+SIDES = ("frozen", "frozen auto")
 
 
 @dataclass
@@ -32,6 +35,15 @@ class Ratio(Spread):
 
     low: float | None = None
     high: float | None = None
+
+
+@dataclass
+class Duel:
+    """A peer's time over that of a side of ours in paired rounds, and whether the side is "faster", "slower" or a
+    "tie"."""
+
+    ratio: Ratio
+    verdict: str
 
 
 # The fields of an Entry that are not plain values.
@@ -73,7 +85,8 @@ class Row:
 
     status: "timed", "wrong" (ours is: nothing is timed), "failed" (ours raised) or "skipped" (the time limit). limit:
     the largest `error` allowed. flops, bytes: the least that the case needs; bound_seconds: the roofline bound, the
-    least time for them at the run's measured peaks, None without those. items: images in a call; 1 for an op.
+    least time for them at the run's measured peaks, None without those. items: images in a call; 1 for an op. against:
+    of each of SIDES that was timed, the duel with each other entry, by name.
     """
 
     id: str
@@ -92,6 +105,17 @@ class Row:
     bytes: float | None = None
     bound_seconds: float | None = None
     entries: dict[str, Entry] = field(default_factory=dict)
+    against: dict[str, dict[str, Duel]] = field(default_factory=dict)
+
+    def seen_from(self, side: str) -> Row:
+        """The row with this side in the place of ours, and without the rest of ours; ratios and verdicts are its."""
+        entries = {OURS: replace(self.entries[side], ratio=None, verdict="")} if side in self.entries else {}
+        for name, entry in self.entries.items():
+            if not is_ours(name):
+                duel = self.against.get(side, {}).get(name)
+                found = {"ratio": duel.ratio, "verdict": duel.verdict} if duel else {"ratio": None, "verdict": ""}
+                entries[name] = replace(entry, **found)
+        return replace(self, entries=entries, against={})
 
     def fraction_of_bound(self, name: str = OURS) -> float | None:
         """The roofline bound over this entry's time: 1 is the fastest possible at the measured peaks."""
@@ -101,10 +125,15 @@ class Row:
         return self.bound_seconds / entry.seconds.median
 
 
+def is_ours(name: str) -> bool:
+    """Whether an entry is fastvit's: as it is, or frozen."""
+    return name == OURS or name.startswith("frozen")
+
+
 @dataclass
 class Peaks:
     """Measured peaks, what the device reached in this run: bytes/s of a large copy, and FLOP/s of a large matrix
-    product by dtype."""
+    product by dtype, on a CPU by the fastest library that is there."""
 
     bytes_per_s: float
     flops_per_s: dict[str, float]
@@ -149,7 +178,11 @@ def load(path: str | Path) -> Run:
 
 def _row(found: dict) -> Row:
     entries = {name: _entry(entry) for name, entry in found["entries"].items()}
-    return Row(**found | {"entries": entries})
+    against = {
+        side: {name: Duel(Ratio(**duel["ratio"]), duel["verdict"]) for name, duel in duels.items()}
+        for side, duels in found.get("against", {}).items()
+    }
+    return Row(**found | {"entries": entries, "against": against})
 
 
 def _entry(found: dict) -> Entry:

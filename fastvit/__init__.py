@@ -19,6 +19,8 @@ _PUBLIC = {
     "use_backend": "fastvit.dispatch",
     "explain": "fastvit.ops",
     "attention_maps": "fastvit.maps",
+    "freeze": "fastvit.frozen",
+    "load_frozen": "fastvit.frozen",
 }
 _SUBMODULES = ("kernels", "models", "nn", "ops", "reference")
 

@@ -4,7 +4,8 @@ Back ends: "triton" (our kernels; on CPU tensors through Triton's interpreter wh
 (plain PyTorch). Asked for "auto", an op takes the kernels for GPU tensors that they support and PyTorch otherwise.
 Where `fastvit tune` has measured the call, it takes the fastest candidate: the kernels, the kernels with the weight
 gradients by torch.mm, PyTorch, or one of attention's back ends there ("sdpa flash"). Where nothing was measured,
-float32 products are PyTorch's, and weight gradients torch.mm's.
+float32 products are PyTorch's, and weight gradients torch.mm's. On a CPU, in inference mode, float32 products are
+oneDNN's where that is faster than PyTorch's own.
 
 A decision is made once for all calls that are alike, and remembered (`choose`).
 """
@@ -23,11 +24,12 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
-from . import tuned
+from . import onednn, tuned
 
 BACKENDS = ("auto", "triton", "torch")
 # The candidate that is all kernels, and the one whose weight gradients are the library's.
 KERNELS, LIBRARY_GRADIENTS = "triton", "triton + torch.mm"
+ONEDNN = "onednn"  # PyTorch's, but its linear layers by oneDNN
 
 
 def _checked(name: str, source: str) -> str:
@@ -120,6 +122,24 @@ def torch_without_question(device_type: str) -> str | None:
     return None
 
 
+def onednn_pays(op: Op, args: tuple) -> bool:
+    """Whether a call on the CPU under "auto" runs on oneDNN: in inference mode, all in float32, of an op that has it,
+    where it was measured to be faster in this process."""
+    tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
+    return (
+        op.onednn is not None
+        and _requested == "auto"
+        and not torch.compiler.is_compiling()
+        and torch.is_inference_mode_enabled()
+        and not (transforming() or autocasting(args[0]))
+        and torch._C._get_tracing_state() is None
+        and all(
+            type(t) in _PLAIN and t.dtype == torch.float32 and t.device.type == "cpu" and t.numel() for t in tensors
+        )
+        and onednn.speedup() > onednn.GAIN
+    )
+
+
 def measured_candidate(device: torch.device, key: str) -> str | None:
     """The candidate that was measured to be the fastest for calls of this key (see `ops.Op.key`), if any was. Called
     by the compiler itself, once, when it traces an op: a table is no part of a graph."""
@@ -174,7 +194,7 @@ class Op:
     kernels cannot take them; torch runs it in PyTorch. On the kernels it is function, applied to what prepare makes of
     the arguments. product, of an op that makes matrix products: their dtype, and the weights whose gradients are such
     products; prepare of such an op takes by_library=True, to have those by the library. others: further ways to run it
-    in PyTorch, by name, that may be measured against the rest.
+    in PyTorch, by name, that may be measured against the rest. onednn: on a CPU by oneDNN's linear layers.
     """
 
     name: str
@@ -185,6 +205,7 @@ class Op:
     prepare: Callable[..., tuple]
     product: Callable[..., tuple[torch.dtype, tuple[torch.Tensor, ...]]] | None = None
     others: dict[str, Callable[..., torch.Tensor]] = field(default_factory=dict)
+    onednn: Callable[..., torch.Tensor] | None = None
 
     def __post_init__(self):
         OPS[self.name] = self
@@ -237,6 +258,9 @@ class Op:
         self.check(*args)
         device = args[0].device
         at_once = torch_without_question(device.type)
+        if at_once and onednn_pays(self, args):
+            speed = f"oneDNN multiplies float32 {onednn.speedup():.2f} times as fast as PyTorch's own product here"
+            return Explanation(self.name, "torch", (at_once,), ONEDNN, (speed,))
         if reasons := ([at_once] if at_once else []) + self.unsupported(*args):
             return Explanation(self.name, "torch", tuple(reasons), "torch", ())
         if _requested != "auto":
@@ -272,7 +296,7 @@ def choose(op: Op, args: tuple) -> tuple[Callable[..., torch.Tensor], tuple]:
             how = {"by_library": True} if name == LIBRARY_GRADIENTS else {}
             decision = (op.function.apply if gradient else op._without_gradient), how
         else:
-            decision = (op.torch if name == "torch" else op.others[name]), None
+            decision = {"torch": op.torch, ONEDNN: op.onednn, **op.others}[name], None
         # What may be measured is asked for again.
         if alike is not None and tuned.mode() != "measure":
             if len(_decisions) >= REMEMBERED:
@@ -303,7 +327,7 @@ def _alike(op: Op, args: tuple) -> tuple | None:
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return None
     first = args[0]
-    parts: list = [op.name, torch.is_grad_enabled(), transforming()]
+    parts: list = [op.name, torch.is_grad_enabled(), torch.is_inference_mode_enabled(), transforming()]
     for value in args:
         kind = type(value)
         if kind in _PLAIN:
@@ -328,7 +352,7 @@ def _decide(op: Op, args: tuple) -> str:
     """The candidate for a call."""
     op.check(*args)
     if torch_without_question(args[0].device.type):
-        return "torch"
+        return ONEDNN if args[0].device.type == "cpu" and onednn_pays(op, args) else "torch"
     if reasons := op.unsupported(*args):
         if _requested == "triton":
             raise RuntimeError(f"back end 'triton' was asked for, but {op.name} cannot run on it: {'; '.join(reasons)}")

@@ -225,6 +225,22 @@ def test_the_way_from_a_block_to_its_kernels(launch_ops):
     assert listed in (TESTS.parent / "docs" / "architecture.md").read_text(), listed
 
 
+def test_a_frozen_model(launch_ops):
+    """Compiled and launched for sm_90: a block is seven launches, the last one's queries and its MLP are one row's."""
+    found = dict(launch_ops("frozen"))
+    of_block = {
+        "attn.qkv": ["layer_norm_kernel", "gemm_kernel(load_normalised, load_matrix, store_linear, bf16)"],
+        "attn": ["attention_kernel"],
+        "middle": ["gemm_kernel(load_matrix, load_matrix, store_linear, bf16)"],
+        "": ["layer_norm_kernel", "gemm_kernel(load_normalised, load_matrix, store_activated, bf16)",
+             "gemm_kernel(load_matrix, load_matrix, store_linear, bf16)"],
+    }  # fmt: skip
+    for i in (0, 1):
+        assert {name: found[f"blocks.{i}.{name}".rstrip(".")] for name in of_block} == of_block
+    assert [len(names) for names in found.values() if names] == [1, *[2, 1, 1, 3] * 2, 1, 1, 3, 1]
+    assert not found["head"] and not found["blocks.2.attn[0:1]"]  # the library's, of one row
+
+
 def test_the_hosts_rows(launch_ops):
     """As many launches as the committed rows have; their times are for `make host` to compare."""
     kept = json.loads((TESTS.parent / "benchmarks" / "results" / "host.json").read_text())["rows"]

@@ -50,7 +50,8 @@ LAYERS = {
     "fastvit.heatmaps": Layer(("fastvit.images", "fastvit.report"), others=("numpy", "PIL")),
     "fastvit.tuned": Layer((), ("fastvit.kernels", "fastvit.report"), ("torch",)),
     "fastvit.environment": Layer(("fastvit", "fastvit.report", "fastvit.tuned"), others=("torch",)),
-    "fastvit.dispatch": Layer(("fastvit.tuned",), others=("torch",)),
+    "fastvit.onednn": Layer(others=("torch",)),
+    "fastvit.dispatch": Layer(("fastvit.onednn", "fastvit.tuned"), others=("torch",)),
     "fastvit.decide": Layer(
         ("fastvit.attempts", "fastvit.graphs", "fastvit.measure", "fastvit.report"), others=("torch",)
     ),
@@ -61,13 +62,18 @@ LAYERS = {
     ),
     # They have the tuner, which knows ops by what dispatch says of them, called for what nobody measured yet.
     "fastvit.ops": Layer(
-        ("fastvit.dispatch", "fastvit.tuned", "fastvit.reference"),
+        ("fastvit.dispatch", "fastvit.onednn", "fastvit.tuned", "fastvit.reference"),
         ("fastvit.kernels", "fastvit.interpret", "fastvit.tune"),
         ("torch",),
     ),
     "fastvit.nn": Layer(("fastvit.dispatch", "fastvit.ops"), others=("torch",)),
     "fastvit.maps": Layer(("fastvit.nn", "fastvit.reference"), others=("torch",)),
     "fastvit.models": Layer(("fastvit.dispatch", "fastvit.ops", "fastvit.nn")),
+    "fastvit.frozen": Layer(
+        ("fastvit", "fastvit.accuracy", "fastvit.environment", "fastvit.graphs", "fastvit.models", "fastvit.nn",
+         "fastvit.onednn", "fastvit.ops", "fastvit.reference", "fastvit.report", "fastvit.tuned"),
+        others=("torch", "numpy", "onnx", "onnxruntime", "onnxscript", "openvino", "safetensors", "timm"),
+    ),
     "fastvit.calls": Layer(("fastvit.dispatch", "fastvit.models", "fastvit.tune"), others=("torch",)),
     "fastvit.verify": Layer(
         ("fastvit", "fastvit.accuracy", "fastvit.dispatch", "fastvit.examples", "fastvit.ops", "fastvit.report",
@@ -78,15 +84,16 @@ LAYERS = {
     # They stand above the package: only the command that runs them may reach up.
     "fastvit.benchmarks": Layer(
         ("fastvit", "fastvit.accuracy", "fastvit.attempts", "fastvit.calls", "fastvit.decide", "fastvit.dispatch",
-         "fastvit.environment", "fastvit.examples", "fastvit.graphs", "fastvit.images", "fastvit.kernels",
-         "fastvit.measure", "fastvit.models", "fastvit.ops", "fastvit.report", "fastvit.tune",
+         "fastvit.environment", "fastvit.examples", "fastvit.frozen", "fastvit.graphs", "fastvit.images",
+         "fastvit.kernels", "fastvit.measure", "fastvit.models", "fastvit.onednn", "fastvit.ops", "fastvit.report",
+         "fastvit.tune",
          "fastvit.tuned", "fastvit.verify", "fastvit.workers"),
         ("fastvit.reference",),
     ),
     "fastvit.commands": Layer(
         ("fastvit", "fastvit.report"),
         ("fastvit.attempts", "fastvit.calls", "fastvit.dispatch", "fastvit.environment", "fastvit.features",
-         "fastvit.heatmaps", "fastvit.images", "fastvit.kernels", "fastvit.maps", "fastvit.models",
+         "fastvit.frozen", "fastvit.heatmaps", "fastvit.images", "fastvit.kernels", "fastvit.maps", "fastvit.models",
          "fastvit.tune", "fastvit.tuned", "fastvit.verify", "fastvit.workers"),
         ("torch", "PIL"),
     ),

@@ -160,7 +160,7 @@ def test_the_word_and_the_interval_never_contradict_each_other(rounds, text):
     """In the terminal, on the page, in the README's table and in the summary of `make gpu`."""
     run = duel((1.0, "tie"))
     (row,) = run.rows
-    ((found, verdict),) = bench._against_ours({OURS: [1.0] * 12, "timm": rounds}).values()
+    ((found, verdict),) = bench._against(OURS, {OURS: [1.0] * 12, "timm": rounds}).values()
     row.entries["timm"].ratio, row.entries["timm"].verdict = found, verdict
     word, low, high = re.findall(r"[\w.]+", text)
     assert (word == "tie") == (float(low) <= 1 <= float(high))
@@ -177,7 +177,7 @@ def test_random_rounds_are_never_told_in_two_ways():
     for _ in range(2000):
         noise, centre = draw.choice([(0.001, 1.001), (0.003, 0.998), (0.02, 1.0), (0.02, 1.02), (0.02, 0.97)])
         rounds = [draw.gauss(centre, noise) for _ in range(draw.choice([12, 22, 51]))]
-        ((found, verdict),) = bench._against_ours({OURS: [1.0] * len(rounds), "timm": rounds}).values()
+        ((found, verdict),) = bench._against(OURS, {OURS: [1.0] * len(rounds), "timm": rounds}).values()
         word, low, high = re.findall(r"[\w.]+", words.ratio(found, verdict))
         assert (word == "tie") == (float(low) <= 1 <= float(high)), (word, low, high)
         assert word == "tie" or float(low) <= float(word) <= float(high)

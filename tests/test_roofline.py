@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 from itertools import cycle
 
@@ -14,6 +15,8 @@ from fastvit.benchmarks.schema import Peaks
 from fastvit.kernels.launch.cost import Rates
 from scripts import run_script
 from torch.utils.flop_counter import FlopCounterMode
+
+from fastvit import accuracy, onednn
 
 BF16, FP32 = torch.bfloat16, torch.float32
 
@@ -62,6 +65,8 @@ COUNT = """
 import json, sys
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+
+from fastvit import accuracy, onednn
 from fastvit import create_model
 
 # Which back end of SDPA runs, and so whether it is counted, depends on the machine.
@@ -164,9 +169,29 @@ def test_peaks_count_what_they_time(monkeypatch):
         return [0.5, 0.25, 1e9][len(counted) % 3]  # the median counts
 
     monkeypatch.setattr(roofline, "_seconds", seconds)
+    monkeypatch.setattr(roofline, "_other_products", lambda left, right: [])
     peaks = roofline.measure_peaks("cpu", [FP32])
     assert peaks.flops_per_s == {"fp32": counted[-1] / 0.5}
     assert counted[-1] > 0 and peaks.bytes_per_s == 2 * 2**27 / 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_other_libraries_multiply_the_same(dtype):
+    left, right = torch.randn(48, 64).to(dtype), torch.randn(40, 64).to(dtype)
+    calls = roofline._other_products(left, right)
+    assert len(calls) == onednn.available(dtype) + bool(importlib.util.find_spec("openvino"))
+    for call in calls:
+        found = call()
+        found = found if isinstance(found, torch.Tensor) else torch.from_numpy(found[0])
+        assert accuracy.relative_rms(found, left.double() @ right.double().t()) < 8 * accuracy.floor(dtype)
+
+
+def test_the_fastest_library_makes_the_peak(monkeypatch):
+    monkeypatch.setattr(roofline, "_other_products", lambda left, right: [lambda: "slow", lambda: "fast"])
+    took = {"slow": 9.0, "fast": 0.25}
+    monkeypatch.setattr(roofline, "_cpu_size", lambda dtype: 256)
+    monkeypatch.setattr(roofline, "_median_seconds", lambda call, device: took.get(str(call()), 1.0))
+    assert roofline._product_rate(torch.float32, torch.device("cpu")) == 2 * 256**3 / 0.25
 
 
 def test_on_a_gpu_peaks_are_steady(monkeypatch):

@@ -85,6 +85,11 @@ PEERS: dict[str, Peer] = {
             "timm, torch.compile mode max-autotune",
             compiles=True,
         ),
+        Peer(
+            *("timm compiled freezing", "timm", ("timm",), "model", _CPU, _INFERENCE),
+            "timm under torch.compile with freezing",
+            compiles=True,
+        ),
         Peer("torchvision", "torchvision", ("torchvision",), "model", _ALL, MODES, "torchvision, eager"),
         Peer("transformers", "transformers", ("transformers",), "model", _ALL, MODES, "Hugging Face, sdpa attention"),
         Peer(
@@ -96,6 +101,23 @@ PEERS: dict[str, Peer] = {
             *("openvino", "openvino", ("openvino",), "model", _CPU, _INFERENCE),
             "OpenVINO, of fastvit's model converted",
             dtypes=(torch.float32, torch.bfloat16),
+            compiles=True,
+        ),
+        Peer("frozen", "frozen", (), "model", _CPU, _INFERENCE, "fastvit.freeze on PyTorch alone", compiles=True),
+        Peer(
+            *("frozen openvino", "frozen", ("openvino",), "model", _CPU, _INFERENCE, "fastvit.freeze on OpenVINO"),
+            dtypes=(torch.float32, torch.bfloat16),
+            compiles=True,
+        ),
+        Peer(
+            *("frozen onnxruntime", "frozen", ("onnxruntime", "onnx", "onnxscript"), "model", _CPU, _INFERENCE),
+            "fastvit.freeze on ONNX Runtime",
+            dtypes=(torch.float32,),
+            compiles=True,
+        ),
+        Peer(
+            *("frozen auto", "frozen", (), "model", _ALL, _INFERENCE),
+            "fastvit.freeze on the fastest runtime that is installed",
             compiles=True,
         ),
         Peer("sdpa flash", "sdpa", (), "op", _ALL, MODES, "PyTorch's flash attention", _ATTENTION),

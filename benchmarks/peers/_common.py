@@ -20,7 +20,7 @@ def copy_into(ours: torch.nn.Module, make: Callable[[], torch.nn.Module], state:
     return peer.to(weights.device, dtype or weights.dtype).train(ours.training)
 
 
-def compiled(function: Callable, mode: str | None = None) -> Callable:
+def compiled(function: Callable, mode: str | None = None, options: dict | None = None) -> Callable:
     """`function` under torch.compile for the shapes it is called with, whole or not at all.
 
     Dynamo keeps what it compiled by the code that it was called with: a code of its own a call of this keeps the many
@@ -31,7 +31,7 @@ def compiled(function: Callable, mode: str | None = None) -> Callable:
         return function(*args, **kwargs)
 
     own = types.FunctionType(call.__code__.replace(), call.__globals__, "call", closure=call.__closure__)
-    return torch.compile(own, mode=mode, dynamic=False, fullgraph=True)
+    return torch.compile(own, mode=mode, options=options, dynamic=False, fullgraph=True)
 
 
 def check_known(peer: str, inputs: dict, *known: str) -> None:

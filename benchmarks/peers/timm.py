@@ -34,6 +34,8 @@ def build(peer, case, ours, inputs) -> Built:
     model = copy_into(ours, make, ours.state_dict())
     if peer.name == "timm compiled":
         return Built(compiled(model))
+    if peer.name == "timm compiled freezing":
+        return Built(compiled(model, options={"freezing": True}))
     if peer.name == "timm max-autotune":
         return Built(compiled(model, "max-autotune"), opaque=True)
     return Built(model)

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fastvit.report import write_atomically
 
-from ..schema import OURS, Row, Run, load
+from ..schema import OURS, Row, Run, is_ours, load
 from . import PAGE, write
 from .page import CAPTIONS
 from .words import (
@@ -28,6 +28,7 @@ from .words import (
     on_gpu,
     peers_of,
     score,
+    sides,
     timed,
     versions,
 )
@@ -117,7 +118,7 @@ def _verified(path: Path) -> str:
 
 def matrix(rows: list[Row]) -> str:
     """A Markdown table: for each case our speed, and our speed over that of each peer that any case has."""
-    peers = [peer for peer in peers_of(rows) if any(_score(row, peer) for row in rows)]
+    peers = [peer for peer in peers_of(rows) if not is_ours(peer) and any(_score(row, peer) for row in rows)]
     headings = [
         "case",
         "ours, a call" if rows[0].op else "ours, images/s",
@@ -161,14 +162,15 @@ def newest_table(root: Path) -> str:
     link = f"[{RESULTS.as_posix()}/]({RESULTS.as_posix()}/README.md)"
     if not runs:
         return f"No results are here that this version reads. What there is: {link}."
-    run = runs[0].run
-    models = [row for row in run.rows if not row.op]
+    run = replace(runs[0].run, rows=[row for row in runs[0].run.rows if not row.op])
     note = (
         f"On {_escape(device(run))}. `over`: our speed over that peer's, above 1 is faster; `tie`: the rounds do "
         f"not tell the two apart; `of bound`: 100 % is the roofline bound, as fast as the measured peaks allow. "
         f"Everything else: {link}."
     )
-    return "\n\n".join([*_told(run), matrix(models), note])
+    *frozen, last = sides(run)
+    parts = [part for side in frozen for part in (f"**{_escape(headline(side))}**", matrix(side.rows))]
+    return "\n\n".join([*parts, *_told(last), matrix(last.rows), note])
 
 
 def with_table(readme: str, table: str) -> str:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from ..schema import OURS, Entry, Ratio, Row, Run
+from ..schema import OURS, Entry, Ratio, Row, Run, is_ours
 
 NOT_THE_KERNELS = (
     "Only fastvit's PyTorch back end was timed here: its Triton kernels need a GPU, were not timed, "
@@ -23,7 +23,23 @@ def on_gpu(run: Run) -> bool:
 
 
 def ours_is(run: Run) -> str:
-    return "fastvit" if on_gpu(run) else "fastvit's PyTorch back end"
+    return "fastvit" if on_gpu(run) else run.extra.get("side") or "fastvit's PyTorch back end"
+
+
+_SIDES = {
+    "frozen auto": "a model frozen by `fastvit.freeze`, on the fastest runtime installed,",
+    "frozen": "a model frozen by `fastvit.freeze`, on PyTorch alone,",
+}
+
+
+def sides(run: Run) -> list[Run]:
+    """The run as each side of ours sees it, the frozen ones first, of those that were timed; it itself last."""
+    found = []
+    for side, name in _SIDES.items():
+        rows = [row.seen_from(side) for row in run.rows if side in row.against]
+        if rows:
+            found.append(replace(run, rows=rows, extra=run.extra | {"side": name}))
+    return [*found, run]
 
 
 def timed(rows: list[Row]) -> list[Row]:
@@ -246,7 +262,8 @@ def _standing(peer: str, entries: list[Entry]) -> Standing:
 
 def against_each(rows: list[Row]) -> list[Standing]:
     """Ours against every peer that was timed in some row, in the order of report."""
-    entries = {peer: [row.entries[peer] for row in rows if peer in row.entries] for peer in peers_of(rows)}
+    peers = [peer for peer in peers_of(rows) if not is_ours(peer)]
+    entries = {peer: [row.entries[peer] for row in rows if peer in row.entries] for peer in peers}
     entries = {peer: [entry for entry in found if entry.ratio] for peer, found in entries.items()}
     return [_standing(peer, found) for peer, found in entries.items() if found]
 
@@ -255,7 +272,7 @@ def against_the_fastest(rows: list[Row]) -> Standing | None:
     """Ours against the fastest peer of each row, whichever that is there; None where no peer was timed."""
     fastest = []
     for row in rows:
-        peers = [entry for name, entry in row.entries.items() if name != OURS and entry.ratio and entry.seconds]
+        peers = [entry for name, entry in row.entries.items() if not is_ours(name) and entry.ratio and entry.seconds]
         if peers:
             fastest.append(min(peers, key=lambda entry: entry.seconds.median))
     return _standing("the fastest peer of each case", fastest) if fastest else None

@@ -6,9 +6,9 @@ from .gates import SCALAR, SERIALIZED, SPILL, Allowed
 _SPILLS = (
     ("3.6.0", "sm_8[09]", "gemm_kernel load_normalised *", "block B/16 bf16, float32 stream, scaled"),
     ("3.6.0", "sm_89", "gemm_kernel load_normalised *", "block B/16 fp32"),
-    ("3.6.0", "sm_89", "attention_kernel", "attention d=72 bf16"),
     ("3.6.0", "sm_80", "attention_backward_dkdv_kernel", "attention d=128 fp32"),
     ("3.6.0", "sm_90", "attention_backward_dkdv_kernel", "attention d=80 fp32"),
+    ("3.6.0", "sm_100", "attention_backward_dkdv_kernel", "attention d=80 bf16, masked"),
     ("3.6.0", "sm_120", "gemm_kernel load_matrix load_patches store", "patch embedding B/32 *"),
     ("3.6.0", "gfx942", "gemm_kernel load_matrix load_normalised store", "block B/16 bf16, float32 stream, scaled"),
     ("3.9.0", "sm_80", "gemm_kernel load_matrix load_patches store", "patch embedding L/14 fp16"),

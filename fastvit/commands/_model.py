@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,6 +47,31 @@ def build(arguments: argparse.Namespace, device: str, num_classes: int) -> Visio
         if arguments.checkpoint:  # create_model would leave a classifier that does not fit as it was drawn
             load_checkpoint(model, arguments.checkpoint, new_classifier=num_classes == 0)
     return model.to(device, getattr(torch, DTYPES[arguments.dtype])).eval()
+
+
+SOME, MANY = 32, 500  # images that pay for freezing, and for measuring which runtime is the fastest
+
+
+def served(
+    model: VisionTransformer, output: str, batch_size: int, count: int
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What gives this output of `model`: on a CPU the model frozen, which is faster and the same within rounding, where
+    the images to come, `count`, pay for it; else, and where it cannot be frozen, itself."""
+    from ..frozen import freeze
+    from ..report import first_line, note
+
+    if next(model.parameters()).device.type == "cpu" and count >= SOME:
+        runtime = "auto" if count >= MANY else "torch"
+        try:
+            frozen = freeze(model, output=output, runtime=runtime, batch_sizes=(batch_size,))
+        except (ValueError, RuntimeError) as error:
+            note(f"The model runs as it is, not frozen: {first_line(error)}.")
+        else:
+            note(f"The model is frozen, on {frozen.runtime}: the same numbers within rounding.")
+            return frozen
+    if output == "logits":
+        return model
+    return lambda images: model.forward_head(model.forward_features(images), pre_logits=True)
 
 
 def quiet_about_large_images() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from . import _common
 from ._common import DONE, FAILED, UsageError, positive
-from ._model import Skipped, add_model_arguments, build, config_of, finite, quiet_about_large_images
+from ._model import Skipped, add_model_arguments, build, config_of, finite, quiet_about_large_images, served
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -32,13 +32,14 @@ def run(arguments: argparse.Namespace) -> int:
     model = build(arguments, device, num_classes)
     import torch
 
+    logits_of = served(model, "logits", min(arguments.batch_size, len(arguments.images)), len(arguments.images))
     labels = imagenet_classes() if num_classes == 1000 else range(num_classes)
     skip = Skipped()
     results = []
     try:
         with torch.inference_mode():
             for paths, pixels in images.read_batches(arguments.images, config, arguments.batch_size, skip):
-                paths, logits = finite(arguments, model, paths, model(pixels.to(device)).float(), skip)
+                paths, logits = finite(arguments, model, paths, logits_of(pixels.to(device)).float(), skip)
                 scores, classes = logits.softmax(dim=-1).topk(min(5, num_classes))
                 for path, chances, indices in zip(paths, scores.tolist(), classes.tolist(), strict=True):
                     top = [

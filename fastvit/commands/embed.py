@@ -12,7 +12,7 @@ from pathlib import Path
 
 from . import _common
 from ._common import DONE, DTYPES, FAILED, UsageError, positive
-from ._model import Skipped, add_model_arguments, build, config_of, finite, quiet_about_large_images
+from ._model import Skipped, add_model_arguments, build, config_of, finite, quiet_about_large_images, served
 
 SAVE_SECONDS = 60  # how much a power cut may cost
 
@@ -84,13 +84,13 @@ def run(arguments: argparse.Namespace) -> int:
             note(f"{table.partial} could not be written and is as it was: {error.strerror}")
             return False
 
+    features_of = served(model, "features", arguments.batch_size, len(todo))
     batches = images.read_batches(todo, config, arguments.batch_size, skip)
     saved = time.monotonic()
     try:
         with torch.inference_mode():
             for batch_paths, pixels in progress(batches, -(-len(todo) // arguments.batch_size), "embedding"):
-                tokens = model.forward_features(pixels.to(device))
-                pooled = model.forward_head(tokens, pre_logits=True).float()
+                pooled = features_of(pixels.to(device)).float()
                 good, rows = finite(arguments, model, batch_paths, pooled, skip)
                 table.rows |= zip((names[path] for path in good), rows.cpu().numpy(), strict=True)
                 if time.monotonic() - saved > SAVE_SECONDS:

@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from fastvit import dispatch, reference
+from fastvit import dispatch, onednn, reference
 from fastvit.dispatch import Op
 
 from . import _common
@@ -95,6 +95,10 @@ def _torch(x, norm_weight, norm_bias, weight, bias, eps):
     return reference.layer_norm_linear(x, norm_weight, norm_bias, weight, bias, eps=eps)
 
 
+def _onednn(x, norm_weight, norm_bias, weight, bias, eps):
+    return onednn.linear(reference.layer_norm(x, norm_weight, norm_bias, eps), weight, bias)
+
+
 def _prepare(x, norm_weight, norm_bias, weight, bias, eps, by_library=False):
     weight, bias = _common.cast(x, weight, bias)
     return x, dense(norm_weight), dense(norm_bias), dense(weight), dense(bias), float(eps), by_library
@@ -104,7 +108,7 @@ def _product(x, norm_weight, norm_bias, weight, bias, eps):
     return _common.compute_dtype(x, weight), (weight,)
 
 
-OP = Op("layer_norm_linear", _check, _unsupported, _torch, LayerNormLinearFunction, _prepare, _product)
+OP = Op("layer_norm_linear", _check, _unsupported, _torch, LayerNormLinearFunction, _prepare, _product, onednn=_onednn)
 
 
 def layer_norm_linear(

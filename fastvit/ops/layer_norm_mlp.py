@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import torch
 
-from fastvit import dispatch, reference
+from fastvit import dispatch, onednn, reference
 from fastvit.dispatch import Op
 
 from . import _common
 from ._common import Operator, dense, launchers, or_none, rows, statistics_dtype
 from .layer_norm import check_norm, unsupported_norm
-from .linear_residual import sum_dtype
+from .linear_residual import by_onednn, sum_dtype
 
 ACTIVATIONS = tuple(sorted(reference.ops.ACTIVATIONS))
 
@@ -187,6 +187,14 @@ def _torch(*args):
     return reference.layer_norm_mlp(**dict(zip(OP.parameters, args, strict=True)))
 
 
+def _onednn(x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, eps, activation, *added):
+    normalised = reference.layer_norm(x, norm_weight, norm_bias, eps)
+    fused = activation if activation in onednn.ACTIVATIONS else None
+    hidden = onednn.linear(normalised, fc1_weight, fc1_bias, fused)
+    hidden = hidden if fused else reference.ops.ACTIVATIONS[activation](hidden)
+    return by_onednn(hidden, fc2_weight, fc2_bias, *added)
+
+
 def _prepare(x, *others, by_library=False):
     norm_weight, norm_bias, *layers, eps, activation, residual, layer_scale, drop_path_scale = others
     keep = dispatch.needs_grad(x, norm_weight, norm_bias, *layers, residual, layer_scale)
@@ -201,7 +209,7 @@ def _product(x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, *other
     return _common.compute_dtype(x, fc1_weight), (fc1_weight, fc2_weight)
 
 
-OP = Op("layer_norm_mlp", _check, _unsupported, _torch, LayerNormMLPFunction, _prepare, _product)
+OP = Op("layer_norm_mlp", _check, _unsupported, _torch, LayerNormMLPFunction, _prepare, _product, onednn=_onednn)
 
 
 def layer_norm_mlp(

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import torch
 
-from fastvit import dispatch, reference
+from fastvit import dispatch, onednn, reference
 from fastvit.dispatch import Op
 
 from . import _common
@@ -116,6 +116,16 @@ def _torch(x, weight, bias, residual, layer_scale, drop_path_scale):
     )
 
 
+def by_onednn(x, weight, bias, residual, layer_scale, drop_path_scale):
+    """The op by oneDNN, with a residual or without one."""
+    if layer_scale is None and drop_path_scale is None and residual is not None:
+        return onednn.linear(x, weight, bias, residual=residual)
+    branch = onednn.linear(x, weight, bias)
+    return reference.ops.add_branch(
+        branch, branch.new_zeros(()) if residual is None else residual, layer_scale, drop_path_scale
+    )
+
+
 def _prepare(x, weight, bias, residual, layer_scale, drop_path_scale, by_library=False):
     weight, bias = _common.cast(x, weight, bias)
     return x, dense(weight), dense(bias), residual, dense(layer_scale), dense(drop_path_scale), by_library
@@ -125,7 +135,7 @@ def _product(x, weight, bias, residual, layer_scale, drop_path_scale):
     return _common.compute_dtype(x, weight), (weight,)
 
 
-OP = Op("linear_residual", _check, _unsupported, _torch, LinearResidualFunction, _prepare, _product)
+OP = Op("linear_residual", _check, _unsupported, _torch, LinearResidualFunction, _prepare, _product, onednn=by_onednn)
 
 
 def linear_residual(

@@ -145,7 +145,11 @@ def linear_residual(
     drop_path_scale (B,): 0 for the dropped samples, 1 / keep_prob for the kept ones (arXiv 1603.09382).
     Returns (B, ..., O) in the wider of residual's and weight's dtype.
     """
-    branch = _linear(x, weight, bias)
+    return add_branch(_linear(x, weight, bias), residual, layer_scale, drop_path_scale)
+
+
+def add_branch(branch, residual, layer_scale=None, drop_path_scale=None):
+    """residual + drop_path_scale * layer_scale * branch, as `linear_residual` has them."""
     if layer_scale is not None:
         branch = branch * layer_scale.to(branch.dtype)
     if drop_path_scale is not None:

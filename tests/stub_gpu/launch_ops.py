@@ -8,6 +8,7 @@ the kernels. The tensors are on the CPU, the driver does nothing (see stub_gpu.p
     launch_ops.py replays              of each sample, the launches of a second pass that are handed what Triton's own
                                        launches of the first were, and those that Triton makes itself
     launch_ops.py tuning               what `tune.tune_call` has compiled ahead, in threads, and what it compiles itself
+    launch_ops.py frozen               of a frozen model of three blocks, for each step on the kernels, the launches
     launch_ops.py hops                 of each launch of a block's forward pass, the functions of ours on the way there
     launch_ops.py host [FILE]          of a model of 12 blocks, the launches of a pass and the host's milliseconds; also
                                        written to FILE, as `make host` does
@@ -261,6 +262,24 @@ def report_tuning() -> dict[str, list]:
     return compiled | {"launched ahead": before, "said": said}
 
 
+def report_frozen() -> list[list]:
+    """By the last value that each call of an op makes."""
+    from fastvit.frozen import freeze
+    from fastvit.frozen.runtimes.triton_runtime import Program
+
+    model = create_model("vit_tiny_patch16_224", img_size=32, depth=3).bfloat16().eval()
+    with use_backend("torch"):  # the driver computes nothing, and `freeze` checks
+        program = Program(freeze(model, runtime="torch").plan.dense(), False)
+    values = {"images": torch.empty(2, 3, 32, 32, dtype=torch.bfloat16)}
+    found = []
+    with torch.inference_mode():
+        for out, call in program.calls:
+            made = []
+            found.append([out, list(map(str, launches(lambda: made.append(call(values)))[0]))])  # noqa: B023
+            (values[out],) = made
+    return found
+
+
 def report_hops() -> list[list[str]]:
     """Each way from `nn.Block.forward`, in training, to a kernel: the functions that call each other, then it."""
     block = nn.Block(192, 3, qkv_bias=True, init_values=1e-5).bfloat16()
@@ -323,5 +342,6 @@ if __name__ == "__main__":
         dispatch.torch_without_question = lambda device_type: None
     reports = {"launches": report_launches, "auto": report_launches, "variants": report_variants}
     reports |= {"replays": report_replays, "tuning": report_tuning, "hops": report_hops, "host": report_host}
+    reports |= {"frozen": report_frozen}
     with use_backend("auto" if what == "auto" else "triton"):
         print(json.dumps(reports[what](*arguments), default=str))

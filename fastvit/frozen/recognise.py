@@ -1,0 +1,205 @@
+"""Which models can be frozen: the one place that looks into their modules. It writes the plan of what they do, module
+for module, before any rewrite."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from fastvit.models.patches import PatchDropout
+from fastvit.models.vision_transformer import VisionTransformer
+from fastvit.nn import Attention, Block, PatchEmbed
+from fastvit.nn.layers import (
+    DROP_PATH,
+    DROPOUT,
+    FUSED_ACTIVATION,
+    LAYER_NORM,
+    LAYER_SCALE,
+    LINEAR,
+    activation_name,
+)
+from fastvit.nn.mlp import Mlp, SwiGLU
+
+from .plan import IMAGES, Plan, Step
+from .serving import check_serves
+
+OUTPUTS = ("logits", "features", "tokens")
+
+
+def our_model(model: nn.Module) -> VisionTransformer:
+    """The model as ours, its tensors shared: itself, or a timm VisionTransformer's loaded into ours. Raises TypeError
+    for any other, ValueError for a timm model that does what ours has not."""
+    if isinstance(model, VisionTransformer):
+        return model
+    found = None
+    if type(model).__module__.startswith("timm."):
+        from .from_timm import as_ours  # timm is there
+
+        found = as_ours(model)
+    if found is None:
+        raise TypeError(
+            f"model is a {type(model).__module__}.{type(model).__name__}, expected a fastvit.VisionTransformer or "
+            "timm's VisionTransformer"
+        )
+    return found
+
+
+def plan_of(model: VisionTransformer, outputs: Iterable[str]) -> Plan:
+    """What `model` computes in evaluation, one step a module.
+
+    outputs: of OUTPUTS; "logits" are what `model(images)` gives, "features" `forward_head(..., pre_logits=True)`,
+    "tokens" `forward_features`. Raises ValueError for a model in training mode, with active dropout, with hooks, or
+    with modules that a plan has no step for.
+    """
+    _check(model)
+    plan = _Writer()
+    config = model.config
+    proj = model.patch_embed.proj
+    images = plan.step("pixels", "normalise", IMAGES, mean=config.mean, std=config.std)
+    pad = {"pad": True} if config.dynamic_img_pad else {}
+    patches = plan.step("patches", "patch_embed", images, plan.weights("patch_embed.proj", proj), **pad)
+    prefix = model._prefix()
+    tables = plan.constants(positions=("pos_embed", model.pos_embed[0]), prefix=("prefix", prefix))
+    rows = {"prefix_rows": model._prefix_rows, "prefix_tokens": config.num_prefix_tokens}
+    x = plan.step("tokens", "assemble", patches, tables, **rows)
+    x = plan.norm("norm_pre", model.norm_pre, x)
+    for i, block in enumerate(model.blocks):
+        x = _block(plan, f"blocks.{i}", block, x)
+    tokens = plan.norm("norm", model.norm, x)
+    features = logits = None
+    if config.distilled:
+        both = [
+            plan.step(f"row{i}", "flatten", plan.step(f"rows{i}", "rows", tokens, start=i, stop=i + 1)) for i in (0, 1)
+        ]
+        heads = (("head", model.head), ("head_dist", model.head_dist))
+        features = plan.step("features", "mean", both)
+        logits = plan.step(
+            "logits", "mean", [plan.linear(name, head, x) for (name, head), x in zip(heads, both, strict=True)]
+        )
+    else:
+        x, pool = tokens, config.global_pool
+        if pool == "token":
+            x = plan.step("pooled", "flatten", plan.step("class_token", "rows", tokens, start=0, stop=1))
+        elif pool:
+            if config.num_prefix_tokens:
+                x = plan.step("patch_tokens", "rows", x, start=config.num_prefix_tokens, stop=None)
+            x = plan.step("pooled", "pool", x, kind=pool)
+        features = plan.norm("fc_norm", model.fc_norm, x)
+        logits = plan.linear("head", model.head, features)
+    values = {"logits": logits, "features": features, "tokens": tokens}
+    return Plan(tuple(plan.steps), {name: values[name] for name in outputs}, plan.tensors, config)
+
+
+class _Writer:
+    """Steps and constants as they are written."""
+
+    def __init__(self):
+        self.steps: list[Step] = []
+        self.tensors: dict[str, torch.Tensor] = {}
+
+    def constants(self, **named: tuple[str, torch.Tensor | None]) -> dict[str, str]:
+        """role=(name, tensor) of those that are there, kept."""
+        there = {role: (name, tensor.detach()) for role, (name, tensor) in named.items() if tensor is not None}
+        self.tensors |= dict(there.values())
+        return {role: name for role, (name, _) in there.items()}
+
+    def weights(self, name: str, module: nn.Module) -> dict[str, str]:
+        return self.constants(weight=(f"{name}.weight", module.weight), bias=(f"{name}.bias", module.bias))
+
+    def step(self, out: str, op: str, inputs: str | Iterable[str], constants=None, **options) -> str:
+        inputs = (inputs,) if isinstance(inputs, str) else tuple(inputs)
+        self.steps.append(Step(out, op, inputs, constants or {}, options))
+        return out
+
+    def linear(self, name: str, module: nn.Module, x: str) -> str:
+        return x if isinstance(module, nn.Identity) else self.step(name, "linear", x, self.weights(name, module))
+
+    def norm(self, name: str, module: nn.Module, x: str) -> str:
+        if isinstance(module, nn.Identity):
+            return x
+        return self.step(name, "layer_norm", x, self.weights(name, module), eps=module.eps)
+
+    def scale(self, name: str, module: nn.Module, x: str) -> str:
+        if isinstance(module, nn.Identity):
+            return x
+        return self.step(name, "scale", x, self.constants(gamma=(f"{name}.gamma", module.gamma)))
+
+
+def _block(plan: _Writer, name: str, block: Block, x: str) -> str:
+    attn, mlp = block.attn, block.mlp
+    y = plan.norm(f"{name}.norm1", block.norm1, x)
+    y = plan.linear(f"{name}.attn.qkv", attn.qkv, y)
+    y = plan.step(f"{name}.attn", "attention", y, num_heads=attn.num_heads, scale=attn.scale)
+    y = plan.linear(f"{name}.attn.proj", attn.proj, y)
+    y = plan.scale(f"{name}.ls1", block.ls1, y)
+    x = plan.step(f"{name}.middle", "add", (x, y))
+    y = plan.norm(f"{name}.norm2", block.norm2, x)
+    y = plan.linear(f"{name}.mlp.fc1", mlp.fc1, y)
+    if isinstance(mlp, SwiGLU):
+        y = plan.step(f"{name}.mlp.act", "swiglu", y)
+    else:
+        y = plan.step(f"{name}.mlp.act", "activation", y, kind=activation_name(mlp.act))
+    y = plan.linear(f"{name}.mlp.fc2", mlp.fc2, y)
+    y = plan.scale(f"{name}.ls2", block.ls2, y)
+    return plan.step(name, "add", (x, y))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What a plan has no step for
+
+_IDENTITY = (nn.Identity,)
+_LINEARS, _NORMS = (*LINEAR, nn.Identity), (*LAYER_NORM, nn.Identity)
+# The types that each module of a model may have, by its name; those of a block by the name in it.
+_MODEL = {
+    "patch_embed": (PatchEmbed,),
+    "patch_embed.proj": (nn.Conv2d,),
+    "pos_drop": DROPOUT,
+    "patch_drop": (*_IDENTITY, PatchDropout),
+    "norm_pre": _NORMS,
+    "blocks": (nn.Sequential,),
+    "norm": _NORMS,
+    "fc_norm": _NORMS,
+    "head_drop": DROPOUT,
+    "head": _LINEARS,
+    "head_dist": _LINEARS,
+}
+_BLOCK = {
+    "": (Block,),
+    "norm1": LAYER_NORM,
+    "attn": (Attention,),
+    "attn.qkv": LINEAR,
+    "attn.attn_drop": (*DROPOUT, nn.Identity),
+    "attn.proj": LINEAR,
+    "attn.proj_drop": (*DROPOUT, nn.Identity),
+    "ls1": LAYER_SCALE,
+    "drop_path1": DROP_PATH,
+    "norm2": LAYER_NORM,
+    "mlp": (Mlp, SwiGLU),
+    "mlp.fc1": LINEAR,
+    "mlp.act": FUSED_ACTIVATION,
+    "mlp.drop1": (*DROPOUT, nn.Identity),
+    "mlp.fc2": LINEAR,
+    "mlp.drop2": (*DROPOUT, nn.Identity),
+    "ls2": LAYER_SCALE,
+    "drop_path2": DROP_PATH,
+}
+
+
+def _check(model: VisionTransformer) -> None:
+    """Raise ValueError, naming the module, for what a plan would silently leave out."""
+    check_serves(model)
+    if type(model) is not VisionTransformer:
+        raise ValueError(f"model is a {type(model).__name__}, whose methods may differ from VisionTransformer's")
+    for name, module in model.named_modules():
+        if not name:
+            continue
+        where = f"model.{name}"
+        parts = name.split(".", 2)
+        in_block = parts[0] == "blocks" and len(parts) > 1
+        types = _BLOCK.get(parts[2] if len(parts) > 2 else "") if in_block else _MODEL.get(name)
+        if types is None or type(module) not in types:
+            raise ValueError(f"{where} is a {type(module).__name__}, which a frozen model has no step for")
+    if model.patch_embed.can_fuse() is False or not model.patch_embed.flatten:
+        raise ValueError("model.patch_embed is no plain projection of patches, which a frozen model has no step for")
