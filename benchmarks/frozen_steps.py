@@ -8,6 +8,7 @@ Runs on the CPU, random weights. Writes docs/frozen/steps.png and, between the m
 from __future__ import annotations
 
 import collections
+import re
 import statistics
 import sys
 import time
@@ -118,8 +119,8 @@ def report_progress(case: tuple) -> tuple:
 def described(name: str) -> str:
     """What a frozen model says of itself, blocks that are like their neighbours left out."""
     text = fastvit.freeze(model_of(name), runtime="torch").describe()
-    lines = [line for line in text.splitlines() if not line.startswith(tuple(f"blocks.{i}" for i in range(1, 11)))]
-    at = next(i for i, line in enumerate(lines) if line.startswith("blocks.11"))
+    lines = [line for line in text.splitlines() if not re.match(r"blocks\.([1-9]|10)\b(?!\d)", line)]
+    at = next(i for i, line in enumerate(lines) if line.startswith("blocks.11."))
     return "\n".join([*lines[:at], "...", *lines[at:]])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 import resource
 import threading
@@ -188,9 +189,8 @@ def test_results_stay_when_it_is_called_again():
 def test_the_plan_is_readable():
     text = str(freeze(model_of(), runtime="torch").plan)
     lines = text.splitlines()
-    assert (
-        lines[0].split() == "patches 16 x 32 = patch_embed(images) centre (128, 128, 128), weight, pixel_weight".split()
-    )
+    first = "patches 16 x 32 = patch_embed(images) centre (128, 128, 128), weight, pixel_weight"
+    assert lines[0].split() == first.split()
     assert lines[-1] == "returns logits: head"
     assert len(lines) == 2 + 2 * 7 + 10 + 3 + 1
     assert not any("layer_norm" in line and ("weight" in line or "bias" in line) for line in lines)
@@ -418,6 +418,22 @@ def test_no_memory_is_taken_from_the_system_after_warming_up(dtype):
         return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
     assert min(faults() for _ in range(5)) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_peak_memory(dtype):
+    """At most 1.2 times the largest pair of activations that live at once: fc2's input, and its output or residual."""
+    model = model_of(embed_dim=192, num_heads=3, img_size=112).to(dtype)
+    frozen = freeze(model, runtime="torch", batch_sizes=(16,))
+    images = images_of(model, 16)["float"].to(dtype)
+    frozen(images)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        frozen(images)
+    events = profile.profiler.kineto_results.events()
+    changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
+    live = list(itertools.accumulate(size for _, size in sorted(changes)))
+    tokens = 16 * 197 * 192 * dtype.itemsize
+    assert 4 * tokens <= max(live) <= 1.2 * 5 * tokens * 1.02
 
 
 def test_weights_are_held_once():

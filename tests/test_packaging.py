@@ -15,7 +15,18 @@ pytest.importorskip("setuptools", "70.1")
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = {"fastvit": "fastvit", "kernels": "fastvit/kernels", "benchmarks": "fastvit/benchmarks"}
-TOOLS = ("__main__", "test_ops", "runbook", "on_gpu", "micro", "peaks", "report/gpu", "report/summary", "static_report")
+TOOLS = (
+    "frozen_steps",
+    "__main__",
+    "test_ops",
+    "runbook",
+    "on_gpu",
+    "micro",
+    "peaks",
+    "report/gpu",
+    "report/summary",
+    "static_report",
+)
 MODEL = "vit_tiny_patch16_224"
 
 

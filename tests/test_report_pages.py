@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from fastvit.benchmarks import bench, report
 from fastvit.benchmarks.report import flat, gpu, page, summary, words
-from fastvit.benchmarks.schema import OURS, Entry, Ratio, Run, Spread, load
+from fastvit.benchmarks.schema import OURS, Entry, Ratio, Run, Spread, is_ours, load
 from runs import fake_run
 
 ROOT = Path(__file__).parent.parent
@@ -190,8 +190,21 @@ def test_the_interval_is_explained_where_it_is_shown_and_old_files_show_none(run
     assert words.ratio(old.rows[0].entries["timm"].ratio, "tie") == "tie"
     told = Page(page.render(old, {})).text
     assert "Below it the interval" not in told and "tie [" not in told
+    assert "tie [" not in "\n".join(lines_of(old))
+
+
+def test_each_side_of_ours_is_seen_on_its_own():
+    """The committed run's frozen models against each peer, by their own paired rounds, none of ours among the peers."""
     committed = load(ROOT / summary.RESULTS / "cpu" / "bench.json")
-    assert "tie [" not in "\n".join(lines_of(committed))
+    auto, alone, ours = words.sides(committed)
+    assert ours is committed and len(auto.rows) == len(alone.rows) == len(committed.rows)
+    for side, name in ((auto, "frozen auto"), (alone, "frozen")):
+        for row, whole in zip(side.rows, committed.rows, strict=True):
+            assert row.entries[OURS].seconds == whole.entries[name].seconds
+            assert not any(is_ours(peer) for peer in row.entries if peer != OURS)
+            assert row.entries["timm"].ratio == whole.against[name]["timm"].ratio
+            assert row.entries["timm"].verdict == whole.against[name]["timm"].verdict
+    assert words.headline(auto) != words.headline(alone) != words.headline(ours)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

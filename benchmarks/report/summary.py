@@ -116,20 +116,21 @@ def _verified(path: Path) -> str:
     return "`verify.json` is not readable."
 
 
-def matrix(rows: list[Row]) -> str:
-    """A Markdown table: for each case our speed, and our speed over that of each peer that any case has."""
+def matrix(rows: list[Row], ours: str = "ours") -> str:
+    """A Markdown table: for each case our speed, under the heading `ours`, and over that of each peer that any case
+    has."""
     peers = [peer for peer in peers_of(rows) if not is_ours(peer) and any(_score(row, peer) for row in rows)]
     headings = [
         "case",
-        "ours, a call" if rows[0].op else "ours, images/s",
+        f"{ours}, a call" if rows[0].op else f"{ours}, images/s",
         "of bound",
         *(f"over {peer}" for peer in peers),
     ]
     lines = [headings, ["---", *["---:"] * (len(headings) - 1)]]
     for row in rows:
         if row.status == "timed":
-            ours = cells(row, OURS)
-            lines.append([row.id, ours["images/s"], ours["of bound"], *(_score(row, peer) for peer in peers)])
+            found = cells(row, OURS)
+            lines.append([row.id, found["images/s"], found["of bound"], *(_score(row, peer) for peer in peers)])
         else:
             lines.append([row.id, f"{row.status}: {row.reason}", "", *[""] * len(peers)])
     return "\n".join(f"| {' | '.join(map(_escape, line))} |" for line in lines)
@@ -169,7 +170,7 @@ def newest_table(root: Path) -> str:
         f"Everything else: {link}."
     )
     *frozen, last = sides(run)
-    parts = [part for side in frozen for part in (f"**{_escape(headline(side))}**", matrix(side.rows))]
+    parts = [part for side in frozen for part in (f"**{_escape(headline(side))}**", matrix(side.rows, "frozen"))]
     return "\n\n".join([*parts, *_told(last), matrix(last.rows), note])
 
 

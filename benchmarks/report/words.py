@@ -27,8 +27,8 @@ def ours_is(run: Run) -> str:
 
 
 _SIDES = {
-    "frozen auto": "a model frozen by `fastvit.freeze`, on the fastest runtime installed,",
-    "frozen": "a model frozen by `fastvit.freeze`, on PyTorch alone,",
+    "frozen auto": "a frozen model, on the fastest runtime that is installed (torch, OpenVINO, ONNX Runtime),",
+    "frozen": "a frozen model, on PyTorch alone,",
 }
 
 
