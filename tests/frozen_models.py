@@ -8,7 +8,7 @@ import fastvit
 from fastvit import VisionTransformer, ViTConfig
 from fastvit.verify import randomise
 
-SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2, "num_classes": 10}
+SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 10}
 VARIANTS = {
     "plain": {},
     "average": {"global_pool": "avg"},

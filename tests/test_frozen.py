@@ -27,7 +27,7 @@ from fastvit.verify import randomise
 WHERE = {
     "dead outputs": ("distilled", 1, False),
     "normalisation": ("plain", 1, False),
-    "layer scale": ("layer scale", 6, False),
+    "layer scale": ("layer scale", 4, False),
     "norm into linear": ("plain", 0, False),
     "norm into head": ("plain", 0, False),
     "heads averaged": ("distilled", 2, False),
@@ -36,7 +36,7 @@ WHERE = {
     "value bias": ("plain", 0, False),
     "position table": ("registers", 0, False),
     "rows read": ("plain", -1, True),
-    "fused": ("plain", 9, False),
+    "fused": ("plain", 6, False),
 }
 
 
@@ -75,8 +75,9 @@ def test_rewrite_has_a_switch(name):
     frozen = freeze(model, runtime="torch", without=[name])
     change = next(change for change in frozen.changes if change.name == name)
     assert change == simplify.Change(name, 0, 0, 0, None)
-    with_it = next(change for change in freeze(model, runtime="torch").changes if change.name == name)
-    assert with_it.error is not None and with_it.error < EXACT
+    _, with_it = simplify.simplify(recognise.plan_of(model, ["logits"]), [])
+    error = next(change.error for change in with_it if change.name == name)
+    assert error is not None and error < EXACT
     images = images_of(model)["float"]
     assert accuracy.relative_rms(frozen(images), outputs_of(model, images)["logits"]) < EXACT
 
@@ -104,7 +105,7 @@ def test_what_happens_to_the_model_later_does_not_matter(dtype):
 
 def test_a_wrong_rewrite_is_found(monkeypatch):
     """The model itself is what a frozen one is held to."""
-    wrong = replace(REWRITES["value bias"], apply=lambda plan: _without_bias(plan, "blocks.1.attn.proj"))
+    wrong = replace(REWRITES["value bias"], apply=lambda plan: _without_bias(plan, "blocks.0.attn.proj"))
     monkeypatch.setitem(REWRITES, "value bias", wrong)
     with pytest.raises(RuntimeError, match="logits is wrong: error"):
         freeze(model_of(), runtime="torch")
@@ -152,8 +153,7 @@ def test_other_dtypes(dtype):
     assert frozen.dtype == frozen(images).dtype == dtype
 
 
-@pytest.mark.parametrize("size", [(48, 32), (40, 64)])
-@pytest.mark.parametrize("policy", ["antialias", "bicubic", "dinov2"])
+@pytest.mark.parametrize("size, policy", [((48, 32), "antialias"), ((40, 64), "bicubic"), ((24, 40), "dinov2")])
 def test_other_sizes(size, policy):
     model = model_of("any size", pos_resampling=policy, reg_tokens=1)
     frozen = freeze(model, runtime="torch")
@@ -192,16 +192,16 @@ def test_the_plan_is_readable():
     first = "patches 16 x 32 = patch_embed(images) centre (128, 128, 128), weight, pixel_weight"
     assert lines[0].split() == first.split()
     assert lines[-1] == "returns logits: head"
-    assert len(lines) == 2 + 2 * 7 + 10 + 3 + 1
+    assert len(lines) == 2 + 7 + 10 + 3 + 1
     assert not any("layer_norm" in line and ("weight" in line or "bias" in line) for line in lines)
 
 
 def test_only_rows_that_are_read_are_computed():
     frozen = freeze(model_of(), runtime="torch")
     shapes = frozen.plan.shapes(1)
-    last = [step.out for step in frozen.plan.steps if step.out.startswith("blocks.2") and shapes[step.out][1] == 17]
-    assert last == ["blocks.2.norm1", "blocks.2.attn.qkv.kv"]
-    assert [step.out for step in frozen.plan.steps if step.op == "attention"][-1] == "blocks.2.attn[0:1]"
+    last = [step.out for step in frozen.plan.steps if step.out.startswith("blocks.1") and shapes[step.out][1] == 17]
+    assert last == ["blocks.1.norm1", "blocks.1.attn.qkv.kv"]
+    assert [step.out for step in frozen.plan.steps if step.op == "attention"][-1] == "blocks.1.attn[0:1]"
 
 
 def test_bias_that_moved_is_gone():
@@ -213,7 +213,9 @@ def test_bias_that_moved_is_gone():
     assert set(frozen.plan.maker("tokens").constants) == {"positions", "pixel_positions"}
 
 
-@pytest.mark.parametrize("name", fastvit.list_models("*tiny*") + ["vit_small_patch32_224", "vit_small_patch14_dinov2"])
+@pytest.mark.parametrize(
+    "name", ["vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "vit_small_patch14_dinov2"]
+)
 def test_registry_entries(name):
     check_registry_entry(name)
 
@@ -315,14 +317,14 @@ def test_models_that_cannot_be_frozen():
     hooked.blocks[1].mlp.register_forward_hook(lambda *_: None)
     changed.blocks[0].attn.proj = nn.Sequential(nn.Linear(32, 32))
     other.norm = nn.RMSNorm(32)
-    dropping.blocks[2].mlp.drop1 = nn.Dropout(0.5).train()
+    dropping.blocks[1].mlp.drop1 = nn.Dropout(0.5).train()
     lost.head.weight.data[3, 2] = float("nan")
     for model, message in (
         (model_of().train(), r"model is in training mode, expected model.eval\(\)"),
         (hooked, "model.blocks.1.mlp has hooks"),
         (changed, "model.blocks.0.attn.proj is a Sequential, which a frozen model has no step for"),
         (other, "model.norm is a RMSNorm"),
-        (dropping, "model.blocks.2.mlp.drop1 is active dropout"),
+        (dropping, "model.blocks.1.mlp.drop1 is active dropout"),
         (lost, "model.head.weight is not finite"),
         (VisionTransformer(ViTConfig(**SMALL), device="meta").eval(), "meta device"),
     ):
@@ -493,12 +495,12 @@ def test_threads():
 # The kernels, in the interpreter
 
 
-@pytest.mark.parametrize("name", ["plain", "distilled", "layer scale", "swiglu", "registers"])
+@pytest.mark.parametrize("name", ["plain", "distilled", "swiglu", "registers"])
 @pytest.mark.parametrize("kind", ["float", "uint8"])
 def test_on_the_kernels(name, kind, device):
     from fastvit.frozen.runtimes.triton_runtime import Program
 
-    model = model_of(name, depth=2).to(device)
+    model = model_of(name).to(device)
     frozen = freeze(model, runtime="torch")
     images = images_of(model, 2)[kind].to(device)
     program = Program(frozen.plan.dense(), kind == "uint8")

@@ -37,8 +37,7 @@ def cache(tmp_path, monkeypatch):
 # Files
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_saved_and_loaded_in_another_process(tmp_path, dtype):
+def test_saved_and_loaded_in_another_process(tmp_path, dtype=torch.bfloat16):
     pytest.importorskip("safetensors")
     model = model_of("any size")
     frozen = freeze(model, dtype=dtype, output=["features", "logits"], runtime="torch")
@@ -123,13 +122,12 @@ def exported(frozen, path, images, **how) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("suffix", [".onnx", ".xml", ".pt2"])
-@pytest.mark.parametrize("kind", ["float", "uint8"])
-@pytest.mark.parametrize("batch", [None, 3])
+@pytest.mark.parametrize("kind, batch", [("float", None), ("uint8", 3)])
 @pytest.mark.filterwarnings("ignore")
 def test_exported(tmp_path, suffix, kind, batch):
     if suffix != ".pt2":
         need({".onnx": "onnxruntime", ".xml": "openvino"}[suffix])
-    model = model_of("distilled", depth=2)
+    model = model_of("distilled", depth=1)
     images = images_of(model, 3)[kind]
     got = exported(
         freeze(model, runtime="torch"), tmp_path / f"m{suffix}", images, batch_size=batch, uint8=kind == "uint8"
@@ -233,7 +231,7 @@ def test_the_choice_is_kept_on_disk(monkeypatch, cache):
     assert again.describe().splitlines()[-8:] == frozen.describe().splitlines()[-8:]
     freeze(model_of(), batch_sizes=(3,))
     freeze(model_of(), dtype=torch.float64)
-    freeze(model_of(depth=2))
+    freeze(model_of(depth=1))
     assert fake.prepared == 5 and len(json.loads(cache.read_text())) == 5
 
 

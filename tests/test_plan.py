@@ -36,8 +36,11 @@ def default(**others):
 
 def test_make_bench_measures_all_of_the_default_suite_on_two_cores():
     """With the peers and the limit of the Makefile."""
-    command = re.search(r"fastvit bench .*", (ROOT / "Makefile").read_text()).group()
-    (peers,), (limit,) = re.findall(r"--peers (\S+)", command), re.findall(r"--time-limit (\d+)", command)
+    makefile = (ROOT / "Makefile").read_text()
+    (peers,), (limit,) = (
+        re.findall(r"PEERS := (.*)", makefile),
+        re.findall(r"fastvit bench .*--time-limit (\d+)", makefile),
+    )
     chosen = suites.settings("cpu", peers=peers.split(","), time_limit=float(limit))
     assert BASE in {case.model for case in chosen.cases}
     schedule = make(chosen)
