@@ -19,6 +19,7 @@ _PACKAGES = (
     *("triton", "numpy", "pillow", "safetensors", "timm", "torchvision", "transformers", "onnxruntime", "onnx"),
     *("openvino", "flash-attn", "xformers", "transformer-engine", "attorch", "nvidia-ml-py"),
 )
+_PRIVATE = ("FASTVIT_CACHE",)  # a folder of the user's, which says nothing about the numbers
 
 
 def device_name(device: str) -> str:
@@ -68,7 +69,7 @@ def environment(device: str) -> dict:
         "variables": {
             name: value
             for name, value in sorted(os.environ.items())
-            if name.startswith(("FASTVIT_", "TRITON_", "CUDA_VISIBLE", "OMP_NUM"))
+            if name.startswith(("FASTVIT_", "TRITON_", "CUDA_VISIBLE", "OMP_NUM")) and name not in _PRIVATE
         },
     }
     if device.startswith("cuda"):

@@ -139,14 +139,14 @@ def triton_cache(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def launch_ops(triton_cache):
-    """What tests/stub_gpu/launch_ops.py says to these arguments."""
+    """What tests/stub_gpu/launch_ops.py, or another script there, says to these arguments."""
 
-    def start(*arguments, **variables) -> dict:
+    def start(*arguments, script="launch_ops.py", **variables) -> dict:
         environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
         paths = [str(TESTS), str(TESTS.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
         environment |= {"PYTHONPATH": os.pathsep.join(paths), "FASTVIT_TUNING": "off"}
         environment |= {"TRITON_CACHE_DIR": str(triton_cache), **variables}
-        command = [sys.executable, TESTS / "stub_gpu" / "launch_ops.py", *map(str, arguments)]
+        command = [sys.executable, TESTS / "stub_gpu" / script, *map(str, arguments)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
@@ -239,6 +239,17 @@ def test_a_frozen_model(launch_ops):
         assert {name: found[f"blocks.{i}.{name}".rstrip(".")] for name in of_block} == of_block
     assert [len(names) for names in found.values() if names] == [1, *[2, 1, 1, 3] * 2, 1, 1, 3, 1]
     assert not found["head"] and not found["blocks.2.attn[0:1]"]  # the library's, of one row
+
+
+def test_a_frozen_model_on_graphs(launch_ops):
+    """Batches of 3 and 4 share the graph of 4, in static buffers; a replay launches nothing by itself."""
+    calls = launch_ops(script="frozen_graph.py", STUB_GPU_COMPILE="no")
+    launches = 1 + 3 * 7 + 1  # patches, blocks, the last norm: all tokens are returned
+    assert [captured for captured, *_ in calls] == [[4], [4], [4], [1, 4]]
+    assert [shapes["logits"] for _, shapes, *_ in calls] == [[batch, 1000] for batch in (3, 4, 3, 1)]
+    assert [shapes["tokens"] for _, shapes, *_ in calls] == [[batch, 5, 192] for batch in (3, 4, 3, 1)]
+    assert [made for *_, made, _ in calls] == [2 * launches, 0, 0, 2 * launches]  # to compile, and to capture
+    assert [replays for *_, replays in calls] == [1, 2, 3, 4]
 
 
 def test_the_hosts_rows(launch_ops):

@@ -11,5 +11,4 @@ def build(peer, case, ours, inputs) -> Built:
     runtime = {"frozen": "torch", "frozen auto": "auto"}.get(peer.name, peer.name.removeprefix("frozen "))
     frozen = fastvit.freeze(ours, runtime=runtime, batch_sizes=(case.batch,))
     note = f"on {frozen.runtime}" if runtime == "auto" else ""
-    # It replays graphs of its own, and OpenVINO's and ONNX Runtime's memory is their own too.
-    return Built(frozen, note, opaque=frozen.runtime == "triton")
+    return Built(frozen, note, opaque=frozen.runtime == "triton")  # which replays CUDA graphs of its own

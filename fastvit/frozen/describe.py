@@ -18,7 +18,7 @@ def describe(plan: Plan, changes: Iterable[Change], answers: Mapping[int, Answer
     ]
     for change in changes:
         if change.error is None:
-            numbers = f"{'nothing to do':>36}"
+            numbers = f"{'not applied':>36}"
         else:
             saved = f"{-change.steps:+9d}" if change.steps else f"{'':9}"
             saved += "".join(

@@ -88,7 +88,8 @@ def openvino_model(plan: Plan, batch: int | None, uint8: bool):
         import openvino
     except ImportError as error:
         raise ImportError("OpenVINO is not installed: pip install 'fastvit[openvino]'") from error
-    model = openvino.convert_model(program(plan.rounded(torch.float32), batch, uint8))
+    with _quietly():
+        model = openvino.convert_model(program(plan.rounded(torch.float32), batch, uint8))
     model.inputs[0].get_tensor().set_names({IMAGES})
     for output, name in zip(model.outputs, plan.outputs, strict=True):
         output.get_tensor().set_names({name})

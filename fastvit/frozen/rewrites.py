@@ -35,9 +35,9 @@ class _Draft:
         name = step.constants.get(role)
         return None if name is None else self.constants[name].double()
 
-    def put(self, step: Step, drop: str | None = None, inputs=None, op=None, out=None, options=None, **tensors) -> Step:
-        """The step `step.out` with other tensors by role (None: none of that role), in another form where one is
-        given; the step that makes `drop` is left out."""
+    def put(self, step: Step, drop: str | None = None, inputs=None, out=None, options=None, **tensors) -> None:
+        """Give the step `step.out` other tensors by role (None: none of that role), and other inputs, another name or
+        further options where they are given; leave out the step that makes `drop`."""
         constants = dict(step.constants)
         for role, tensor in tensors.items():
             constants.pop(role, None)
@@ -45,20 +45,10 @@ class _Draft:
                 constants[role] = step.constants.get(role, f"{step.out}.{role}")
                 self.constants[constants[role]] = tensor
         new = Step(
-            *(out or step.out, op or step.op, step.inputs if inputs is None else inputs, constants),
+            *(out or step.out, step.op, step.inputs if inputs is None else inputs, constants),
             {**step.options, **(options or {})},
         )
         self.steps = [new if s.out == step.out else s for s in self.steps if s.out != drop]
-        return new
-
-    def drop(self, step: Step) -> None:
-        """Leave a step out: what takes its value takes its input."""
-        (before,) = step.inputs
-        self.steps = [
-            replace(s, inputs=tuple(before if name == step.out else name for name in s.inputs))
-            for s in self.steps
-            if s.out != step.out
-        ]
 
     def done(self) -> Plan:
         return replace(self.plan, steps=tuple(self.steps), constants=self.constants)

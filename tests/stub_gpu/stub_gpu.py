@@ -191,6 +191,8 @@ class Stream:
     def wait_stream(self, other) -> None:
         pass
 
+    wait_event = wait_stream
+
     synchronize = staticmethod(synchronize)
 
 
