@@ -324,3 +324,14 @@ def test_command_refuses_another_device_and_nothing_in_common(run, tmp_path, cap
     other.environment["device"], other.rows = "Imaginary CPU", []
     assert cli.main(["bench", "compare", a, write(tmp_path, "b.json", other)]) == 2
     assert "no case in common" in capsys.readouterr().err
+
+
+def test_a_frozen_model_is_ours(run):
+    """Slower is bad, whatever its runtime, and makes no other entry's times incomparable."""
+    for row in run.rows:
+        row.entries["frozen auto"] = copy.deepcopy(row.entries[PEER])
+    found = compare(run, slowed(run, 2.0, "frozen auto"))
+    assert not found.incomparable and "frozen auto" not in found.drift
+    assert {(change.entry, change.what) for change in found.changes if change.bad} == {("frozen auto", "slower")}
+    told = "\n".join(lines(compare(run, run), 0.05, None))
+    assert told.count("frozen auto") == len(run.rows)

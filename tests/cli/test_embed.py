@@ -14,7 +14,7 @@ import torch
 from command_line import MODEL, PHOTOS, ROOT, add_bad_files, one_line, read_npz, run, weights
 
 import fastvit
-from fastvit.commands import embed
+from fastvit.commands import _model, embed
 
 
 def test_embed_npz(checkpoint, folder, tmp_path, capsys):
@@ -31,6 +31,37 @@ def test_embed_npz(checkpoint, folder, tmp_path, capsys):
         expected = model.forward_head(model.forward_features(pixels), pre_logits=True)
     np.testing.assert_allclose(rows, expected.numpy(), rtol=1e-4, atol=1e-4)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "out.npz"]
+
+
+@pytest.mark.parametrize("command", ["embed", "classify"])
+def test_many_images_go_through_a_frozen_model(command, checkpoint, folder, tmp_path, capsys, monkeypatch):
+    """The same numbers within rounding, and a line that says so; from as many images on as pay for freezing."""
+    output, files = tmp_path / "out.npz", sorted(folder.rglob("*.jpg"))
+    arguments = [folder, "-o", output] if command == "embed" else [*files, "--json"]
+    results = []
+    for some in (len(files) + 1, len(files)):
+        monkeypatch.setattr(_model, "SOME", some)
+        assert run(command, *arguments, "--img-size", "32", "--batch-size", "2", *weights(checkpoint)) == 0
+        printed = capsys.readouterr()
+        note = "The model is frozen, on torch: the same numbers within rounding."
+        assert (note in printed.err) == (some == len(files))
+        if command == "embed":
+            results.append(read_npz(output)[1])
+        else:
+            found = json.loads(printed.out)
+            results.append(np.array([[entry["probability"] for entry in image["top5"]] for image in found]))
+    np.testing.assert_allclose(*results, rtol=1e-4, atol=1e-5)
+    assert command == "classify" or not np.array_equal(*results)  # other rounding: it was another path
+
+
+def test_a_model_that_cannot_be_frozen_runs_as_it_is(checkpoint, folder, tmp_path, capsys, monkeypatch):
+    def refuse(*_, **__):
+        raise RuntimeError("no runtime can run this model")
+
+    monkeypatch.setattr(_model, "SOME", 1)
+    monkeypatch.setattr("fastvit.frozen.freeze", refuse)
+    assert run("embed", folder, "-o", tmp_path / "out.npz", "--img-size", "32", *weights(checkpoint)) == 0
+    assert "The model runs as it is, not frozen: RuntimeError: no runtime can run this model." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["OUT.NPZ", "Out.SafeTensors"])
