@@ -8,6 +8,7 @@ import pickle
 import resource
 import threading
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -80,6 +81,12 @@ def test_rewrite_has_a_switch(name):
     assert error is not None and error < EXACT
     images = images_of(model)["float"]
     assert accuracy.relative_rms(frozen(images), outputs_of(model, images)["logits"]) < EXACT
+
+
+def test_the_docs_have_every_rewrite_with_its_proof():
+    page = (Path(__file__).parents[1] / "docs" / "frozen.md").read_text()
+    for rewrite in REWRITES.values():
+        assert f"| {rewrite.name} | {rewrite.what} | {rewrite.proof} |" in page
 
 
 def test_rewrites_do_not_touch_the_model():

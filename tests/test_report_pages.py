@@ -458,7 +458,7 @@ def test_main_writes_both_readmes_and_every_page(tree):
     assert "On Imaginary GPU" in readme, "a GPU's run goes before a newer one of a CPU"
     assert "/attention" not in readme
     assert text == summary.results_page(tree)
-    assert summary.with_table(readme, summary.newest_table(tree)) == readme
+    assert summary.between(readme, summary.BEGIN, summary.END, summary.newest_table(tree)) == readme
 
 
 def test_the_newest_of_two_runs_is_shown(tree):
@@ -480,7 +480,7 @@ def test_the_committed_readmes_are_what_the_results_make_them():
     again = "out of date: `make pages` writes it"
     assert (ROOT / summary.RESULTS / "README.md").read_text() == summary.results_page(ROOT), again
     readme = (ROOT / "README.md").read_text()
-    assert summary.with_table(readme, summary.newest_table(ROOT)) == readme, again
+    assert summary.between(readme, summary.BEGIN, summary.END, summary.newest_table(ROOT)) == readme, again
     for found in summary.find(ROOT):
         if found.run:
             assert (found.folder / report.CSV).read_text() == flat.as_csv(found.run), again

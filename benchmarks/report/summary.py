@@ -174,19 +174,20 @@ def newest_table(root: Path) -> str:
     return "\n\n".join([*parts, *_told(last), matrix(last.rows), note])
 
 
-def with_table(readme: str, table: str) -> str:
-    """`readme` with what stands between its markers replaced. Raises ValueError where they are missing."""
-    before, begin, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"README.md has no {BEGIN} and {END}, in this order")
-    return f"{before}{BEGIN}\n\n{table}\n\n{END}{after}"
+def between(page: str, begin: str, end: str, text: str, name: str = "README.md") -> str:
+    """`page`, of this file name, with what stands between its markers replaced by `text`. Raises ValueError where they
+    are missing."""
+    before, found, rest = page.partition(begin)
+    _, also, after = rest.partition(end)
+    if not found or not also:
+        raise ValueError(f"{name} has no {begin} and {end}, in this order")
+    return f"{before}{begin}\n\n{text}\n\n{end}{after}"
 
 
 def main(root: Path = ROOT) -> None:
     """Write all pages. Raises OSError, and ValueError where README.md has no place for the table."""
     readme = root / "README.md"
-    write_atomically(readme, with_table(readme.read_text(encoding="utf-8"), newest_table(root)).encode())
+    write_atomically(readme, between(readme.read_text(encoding="utf-8"), BEGIN, END, newest_table(root)).encode())
     for each in find(root):
         if each.run:
             write(each.run, each.folder)

@@ -61,7 +61,9 @@ def test_a_model_that_cannot_be_frozen_runs_as_it_is(checkpoint, folder, tmp_pat
     monkeypatch.setattr(_model, "SOME", 1)
     monkeypatch.setattr("fastvit.frozen.freeze", refuse)
     assert run("embed", folder, "-o", tmp_path / "out.npz", "--img-size", "32", *weights(checkpoint)) == 0
-    assert "The model runs as it is, not frozen: RuntimeError: no runtime can run this model." in capsys.readouterr().err
+    assert (
+        "The model runs as it is, not frozen: RuntimeError: no runtime can run this model." in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("name", ["OUT.NPZ", "Out.SafeTensors"])
