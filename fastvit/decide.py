@@ -79,15 +79,18 @@ class CudaClock:
         return start.elapsed_time(end) / 1000
 
 
-def interleave(timers: dict[str, Callable[[], float]], rounds: int = ROUNDS) -> dict[str, list[float]]:
-    """Seconds by name, one a round, each round in a fresh random order: what drifts falls on all alike."""
+def interleave(
+    timers: dict[str, Callable[[], float]], rounds: int = ROUNDS, warmups: int = WARMUP_ROUNDS
+) -> dict[str, list[float]]:
+    """Seconds by name, one a round after the warm-ups, each round in a fresh random order: what drifts falls on all
+    alike."""
     order, shuffle = list(timers), random.Random(0).shuffle
     measured: dict[str, list[float]] = {name: [] for name in timers}
-    for round in range(WARMUP_ROUNDS + rounds):
+    for round in range(warmups + rounds):
         shuffle(order)
         for name in order:
             seconds = timers[name]()
-            if round >= WARMUP_ROUNDS:
+            if round >= warmups:
                 measured[name].append(seconds)
     return measured
 

@@ -15,11 +15,13 @@ import statistics
 import time
 import warnings
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from fastvit import __version__, accuracy, report, tuned
+from fastvit.decide import interleave
 from fastvit.environment import device_name
 
 from .export import example
@@ -28,10 +30,10 @@ from .runtimes import RUNTIMES, Run
 
 # Errors that are always allowed, relative rms: what float32 is promised to, and what float64 may differ in by rounding.
 TOLERANCE = {torch.float32: 5e-6, torch.float64: 1e-12}
-ROUNDS = 7
-SECONDS = 6.0  # for one decision's timing, about; a slow model gets fewer rounds, three at least
+LEAST_ROUNDS, ROUNDS = 3, 15
+SECONDS = 6.0  # for one decision's timing, about; a slow model gets fewer rounds
 GAIN = 1.02  # by which another must be faster than PyTorch, which needs nothing installed
-QUICK_SECONDS = 0.1  # a call that takes less is made twice in a round, and the second one counts
+QUICK_SECONDS = 0.1  # a call that takes less is made twice in a row, since another library has emptied the caches
 REST_SECONDS = 0.02  # until another library's threads have stopped waiting for work
 
 
@@ -103,28 +105,25 @@ def choose(plan: Plan, batch: int, device: torch.device, prepare, judge) -> Answ
 
 
 def measure(runs: dict[str, Run], images: torch.Tensor) -> dict[str, float]:
-    """The median of seconds a call by name, one call of each after the other in every round."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
+    """The median of seconds a call by name, all taking turns."""
+
+    def seconds(run: Run) -> float:
+        began = time.perf_counter()
+        run(images)
+        if images.is_cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter() - began
+
+    def rested(run: Run) -> float:
+        time.sleep(REST_SECONDS)
+        first = seconds(run)
+        return first if first > QUICK_SECONDS else seconds(run)
+
     for run in runs.values():
-        _seconds(run, images)
-    start = time.perf_counter()
-    for round in range(ROUNDS):
-        for name, run in runs.items():
-            time.sleep(REST_SECONDS)
-            if times[name] and times[name][-1] < QUICK_SECONDS:
-                _seconds(run, images)  # another library has emptied the caches, which matters to small models
-            times[name].append(_seconds(run, images))
-        if round >= 2 and time.perf_counter() - start > SECONDS:
-            break
-    return {name: statistics.median(seconds) for name, seconds in times.items()}
-
-
-def _seconds(run: Run, images: torch.Tensor) -> float:
-    began = time.perf_counter()
-    run(images)
-    if images.is_cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
+        run(images)
+    rounds = max(LEAST_ROUNDS, min(ROUNDS, int(SECONDS / sum(map(seconds, runs.values())))))
+    times = interleave({name: partial(rested, run) for name, run in runs.items()}, rounds, warmups=0)
+    return {name: statistics.median(each) for name, each in times.items()}
 
 
 def _key(plan: Plan, batch: int, device: torch.device) -> str:

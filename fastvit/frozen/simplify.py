@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -46,16 +46,9 @@ def simplify(plan: Plan, without: Iterable[str]) -> tuple[Plan, tuple[Change, ..
     """The plan after all rewrites but some, and what each did."""
     images = noise(plan, 2, _SAMPLE)
     samples = {"float": images, "uint8": pixels(images)}
-    rounded: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # of each constant, the tensor and it in float32
 
     def outputs(plan: Plan, kinds: Iterable[str]) -> dict[str, list[torch.Tensor]]:
-        for name, tensor in plan.constants.items():
-            if name not in rounded or rounded[name][0] is not tensor:
-                rounded[name] = tensor, tensor.float()
-        for name in rounded.keys() - plan.constants.keys():
-            del rounded[name]
-        quick = replace(plan, constants={name: rounded[name][1] for name in plan.constants})
-        return {kind: list(quick.run(samples[kind], torch.float32).values()) for kind in kinds}
+        return {kind: list(plan.run(samples[kind], torch.float32).values()) for kind in kinds}
 
     changes, before, values = [], plan.totals(), outputs(plan, {"float"})
     for name, rewrite in REWRITES.items():
