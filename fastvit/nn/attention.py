@@ -114,7 +114,7 @@ class Attention(nn.Module):
 
     def dropout_p(self) -> float:
         """The rate that the op applies in attn_drop's stead. Raises TypeError for a module it cannot stand in for."""
-        drop = self.attn_drop
+        drop = self._modules["attn_drop"]
         if type(drop) not in (nn.Dropout, nn.Identity):
             raise TypeError(f"attn_drop is {type(drop).__name__}, expected nn.Dropout or nn.Identity")
         return drop.p if type(drop) is nn.Dropout and dropout_active(drop) else 0.0

@@ -164,24 +164,27 @@ class Block(nn.Module):
             check_input(x, self.dim)
         norm1, attn, ls1, drop_path1, norm2, mlp, ls2, drop_path2 = submodules(self, _PARTS)
         if not tracing and self.can_fuse_attention():
-            packed = ops.layer_norm_linear(x, *weights(norm1, attn.qkv), eps=norm1.eps)
+            qkv, proj, _ = submodules(attn, _ATTENTION_PARTS)
+            packed = ops.layer_norm_linear(x, *weights(norm1, qkv), eps=norm1.eps)
             mixed = ops.attention(
                 **operands(packed, attn.num_heads, attn.scale, attn_mask, is_causal, attn.dropout_p())
             )
-            x = ops.linear_residual(mixed, *weights(attn.proj), x, **branch_scales(ls1, drop_path1, x))
+            x = ops.linear_residual(mixed, *weights(proj), x, **branch_scales(ls1, drop_path1, x))
         else:
             x = x + drop_path1(ls1(attn(norm1(x), attn_mask=attn_mask, is_causal=is_causal)))
         if tracing or not self.can_fuse_mlp():
             return x + drop_path2(ls2(mlp(norm2(x))))
+        fc1, act, fc2 = submodules(mlp, _MLP_PARTS)
         scales = branch_scales(ls2, drop_path2, x)
         if type(mlp) is SwiGLU:
-            gated = mlp.gate(ops.layer_norm_linear(x, *weights(norm2, mlp.fc1), eps=norm2.eps))
-            return ops.linear_residual(gated, *weights(mlp.fc2), x, **scales)
-        how = {"eps": norm2.eps, "activation": activation_name(mlp.act)}
-        return ops.layer_norm_mlp(x, *weights(norm2, mlp.fc1, mlp.fc2), residual=x, **how, **scales)
+            gated = mlp.gate(ops.layer_norm_linear(x, *weights(norm2, fc1), eps=norm2.eps))
+            return ops.linear_residual(gated, *weights(fc2), x, **scales)
+        how = {"eps": norm2.eps, "activation": activation_name(act)}
+        return ops.layer_norm_mlp(x, *weights(norm2, fc1, fc2), residual=x, **how, **scales)
 
 
 _PARTS = ("norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2")
 _ATTENTION_PARTS = ("qkv", "proj", "proj_drop")
+_MLP_PARTS = ("fc1", "act", "fc2")
 _ATTENTION_ROLES = ((Attention,), LAYER_NORM, LINEAR, LINEAR, DROPOUT, LAYER_SCALE, DROP_PATH)
 _MLP_ROLES = ((Mlp, SwiGLU), LAYER_NORM, LAYER_SCALE, DROP_PATH)

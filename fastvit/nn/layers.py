@@ -32,13 +32,14 @@ def can_fuse(modules: Iterable[nn.Module], roles: Iterable[tuple[type, ...]]) ->
     if _has_any_global_hook():
         return False
     for module, types in zip(modules, roles, strict=True):
+        own = module.__dict__
         if (
             type(module) not in types
-            or module._forward_hooks
-            or module._forward_pre_hooks
-            or module._backward_hooks
-            or module._backward_pre_hooks
-            or "forward" in module.__dict__
+            or own["_forward_hooks"]
+            or own["_forward_pre_hooks"]
+            or own["_backward_hooks"]
+            or own["_backward_pre_hooks"]
+            or "forward" in own
         ):
             return False
     return True
@@ -99,7 +100,7 @@ def dropout_active(dropout: nn.Dropout) -> bool:
 
 def norm_complete(norm: nn.LayerNorm) -> bool:
     """Whether a LayerNorm has both a weight and a bias, as the fused ops do."""
-    return norm.elementwise_affine and norm.bias is not None
+    return norm.elementwise_affine and norm._parameters.get("bias") is not None
 
 
 def timm_layer(name: str):
@@ -218,8 +219,13 @@ DROP_PATH = (DropPath, nn.Identity)
 
 
 def weights(*modules: nn.Module) -> list[torch.Tensor | None]:
-    """The weight and the bias of each module, as fused ops take them one after the other."""
-    return [tensor for module in modules for tensor in (module.weight, module.bias)]
+    """The weight and the bias of each module, as fused ops take them one after the other. As `submodules` does, it looks
+    where nn.Module keeps them."""
+    found: list[torch.Tensor | None] = []
+    for module in modules:
+        own = module._parameters
+        found += (own["weight"], own["bias"]) if "weight" in own and "bias" in own else (module.weight, module.bias)
+    return found
 
 
 def branch_scales(layer_scale: nn.Module, drop_path: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor | None]:

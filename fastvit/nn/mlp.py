@@ -27,6 +27,7 @@ from .layers import (
     dropout_active,
     norm_complete,
     refuse_scripting,
+    submodules,
     traced,
     vit_layer_norm,
     weights,
@@ -77,10 +78,11 @@ class _TwoLayers(nn.Module):
 
     def can_fuse(self) -> bool:
         """Whether ops may take the place of the two linear layers, and nobody can tell."""
-        drops = (self.drop1, self.drop2)
-        return can_fuse((self.fc1, self.fc2, *drops), _ROLES) and not any(map(dropout_active, drops))
+        layers = submodules(self, _LAYERS)
+        return can_fuse(layers, _ROLES) and not (dropout_active(layers[2]) or dropout_active(layers[3]))
 
 
+_LAYERS = ("fc1", "fc2", "drop1", "drop2")
 _ROLES = (LINEAR, LINEAR, DROPOUT, DROPOUT)
 
 
@@ -97,7 +99,7 @@ class Mlp(_TwoLayers):
         return self.drop2(self.fc2(self.drop1(self.act(self.fc1(x)))))
 
     def can_fuse(self) -> bool:
-        return super().can_fuse() and can_fuse((self.act,), (FUSED_ACTIVATION,))
+        return super().can_fuse() and can_fuse(submodules(self, ("act",)), (FUSED_ACTIVATION,))
 
 
 class SwiGLU(_TwoLayers):
