@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import TextIO
 
 import torch
-from fastvit.kernels import gemm
+from fastvit.kernels import gemm, tiles
 from fastvit.kernels.launch import choice, cost, hardware
-from fastvit.kernels.launch.request import CONFIGS, Config, Request
+from fastvit.kernels.launch.request import CONFIGS, Config, LibraryConfig, Request
 from fastvit.kernels.layer_norm_mlp import ACTIVATED, ACTIVATED_AND_KEPT, ACTIVATION_GRADIENT
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from triton.runtime.jit import JITFunction
@@ -154,7 +154,9 @@ def measure_launches(
             chosen, evidence = measured.choice(candidates)
             table.record("configs", request.key, tuned.Entry(tune.as_dict(labels[chosen]), **evidence))
             needs = cost.request_cost(request)
-            best = min((text for text in labels if text in measured.times), key=lambda text: _median(measured, text))
+            ours = {text: config for text, config in labels.items() if type(config) is not LibraryConfig}
+            best = min((text for text in ours if text in measured.times), key=lambda text: _median(measured, text))
+            heuristic = next(iter(ours))
             yield {
                 "launch": name,
                 "request": request.key,
@@ -163,14 +165,18 @@ def measure_launches(
                 "flops": needs.flops,
                 "bytes": needs.bytes,
                 "bound_seconds": cost.bound_seconds(needs, rates),
-                "heuristic": config_text(next(iter(choices))),
-                "best": config_text(labels[best]),
+                "heuristic": config_text(ours[heuristic]),
+                "best": config_text(ours[best]),
                 "seconds": _median(measured, best),
-                "heuristic_seconds": _median(measured, next(iter(labels))),
-                "library": {text: _median(measured, text) for text in measured.times if text not in labels},
+                "heuristic_seconds": _median(measured, heuristic),
+                "library": {
+                    "twin" if text in labels else text: _median(measured, text)
+                    for text in measured.times
+                    if text not in ours
+                },
                 "configs": [
-                    _config_row(config, measured, text, estimate, compiled.get(text))
-                    for (text, config), estimate in zip(labels.items(), choices.values(), strict=True)
+                    _config_row(config, measured, text, choices[config], compiled.get(text))
+                    for text, config in ours.items()
                     if text in measured.times
                 ],
                 "dropped": measured.dropped,
@@ -354,40 +360,40 @@ def lesser_products(request: Request, device: torch.device) -> dict[str, Callabl
 
     draw = _drawing(request.dtype, device)
     if epilogue.sums:
-        if right is not gemm.NORMALISED:
+        if right is not tiles.NORMALISED:
             return {}
         dy, x = draw(k, m), draw(k, n)
-        plain = partial(gemm.weight_gradient, dy, gemm.MATRIX, gemm.plain(x), n, request.dtype)
+        plain = partial(gemm.weight_gradient, dy, tiles.MATRIX, tiles.plain(x), n, request.dtype)
         return {"no prologue": _captured(plain)}
 
     x, out, other, bias, channels = draw(m, k), draw(m, n), draw(m, n), draw(n), draw(k)
     mean, rstd = (draw(m, dtype=torch.float32) for _ in range(2))
     loads = {
-        gemm.MATRIX: gemm.plain(x),
-        gemm.NORMALISED: (x, mean, rstd, channels, channels, k),
-        gemm.SCALED: (x, None, channels, 1, k),
+        tiles.MATRIX: tiles.plain(x),
+        tiles.NORMALISED: (x, mean, rstd, channels, channels, k),
+        tiles.SCALED: (x, None, channels, 1, k),
     }
     stores = {
-        gemm.INPUT_GRADIENT: (out,),
-        gemm.LINEAR: (out, bias, None, None, None, 1, 0),
-        gemm.LINEAR_RESIDUAL: (out, bias, None, None, other, 1, n),
+        tiles.INPUT_GRADIENT: (out,),
+        tiles.LINEAR: (out, bias, None, None, None, 1, 0),
+        tiles.LINEAR_RESIDUAL: (out, bias, None, None, other, 1, n),
         ACTIVATED: (out, None, bias),
         ACTIVATED_AND_KEPT: (out, other, bias),
         ACTIVATION_GRADIENT: (out, torch.empty_like(out), other),
     }
     if left not in loads or epilogue not in stores:
         return {}
-    weight = gemm.plain(draw(k, n)) if epilogue.input_gradient else gemm.transposed(draw(n, k))
+    weight = tiles.plain(draw(k, n)) if epilogue.input_gradient else tiles.transposed(draw(n, k))
     # The store of an input's gradient is the one that does nothing else.
-    plain_load, plain_store = left is gemm.MATRIX, epilogue is gemm.INPUT_GRADIENT
+    plain_load, plain_store = left is tiles.MATRIX, epilogue is tiles.INPUT_GRADIENT
     found = {}
     for name, load, store in (
-        ("no prologue", gemm.MATRIX, epilogue),
-        ("no epilogue", left, gemm.INPUT_GRADIENT),
-        ("plain", gemm.MATRIX, gemm.INPUT_GRADIENT),
+        ("no prologue", tiles.MATRIX, epilogue),
+        ("no epilogue", left, tiles.INPUT_GRADIENT),
+        ("plain", tiles.MATRIX, tiles.INPUT_GRADIENT),
     ):
         if (load, store) != (left, epilogue) and not (name == "plain" and (plain_load or plain_store)):
-            product = (load, loads[load], gemm.MATRIX, weight, store, stores[store], request.shape, request.dtype)
+            product = (load, loads[load], tiles.MATRIX, weight, store, stores[store], request.shape, request.dtype)
             found[name] = _captured(partial(gemm.launch, *product, activation if store is epilogue else None))
     return found
 

@@ -2,9 +2,9 @@
 
 Back ends: "triton" (our kernels; on CPU tensors through Triton's interpreter when TRITON_INTERPRET=1) and "torch"
 (plain PyTorch). Asked for "auto", an op takes the kernels for GPU tensors that they support and PyTorch otherwise.
-Where `fastvit tune` has measured the call, it takes the fastest candidate: the kernels, the kernels with the weight
-gradients by torch.mm, PyTorch, or one of attention's back ends there ("sdpa flash"). Where nothing was measured,
-float32 products are PyTorch's, and weight gradients torch.mm's. On a CPU, in inference mode, float32 products are
+Where `fastvit tune` has measured the call, it takes the fastest candidate: the kernels, PyTorch, or one of attention's
+back ends there ("sdpa flash"). Where nothing was measured, float32 products are PyTorch's. On the kernels, each product
+may be the library's all the same: see `kernels.launch.choice`. On a CPU, in inference mode, float32 products are
 oneDNN's where that is faster than PyTorch's own.
 
 A decision is made once for all calls that are alike, and remembered (`choose`).
@@ -27,8 +27,7 @@ from torch.autograd import forward_ad
 from . import onednn, tuned
 
 BACKENDS = ("auto", "triton", "torch")
-# The candidate that is all kernels, and the one whose weight gradients are the library's.
-KERNELS, LIBRARY_GRADIENTS = "triton", "triton + torch.mm"
+KERNELS = "triton"  # the candidate that is ours
 ONEDNN = "onednn"  # PyTorch's, but its linear layers by oneDNN
 
 
@@ -46,7 +45,8 @@ def use_backend(name: str) -> tuned.Setting:
     """Run every op on back end `name`, "auto", "triton" or "torch", from now on, or in the `with` body.
 
     The choice is the process's, not the thread's. Asked for "triton", an op that the kernels do not support raises a
-    RuntimeError with all the reasons instead of falling back. Raises ValueError for an unknown name.
+    RuntimeError with all the reasons instead of falling back, and no product is the library's. Raises ValueError for an
+    unknown name.
     """
     before = _requested
     _set_requested(_checked(name, "use_backend"))
@@ -56,7 +56,7 @@ def use_backend(name: str) -> tuned.Setting:
 def _set_requested(name: str) -> None:
     global _requested
     _requested = name
-    forget()
+    tuned.changed()
 
 
 def requested_backend() -> str:
@@ -96,7 +96,7 @@ def missing_requirements(tensor: torch.Tensor) -> list[str]:
 @dataclass(frozen=True)
 class Explanation:
     """What `explain` found: the back end that would run `op`, and each reason why not the kernels alone; the candidate
-    of that back end ("triton", "triton + torch.mm", "torch" or, of PyTorch's, "sdpa flash"), and on what evidence it
+    of that back end ("triton", "torch" or, of PyTorch's, "sdpa flash"), and on what evidence it
     was chosen."""
 
     op: str
@@ -120,6 +120,11 @@ def torch_without_question(device_type: str) -> str | None:
     if _requested == "auto" and device_type == "cpu":
         return _ON_CPU
     return None
+
+
+def may_fuse_blocks(x: torch.Tensor) -> bool:
+    """Whether a block is asked for as one op: wherever the kernels are not out of the question, and by who watches."""
+    return torch_without_question(x.device.type) is None or _watcher is not None
 
 
 def onednn_pays(op: Op, args: tuple) -> bool:
@@ -192,9 +197,8 @@ class Op:
 
     check raises ValueError or TypeError for arguments that no back end takes; unsupported lists every reason why the
     kernels cannot take them; torch runs it in PyTorch. On the kernels it is function, applied to what prepare makes of
-    the arguments. product, of an op that makes matrix products: their dtype, and the weights whose gradients are such
-    products; prepare of such an op takes by_library=True, to have those by the library. others: further ways to run it
-    in PyTorch, by name, that may be measured against the rest. onednn: on a CPU by oneDNN's linear layers.
+    the arguments. product, of an op that makes matrix products: their dtype. others: further ways to run it in PyTorch,
+    by name, that may be measured against the rest. onednn: on a CPU by oneDNN's linear layers.
     """
 
     name: str
@@ -203,7 +207,7 @@ class Op:
     torch: Callable[..., torch.Tensor]
     function: type[torch.autograd.Function]
     prepare: Callable[..., tuple]
-    product: Callable[..., tuple[torch.dtype, tuple[torch.Tensor, ...]]] | None = None
+    product: Callable[..., torch.dtype] | None = None
     others: dict[str, Callable[..., torch.Tensor]] = field(default_factory=dict)
     onednn: Callable[..., torch.Tensor] | None = None
 
@@ -214,24 +218,16 @@ class Op:
 
     def candidates(self, args: tuple) -> dict[str, Callable[..., torch.Tensor]]:
         """Every way to run a call, by name, ours first."""
-        found = {KERNELS: self.kernels, "torch": self.torch, **self.others}
-        if self.product is not None and needs_grad(*self.product(*args)[1]):
-            found[LIBRARY_GRADIENTS] = partial(self.kernels, by_library=True)
-        return found
+        return {KERNELS: self.kernels, "torch": self.torch, **self.others}
 
-    def kernels(self, *args, **how) -> torch.Tensor:
-        """The call on the kernels, by_library or not."""
-        return self.function.apply(*self.prepare(*args, **how))
+    def kernels(self, *args) -> torch.Tensor:
+        """The call on the kernels."""
+        return self.function.apply(*self.prepare(*args))
 
     def unmeasured(self, args: tuple) -> tuple[str, str]:
         """The candidate under "auto" where nothing was measured, and why it is not all kernels."""
-        if self.product is None:
-            return KERNELS, ""
-        dtype, weights = self.product(*args)
-        if dtype == torch.float32:
+        if self.product is not None and self.product(*args) == torch.float32:
             return "torch", "no measurement says that the kernels' products are faster in float32"
-        if needs_grad(*weights):
-            return LIBRARY_GRADIENTS, "no measurement says that the kernels' weight gradients are faster"
         return KERNELS, ""
 
     def key(self, args: tuple) -> str:
@@ -272,7 +268,7 @@ class Op:
         name, (unmeasured, why) = _follow_table(self, args), self.unmeasured(args)
         if name != unmeasured:
             why = f"{name} was measured to be faster"
-        backend = KERNELS if name in (KERNELS, LIBRARY_GRADIENTS) else "torch"
+        backend = KERNELS if name == KERNELS else "torch"
         return Explanation(self.name, backend, () if name == KERNELS else (why,), name, found)
 
 
@@ -292,9 +288,8 @@ def choose(op: Op, args: tuple) -> tuple[Callable[..., torch.Tensor], tuple]:
     if decision is None:
         name = _decide(op, args)
         gradient = torch.compiler.is_compiling() or needs_grad(*[a for a in args if isinstance(a, torch.Tensor)])
-        if name in (KERNELS, LIBRARY_GRADIENTS):
-            how = {"by_library": True} if name == LIBRARY_GRADIENTS else {}
-            decision = (op.function.apply if gradient else op._without_gradient), how
+        if name == KERNELS:
+            decision = (op.function.apply if gradient else op._without_gradient), op.prepare
         else:
             decision = {"torch": op.torch, ONEDNN: op.onednn, **op.others}[name], None
         # What may be measured is asked for again.
@@ -304,8 +299,8 @@ def choose(op: Op, args: tuple) -> tuple[Callable[..., torch.Tensor], tuple]:
             _decisions[alike] = decision
     if _watcher is not None:
         _watcher(op, args)
-    run, how = decision
-    return run, args if how is None else op.prepare(*args, **how)
+    run, prepare = decision
+    return run, args if prepare is None else prepare(*args)
 
 
 REMEMBERED = 4096  # decisions that are kept; then all are forgotten

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 SCALES = ("layer_scale", "drop_path_scale")
+BLOCK_SCALES = tuple(f"{name}{branch}" for name in SCALES for branch in (1, 2))
 TABLES = ("pos_embed", "prefix")
 
 
@@ -38,11 +39,11 @@ class Draw:
         if name == "key_padding_mask":  # the first image attends to nothing, each further one to more
             lengths = torch.arange(shape[0], device=self.device) * shape[1] // shape[0]
             return torch.arange(shape[1], device=self.device) < lengths[:, None]
-        if name == "drop_path_scale":  # the second of every three images is dropped
+        if name.startswith("drop_path_scale"):  # the second of every three images is dropped
             return (torch.arange(*shape, device=self.device) % 3 != 1).to(dtype) * 1.25
         where = self.device if self.generator is None else self.generator.device
         values = torch.randn(shape, generator=self.generator, device=where)
-        if len(shape) == 1 and name != "layer_scale":
+        if len(shape) == 1 and not name.startswith("layer_scale"):
             values = values * 0.2 + (1.0 if name.endswith("weight") else 0.0)
         elif name.endswith("weight"):
             values = values * max(1, math.prod(shape[1:])) ** -0.5
@@ -60,7 +61,7 @@ def tensors(op: str, draw: Draw, also: Collection[str] = (), bias: bool = True, 
     linear layers' are None. sizes: the arguments of the op's function in SHAPES."""
     required, optional = SHAPES[op](**sizes)
     shapes = required | {name: optional[name] for name in also}
-    without = () if bias else ("bias", "fc1_bias", "fc2_bias")
+    without = () if bias else ("bias", "qkv_bias", "proj_bias", "fc1_bias", "fc2_bias")
     return {name: None if name in without else draw(name, *shape) for name, shape in shapes.items()}
 
 
@@ -96,6 +97,16 @@ def _patch_embed(batch, size, patch, dim, channels=3, prefix=1, prefix_has_posit
     return required, {"pos_embed": (positions, dim), "prefix": (prefix, dim)}
 
 
+def _transformer_block(batch, tokens, dim, heads, hidden):
+    layers = {"norm1": (), "qkv": (3 * dim, dim), "proj": (dim, dim)}
+    layers |= {"norm2": (), "fc1": (hidden, dim), "fc2": (dim, hidden)}
+    required = {"x": (batch, tokens, dim)}
+    for name, shape in layers.items():
+        required |= {f"{name}_weight": shape or (dim,), f"{name}_bias": shape[:1] or (dim,)}
+    scales = {name: (batch if name.startswith("drop") else dim,) for name in BLOCK_SCALES}
+    return required, scales | {"key_padding_mask": (batch, tokens), "attn_bias": (heads, tokens, tokens)}
+
+
 # Of each op, the shapes of its tensors: those that it requires, and the optional ones.
 SHAPES = {
     "patch_embed": _patch_embed,
@@ -104,4 +115,5 @@ SHAPES = {
     "layer_norm_linear": _layer_norm_linear,
     "linear_residual": _linear_residual,
     "layer_norm_mlp": _layer_norm_mlp,
+    "transformer_block": _transformer_block,
 }

@@ -45,8 +45,8 @@ def linear(x, weight, bias=None, activation=None, residual=None) -> torch.Tensor
 
 @functools.cache
 def speedup() -> float:
-    """How many times as fast as PyTorch's own it multiplies float32 here, weights as they are: measured once, in about a
-    tenth of a second; 0 where it is not available."""
+    """How many times as fast as PyTorch's own it multiplies float32 here, weights as they are; 0 where it is not
+    available. Measured once, in a tenth of a second."""
     if not available(torch.float32):
         return 0.0
     best = {F.linear: float("inf"), linear: float("inf")}

@@ -30,13 +30,13 @@ from .decide import Clock, CudaClock, Run, measure
 from .examples import Draw
 from .kernels.launch import choice, cost, hardware
 from .kernels.launch.absent import launching_by, target_of, without_gpu
-from .kernels.launch.request import Config, Request
+from .kernels.launch.request import Config, LibraryConfig, Request
 from .kernels.launch.search import search_space
 
 KEEP, ALL = 8, sys.maxsize  # configs that are measured beside the heuristic's
 MAX_COPIES = 8  # of an op's tensors, to rotate through
 # How many roundings may lie between the results of two configs, and of two ways to run an op, which round in between.
-LAUNCH_ROUNDINGS, OP_ROUNDINGS = 1, 8
+LAUNCH_ROUNDINGS, OP_ROUNDINGS = 2, 8
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -145,8 +145,7 @@ def bind(call: Call, device: torch.device, arch: hardware.Arch) -> list[BoundCal
 
 
 def requests_of(bound: list[BoundCall]) -> dict[Request, list[Callable]]:
-    """Each launch with a choice that the calls' op makes on our kernels: how to repeat it, once a call. The weight
-    gradients are made in both ways."""
+    """Each launch with a choice that the calls' op makes on our kernels: how to repeat it, once a call."""
     found: dict[Request, list[Callable]] = {}
 
     def note(request: Request, run: Callable) -> None:
@@ -155,19 +154,19 @@ def requests_of(bound: list[BoundCall]) -> dict[Request, list[Callable]]:
             runs.append(run)
 
     with choice.watching(note):
-        for name in (dispatch.KERNELS, dispatch.LIBRARY_GRADIENTS):
-            for call in bound:
-                if name in (candidates := call.candidates()):
-                    call(candidates[name])
+        for call in bound:
+            call(call.call.op.kernels)
     return found
 
 
 def pruned(request: Request, arch: hardware.Arch, sms: int, keep: int | None = None) -> dict[Config, float]:
-    """The configs to measure, with their estimates in seconds: the heuristic's, then the `keep` most promising, `KEEP`
-    if not said."""
+    """The configs to measure, with their estimates in seconds: what runs unmeasured, of a product both ours and the
+    library's, then the `keep` most promising, `KEEP` if not said."""
     first, *rest = search_space(request, arch, sms)
-    estimates = {config: cost.request_seconds(request, config, arch, sms) for config in (first, *rest)}
-    return {config: estimates[config] for config in (first, *sorted(rest, key=estimates.get)[: keep or KEEP])}
+    library = [LibraryConfig()] if request.kernel == "gemm" else []
+    heads = sorted((first, *library), key=lambda config: config != choice.unmeasured(request, arch, sms))
+    estimates = {config: cost.request_seconds(request, config, arch, sms) for config in (*heads, *rest)}
+    return {config: estimates[config] for config in (*heads, *sorted(rest, key=estimates.get)[: keep or KEEP])}
 
 
 def compile_all(starts: Iterable[Callable[[], object]], device: torch.device) -> None:

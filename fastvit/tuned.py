@@ -51,11 +51,12 @@ _when_changed: list[Callable[[], None]] = []
 
 
 def on_change(callback: Callable[[], None]) -> None:
-    """Have callback() called whenever other choices may have come into force: with a mode, or a decision."""
+    """Have callback() called whenever other choices may have come into force: with a mode, a decision, a back end."""
     _when_changed.append(callback)
 
 
-def _changed() -> None:
+def changed() -> None:
+    """Other choices may have come into force: have everything that follows them made anew."""
     for callback in _when_changed:
         callback()
 
@@ -96,7 +97,7 @@ def use_tuning(name: str) -> Setting:
 def _set_mode(name: str) -> None:
     global _mode
     _mode = name
-    _changed()
+    changed()
 
 
 def mode() -> str:
@@ -309,7 +310,7 @@ class Table:
             self.files = (mine, *self.files)
         getattr(mine, kind)[key] = entry
         self._adopt(kind, key, entry, mine)
-        _changed()
+        changed()
         try:
             self._save({kind: {key: entry}})
         except (OSError, ImportError) as error:

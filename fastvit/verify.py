@@ -20,7 +20,6 @@ import fastvit
 
 from . import examples, report, workers
 from .accuracy import FACTOR, excess, floor, limit, precise, relative_rms, results
-from .dispatch import LIBRARY_GRADIENTS
 
 SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 CASE_SECONDS = 60.0  # what no case takes, with a process's start and all its compiling, on a busy machine
@@ -210,11 +209,11 @@ def _op_case(
     sizes: dict,
     dtypes: dict[str, torch.dtype] | None = None,
     channels_last: bool = False,
-    ours: Callable | None = None,
+    by_library: bool = False,
     **options,
 ) -> Case:
-    """The op on its example tensors of these sizes, some of `dtypes` of their own, with these further arguments; ours:
-    what is verified, the op if not said."""
+    """The op on its example tensors of these sizes, some of `dtypes` of their own, with these further arguments;
+    by_library: with the library's form of every product."""
 
     def prepare(device):
         generator = torch.Generator(device).manual_seed(zlib.crc32(f"{op} {label}".encode()))
@@ -225,12 +224,20 @@ def _op_case(
         def evaluate(function, tensors):
             return results(function(**tensors, **options), tensors, upstream)
 
+        def ours():
+            if not by_library:
+                return evaluate(getattr(fastvit.ops, op), tensors)
+            from .kernels.launch import choice
+
+            with choice.by_library():
+                return evaluate(getattr(fastvit.ops, op), tensors)
+
         return (
             lambda: evaluate(getattr(fastvit.reference, op), precise(tensors)),
             # With a bias, PyTorch's own attention may compute in float32 whatever the dtype: no bar for a computation
             # in half precision. The formula, op by op in the dtype, is.
             lambda: evaluate(getattr(fastvit.reference if "attn_bias" in tensors else fastvit.ops, op), tensors),
-            lambda: evaluate(ours or getattr(fastvit.ops, op), tensors),
+            ours,
         )
 
     return Case(op, label, dtype, prepare, rank)
@@ -417,15 +424,14 @@ def _cases_of(sizes: Sizes, dtype: torch.dtype) -> Iterator[Case]:
         yield op("layer_norm_linear", "fp32 stream", 3, linear, stream)
         yield op("linear_residual", "fp32 stream", 3, linear, {"residual": torch.float32})
         yield op("layer_norm_mlp", "fp32 stream", 3, mlp, stream)
-        # Under "auto", weight gradients are the library's in half precision.
+        # Under "auto", a product may be the library's, between small kernels.
         for name, given, more in (
             ("layer_norm_linear", linear, {}),
             ("linear_residual", linear | scales, {}),
             ("layer_norm_mlp", scaled_mlp, {}),
             ("patch_embed", image, uint8),
         ):
-            ours = functools.partial(fastvit.ops.run_candidate, name, LIBRARY_GRADIENTS)
-            yield op(name, "weight gradients by torch.mm", 3, given, ours=ours, **more)
+            yield op(name, "products by the library", 3, given, by_library=True, **more)
     for head_dim in sizes.head_dims:
         qkv = {"batch": batch, "tokens": first, "heads": 2, "head_dim": head_dim}
         yield op("attention", f"head dim {head_dim}", 3, qkv)

@@ -69,3 +69,13 @@ def sigmoid_argument(x, ACTIVATION: tl.constexpr):
     else:
         tl.static_assert(ACTIVATION == "silu", "unknown activation")
         return x, 1.0
+
+
+@triton.jit
+def before_norm(dy, y, mean, rstd, colsum, bias, DTYPE: tl.constexpr):
+    """What the backward of y = linear(layer_norm(x)) takes of the tile dy: s = rstd * dy, rounded; by row the sums of
+    dy * colsum and dy * (y - bias); by column those of dy and of s * mean."""
+    s = (dy * rstd[:, None]).to(DTYPE)
+    by_colsum = tl.sum(dy * colsum[None, :], axis=1)
+    by_y = tl.sum(dy * (y - bias[None, :]), axis=1)
+    return s, by_colsum, by_y, tl.sum(dy, axis=0), tl.sum(s.to(dy.dtype) * mean[:, None], axis=0)

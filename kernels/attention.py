@@ -13,11 +13,14 @@ Head dims that are no power of two are split into two parts, the largest power o
 more (72 = 64 + 16, 80 = 64 + 16, 96 = 64 + 32), instead of padding the whole to the next power of two.
 """
 
+from functools import partial
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
-from ._math import TRITON_DTYPES, accumulator_dtype, widen
+from ._math import TRITON_DTYPES, accumulator_dtype, before_norm, widen
 from .launch import cost
 from .launch.choice import choose
 from .launch.launcher import launch
@@ -99,6 +102,78 @@ def add_bias(scores, bias_ptr, strides, batch, head, m, n, N):
     return scores
 
 
+@triton.jit
+def before_norm_part(
+    dy,
+    y,
+    norm,
+    which,
+    head,
+    H,
+    row,
+    row_ok,
+    tile,
+    COLUMNS,
+    FIRST: tl.constexpr,
+    WIDTH: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+):
+    """`before_norm` of columns FIRST and on of a head of q, k or v (`which`: 0, 1, 2), its sums by column stored as
+    number `tile` of COLUMNS, after those of the ones before. Returns s and the sums by row."""
+    mean_ptr, rstd_ptr, colsum_ptr, bias_ptr, _, by_column_ptr, before, _ = norm
+    d = FIRST + tl.arange(0, WIDTH)
+    column_ok = d < HEAD_DIM
+    column = (which * H + head) * HEAD_DIM + d
+    mean = tl.load(mean_ptr + row, mask=row_ok, other=0.0)
+    rstd = tl.load(rstd_ptr + row, mask=row_ok, other=0.0)
+    colsum = tl.load(colsum_ptr + column, mask=column_ok, other=0.0)
+    bias = tl.load(bias_ptr + column, mask=column_ok, other=0.0)
+    s, by_colsum, by_y, total, t = before_norm(dy, y.to(dy.dtype), mean, rstd, colsum, bias, y.dtype)
+    out = by_column_ptr + (tile.to(tl.int64) * 2 * COLUMNS + (column - before))
+    tl.store(out, total, mask=column_ok)
+    tl.store(out + COLUMNS, t, mask=column_ok)
+    return s, by_colsum, by_y
+
+
+@triton.jit
+def before_norm_head(
+    dy0,
+    dy1,
+    y0,
+    y1,
+    norm,
+    which,
+    head,
+    H,
+    row,
+    row_ok,
+    tile,
+    COLUMNS,
+    HEAD_DIM: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+):
+    """`before_norm_part` of a whole head."""
+    s0, by_colsum, by_y = before_norm_part(dy0, y0, norm, which, head, H, row, row_ok, tile, COLUMNS, 0, D0, HEAD_DIM)
+    s1 = s0
+    if D1 > 0:
+        s1, more_by_colsum, more_by_y = before_norm_part(
+            dy1, y1, norm, which, head, H, row, row_ok, tile, COLUMNS, D0, D1, HEAD_DIM
+        )
+        by_colsum += more_by_colsum
+        by_y += more_by_y
+    return s0, s1, by_colsum, by_y
+
+
+@triton.jit
+def store_by_row(by_colsum, by_y, norm, number, row, row_ok):
+    """The sums by row, as partial sums number `number`."""
+    _, _, _, _, by_row_ptr, _, _, rows = norm
+    out = by_row_ptr + (number.to(tl.int64) * 2 * rows + row)
+    tl.store(out, by_colsum, mask=row_ok)
+    tl.store(out + rows, by_y, mask=row_ok)
+
+
 @triton.jit(launch_metadata=cost.attention_launch)
 def attention_kernel(
     qkv_ptr,  # (B, N, 3, H, HEAD_DIM) by strides, unit stride along HEAD_DIM
@@ -168,11 +243,12 @@ def attention_kernel(
 @triton.jit(launch_metadata=cost.attention_backward_dq_launch)
 def attention_backward_dq_kernel(
     qkv_ptr,  # (B, N, 3, H, HEAD_DIM) by strides, unit stride along HEAD_DIM
-    out_ptr,  # (B, N, H * HEAD_DIM) contiguous
+    out_ptr,  # (B, N, H * HEAD_DIM) contiguous, or None where delta is given
     dout_ptr,  # (B, N, H * HEAD_DIM) by strides, unit stride along the last axis
     lse_ptr,  # (B, H, N) contiguous
-    delta_ptr,  # (B, H, N) contiguous, rowsum(out * dout): written here for the other backward kernel
+    delta_ptr,  # (B, H, N) contiguous, rowsum(out * dout): written here for the other backward kernel, if not given
     dqkv_ptr,  # (B, N, 3, H, HEAD_DIM) contiguous, of which q's part is written
+    norm,  # of the norm before qkv what `before_norm_part` and `store_by_row` take, or None
     dbias_ptr,  # (B, H, N, N) contiguous, or None
     mask_ptr,  # (B, N) bytes by strides, or None
     bias_ptr,  # (B, H, N, N) by strides, or None
@@ -202,13 +278,16 @@ def attention_backward_dq_kernel(
     dout_row = batch * dout_strides[0] + m_wide * dout_strides[1] + head_in_batch * HEAD_DIM
 
     q0, q1 = load_head(q_ptr, m_wide * strides[1], row_ok, HEAD_DIM, D0, D1)
-    out0, out1 = load_head(out_ptr, out_row, row_ok, HEAD_DIM, D0, D1)
     dout0, dout1 = load_head(dout_ptr, dout_row, row_ok, HEAD_DIM, D0, D1)
-    delta = tl.sum(widen(out0) * widen(dout0), axis=1)
-    if D1 > 0:
-        delta += tl.sum(widen(out1) * widen(dout1), axis=1)
     lse = tl.load(lse_ptr + head.to(tl.int64) * N + m, mask=row_ok, other=0.0)
-    tl.store(delta_ptr + head.to(tl.int64) * N + m, delta, mask=row_ok)
+    if out_ptr is None:
+        delta = tl.load(delta_ptr + head.to(tl.int64) * N + m, mask=row_ok, other=0.0)
+    else:
+        out0, out1 = load_head(out_ptr, out_row, row_ok, HEAD_DIM, D0, D1)
+        delta = tl.sum(widen(out0) * widen(dout0), axis=1)
+        if D1 > 0:
+            delta += tl.sum(widen(out1) * widen(dout1), axis=1)
+        tl.store(delta_ptr + head.to(tl.int64) * N + m, delta, mask=row_ok)
 
     dq0 = tl.zeros((BLOCK_M, D0), ACC)
     dq1 = dq0
@@ -229,8 +308,13 @@ def attention_backward_dq_kernel(
             tl.store(dbias_ptr + offset, dscores.to(dbias_ptr.dtype.element_ty), mask=tile)
         dq0, dq1 = accumulate(dscores, k0, k1, dq0, dq1, D1, ACC, PRECISION)
 
+    dq0, dq1 = dq0 * scale, dq1 * scale
+    if norm is not None:
+        where = (head_in_batch, H, batch * N + m, row_ok, batch * tiles + tl.program_id(0) % tiles, H * HEAD_DIM)
+        dq0, dq1, by_colsum, by_y = before_norm_head(dq0, dq1, q0, q1, norm, 0, *where, HEAD_DIM, D0, D1)
+        store_by_row(by_colsum, by_y, norm, head_in_batch, batch * N + m, row_ok)
     dq_row = (batch * N + m) * (3 * H * HEAD_DIM) + head_in_batch * HEAD_DIM
-    store_head(dqkv_ptr, dq_row, row_ok, dq0 * scale, dq1 * scale, HEAD_DIM, D0, D1)
+    store_head(dqkv_ptr, dq_row, row_ok, dq0, dq1, HEAD_DIM, D0, D1)
 
 
 @triton.jit(launch_metadata=cost.attention_backward_dkdv_launch)
@@ -240,6 +324,7 @@ def attention_backward_dkdv_kernel(
     lse_ptr,  # (B, H, N) contiguous
     delta_ptr,  # (B, H, N) contiguous, rowsum(out * dout)
     dqkv_ptr,  # (B, N, 3, H, HEAD_DIM) contiguous, of which k's and v's parts are written
+    norm,  # of the norm before qkv what `before_norm_part` and `store_by_row` take, or None
     mask_ptr,  # (B, N) bytes by strides, or None
     bias_ptr,  # (B, H, N, N) by strides, or None
     N,
@@ -292,8 +377,14 @@ def attention_backward_dkdv_kernel(
         dscores = p * (product(v0, v1, dout0, dout1, D1, ACC, PRECISION) - delta[None, :])
         dk0, dk1 = accumulate(dscores, q0, q1, dk0, dk1, D1, ACC, PRECISION)
 
+    dk0, dk1 = dk0 * scale, dk1 * scale
+    if norm is not None:
+        where = (head_in_batch, H, batch * N + n, row_ok, batch * tiles + tl.program_id(0) % tiles, 2 * H * HEAD_DIM)
+        dk0, dk1, by_colsum, by_y = before_norm_head(dk0, dk1, k0, k1, norm, 1, *where, HEAD_DIM, D0, D1)
+        dv0, dv1, more_by_colsum, more_by_y = before_norm_head(dv0, dv1, v0, v1, norm, 2, *where, HEAD_DIM, D0, D1)
+        store_by_row(by_colsum + more_by_colsum, by_y + more_by_y, norm, H + head_in_batch, batch * N + n, row_ok)
     dk_row = (batch * N + n) * (3 * H * HEAD_DIM) + (H + head_in_batch) * HEAD_DIM
-    store_head(dqkv_ptr, dk_row, row_ok, dk0 * scale, dk1 * scale, HEAD_DIM, D0, D1)
+    store_head(dqkv_ptr, dk_row, row_ok, dk0, dk1, HEAD_DIM, D0, D1)
     store_head(dqkv_ptr, dk_row + H * HEAD_DIM, row_ok, dv0, dv1, HEAD_DIM, D0, D1)
 
 
@@ -326,20 +417,25 @@ def _mask_arguments(qkv, key_padding_mask, attn_bias):
     return mask, bias, (mask_strides, tuple(steps))
 
 
-def _launch(kernel, name: str, qkv, scores: Scores, args, written, config=None):
-    """Launch a kernel of attention over rows of `qkv`, with the config chosen for it if none is given. Returns
-    `written`: what it fills."""
+def _launch(kernel, name: str, qkv, scores: Scores, args, written, config=None, by_tile=None):
+    """Launch a kernel of attention over rows of `qkv`, with the config chosen for it if none is given. by_tile: from
+    the number of tiles a head, (tensors filled tile by tile along their first axis, the arguments in place of args).
+    Returns `written`, what else it fills, and those tensors."""
     batch, tokens, _, heads, head_dim = qkv.shape
     request = Request(name, (batch, tokens, heads, head_dim), qkv.dtype, scores, uses_tf32(qkv.dtype))
     if config is None:
 
         def repeat(config: AttentionConfig) -> tuple[torch.Tensor, ...]:
-            return _launch(kernel, name, qkv, scores, args, written, config)
+            filled = _launch(kernel, name, qkv, scores, args, written, config, by_tile)
+            return *written, *[tensor.sum(0) for tensor in filled[len(written) :]]
 
         config = choose(request, qkv.device, repeat)
-    grid = (ceil_div(tokens, config.BLOCK_ROWS) * batch * heads, 1, 1)
-    launch(kernel, _constants, request, config, qkv.device, grid, args)
-    return written
+    tiles = ceil_div(tokens, config.BLOCK_ROWS)
+    partial = ()
+    if by_tile is not None:
+        partial, args = by_tile(tiles)
+    launch(kernel, _constants, request, config, qkv.device, (tiles * batch * heads, 1, 1), args)
+    return *written, *partial
 
 
 def attention_forward(qkv, scale: float, key_padding_mask=None, attn_bias=None):
@@ -357,26 +453,64 @@ def attention_forward(qkv, scale: float, key_padding_mask=None, attn_bias=None):
     return out, lse
 
 
-def attention_backward(dout, qkv, out, lse, scale: float, key_padding_mask=None, attn_bias=None, needs_bias=False):
+class BeforeNorm(NamedTuple):
+    """What makes qkv = linear(layer_norm(x)) of a norm's rows: mean and rstd (B * N,); colsum and bias (3 * H * d,) of
+    the layer that it is folded into (see `block`)."""
+
+    mean: torch.Tensor
+    rstd: torch.Tensor
+    colsum: torch.Tensor
+    bias: torch.Tensor
+
+
+class NormSums(NamedTuple):
+    """Of the gradient of qkv, summed by `_math.before_norm`: by_row (2 H, 2, B * N), one for each head of q, one of k
+    and v together; by_column of q (tiles, 2, H * d), of k and v (tiles, 2, 2 * H * d)."""
+
+    by_row: torch.Tensor
+    of_q: torch.Tensor
+    of_kv: torch.Tensor
+
+
+def attention_backward(
+    dout, qkv, out, lse, scale: float, key_padding_mask=None, attn_bias=None, needs_bias=False, delta=None, norm=None
+):
     """Gradients of `attention_forward` for dout (B, N, H * d) with unit stride along the last axis.
 
-    Returns dqkv (B, N, 3, H, d) contiguous in qkv's dtype, and the gradient of the broadcast bias (B, H, N, N) in
-    float32 (float64 for float64), or None when needs_bias is False.
+    delta (B, H, N): the sums of out * dout over each head, if they are known. norm: a BeforeNorm; what is returned in
+    place of dqkv is then rstd * dqkv. Returns dqkv (B, N, 3, H, d) contiguous in qkv's dtype; the gradient of the
+    broadcast bias (B, H, N, N) in float32 (float64 for float64), or None when needs_bias is False; and with a norm its
+    NormSums, else None.
     """
     batch, tokens, _, heads, _ = qkv.shape
     acc = accumulator_dtype(qkv.dtype)
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     dbias = torch.empty(batch, heads, tokens, tokens, dtype=acc, device=qkv.device) if needs_bias else None
+    sums = None
     if dqkv.numel():
-        delta = torch.empty_like(lse)
+        out, delta = (out, torch.empty_like(lse)) if delta is None else (None, delta)
+        by_row = None if norm is None else lse.new_empty(2 * heads, 2, batch * tokens)
         mask, bias, strides = _mask_arguments(qkv, key_padding_mask, attn_bias)
         sizes = (tokens, heads, scale, qkv.stride()[:4], dout.stride()[:2], *strides)
-        scores = Scores(mask is not None, None if bias is None else bias.dtype, needs_bias)
-        args = (qkv, out, dout, lse, delta, dqkv, dbias, mask, bias, *sizes)
+        scores = Scores(mask is not None, None if bias is None else bias.dtype, needs_bias, norm is not None)
+
+        def with_sums(columns: int, first: int, before: tuple, after: tuple, tiles: int):
+            """Room for the sums by column of `columns` of qkv from the `first` on, and a kernel's arguments."""
+            by_column = lse.new_empty(batch * tiles, 2, columns)
+            return (by_column,), (*before, (*norm, by_row, by_column, first, batch * tokens), *after)
+
+        def run(kernel, name: str, scores: Scores, columns: int, first: int, before: tuple, after: tuple, written):
+            by_tile = None if norm is None else partial(with_sums, columns, first, before, after)
+            return _launch(kernel, name, qkv, scores, (*before, None, *after), written, by_tile=by_tile)
+
+        width = heads * qkv.shape[4]
         written = tuple([tensor for tensor in (dqkv[:, :, 0], delta, dbias) if tensor is not None])
-        _launch(attention_backward_dq_kernel, "attention_backward_dq", qkv, scores, args, written)
+        before, after = (qkv, out, dout, lse, delta, dqkv), (dbias, mask, bias, *sizes)
+        *_, of_q = run(attention_backward_dq_kernel, "attention_backward_dq", scores, width, 0, before, after, written)
         scores = scores._replace(bias_gradient=False)
-        args = (qkv, dout, lse, delta, dqkv, mask, bias, *sizes)
-        written = (dqkv[:, :, 1:],)
-        _launch(attention_backward_dkdv_kernel, "attention_backward_dkdv", qkv, scores, args, written)
-    return dqkv, dbias
+        before, after, written = (qkv, dout, lse, delta, dqkv), (mask, bias, *sizes), (dqkv[:, :, 1:],)
+        *_, of_kv = run(
+            attention_backward_dkdv_kernel, "attention_backward_dkdv", scores, 2 * width, width, before, after, written
+        )
+        sums = None if norm is None else NormSums(by_row, of_q, of_kv)
+    return dqkv, dbias, sums

@@ -1,8 +1,8 @@
 """linear(layer_norm(x)), forward and backward.
 
 Fused: the normalisation happens as the GEMM loads its tile of x, and the bias in its epilogue; the normalised tensor
-never exists in memory, neither in the forward nor in the gradient of the weight. Where that gradient is the library's
-(by_library), the normalised tensor is written and read for it: 3 M D s more, x being read once more too.
+never exists in memory, neither in the forward nor in the gradient of the weight (but where the library makes the
+product, see `twin`).
 Saved for backward: x itself, mean and rstd (float32, one each a row). Recomputed: the normalised values.
 A call must move, beyond the weights, for M rows, D inputs, O outputs of size s: forward M (D + O) s; backward
 M (2 O + 3 D) s, one D more with a residual's gradient. These kernels move more: forward M D s, for x is read once more
@@ -13,7 +13,7 @@ written and read.
 import torch
 
 from . import gemm, layer_norm, reduce
-from .gemm import INPUT_GRADIENT, LINEAR, MATRIX, NORMALISED, plain, transposed
+from .tiles import INPUT_GRADIENT, LINEAR, MATRIX, NORMALISED, plain, transposed
 
 
 def layer_norm_linear_forward(x, norm_weight, norm_bias, weight, bias, eps: float):
@@ -29,13 +29,10 @@ def layer_norm_linear_forward(x, norm_weight, norm_bias, weight, bias, eps: floa
     return y, mean, rstd
 
 
-def layer_norm_linear_backward(
-    dy, x, mean, rstd, norm_weight, norm_bias, weight, eps: float, needs, dresidual=None, by_library: bool = False
-):
+def layer_norm_linear_backward(dy, x, mean, rstd, norm_weight, norm_bias, weight, needs, dresidual=None):
     """Gradients of `layer_norm_linear_forward` for dy (M, O).
 
     needs: three bools: the input and norm parameters, the weight, the bias; None for each that is not needed.
-    by_library: the gradient of the weight by the library's product, of a normalised tensor written for it.
     dresidual (M, D): added to the gradient of x. Returns dx (M, D) in x's dtype, dnorm_weight, dnorm_bias in
     their parameters' dtypes, dweight and dbias in weight's, all sums made in float32 (float64 for float64).
     """
@@ -43,11 +40,7 @@ def layer_norm_linear_backward(
     rows, outputs = dy.shape
     inputs = x.shape[1]
     dx = dnorm_weight = dnorm_bias = dweight = dbias = None
-    if needs_weight and by_library:
-        normalised, _, _ = layer_norm.layer_norm_forward(x, norm_weight, norm_bias, eps, weight.dtype)
-        dweight = gemm.library_weight_gradient(dy, normalised, weight.dtype)
-        del normalised
-    elif needs_weight:
+    if needs_weight:
         source = (x, mean, rstd, norm_weight, norm_bias, x.stride(0))
         dweight = gemm.weight_gradient(dy, NORMALISED, source, inputs, weight.dtype)
     if needs_bias:

@@ -18,9 +18,10 @@ import triton.language as tl
 
 from . import gemm, layer_norm
 from ._math import activate, activate_with_gradient
-from .gemm import MATRIX, NORMALISED, Epilogue, plain, transposed
+from .launch.request import Epilogue
 from .layer_norm_linear import layer_norm_linear_backward
 from .linear_residual import linear_parameter_gradients, residual_product, scaled_operand
+from .tiles import MATRIX, NORMALISED, plain, transposed
 
 
 @triton.jit
@@ -101,14 +102,11 @@ def layer_norm_mlp_backward(
     fc2_bias: torch.Tensor | None,
     layer_scale: torch.Tensor | None,
     drop_path_scale: torch.Tensor | None,
-    eps: float,
     activation: str,
     residual_is_x: bool,
     needs: tuple[bool, ...],
-    by_library: bool = False,
 ) -> tuple[torch.Tensor | None, ...]:
     """Gradients of `layer_norm_mlp_forward` for dout (M, O); residual_is_x: dout is added to the gradient of x.
-    by_library: those of the weights by the library's product.
 
     needs: six bools, for the input and norm parameters, fc1's weight and bias, fc2's weight and bias, layer_scale.
     Returns dx in x's dtype, dnorm_weight, dnorm_bias, dfc1_weight, dfc1_bias as `layer_norm_linear_backward` does,
@@ -118,7 +116,7 @@ def layer_norm_mlp_backward(
     if not any((*needs_fc1, needs_fc2[0], needs_fc2[2])):
         # Nothing needs the hidden tensors, and the pre-activation stands in for the activated one unread.
         return *[None] * 5, *linear_parameter_gradients(
-            dout, preactivation, fc2_weight, fc2_bias, layer_scale, drop_path_scale, needs_fc2, by_library
+            dout, preactivation, fc2_weight, fc2_bias, layer_scale, drop_path_scale, needs_fc2
         )
     rows, hidden = preactivation.shape
     dpreactivation, activated = torch.empty_like(preactivation), torch.empty_like(preactivation)
@@ -127,12 +125,10 @@ def layer_norm_mlp_backward(
     product = (*scaled, MATRIX, plain(fc2_weight), ACTIVATION_GRADIENT, target)
     gemm.launch(*product, (rows, hidden, dout.shape[1]), fc2_weight.dtype, activation, outputs=2)
     fc2_gradients = linear_parameter_gradients(
-        dout, activated, fc2_weight, fc2_bias, layer_scale, drop_path_scale, needs_fc2, by_library
+        dout, activated, fc2_weight, fc2_bias, layer_scale, drop_path_scale, needs_fc2
     )
     del activated
     norm = (x, mean, rstd, norm_weight, norm_bias)
     dresidual = dout if residual_is_x else None
-    fc1_gradients = layer_norm_linear_backward(
-        dpreactivation, *norm, fc1_weight, eps, needs_fc1, dresidual, by_library=by_library
-    )
+    fc1_gradients = layer_norm_linear_backward(dpreactivation, *norm, fc1_weight, needs_fc1, dresidual)
     return *fc1_gradients, *fc2_gradients

@@ -1,7 +1,7 @@
 """residual + drop_path_scale * layer_scale * linear(x), forward and backward.
 
 Fused: bias, both scales and the residual sum in the GEMM's epilogue; in backward the scales as the GEMMs load their
-tiles, so the scaled gradient never exists in memory (by_library, the one scaled by drop path does: 2 M O s more).
+tiles, so the scaled gradient never exists in memory (by the library, see `twin`, it does).
 Saved for backward: x only. Recomputed: nothing; the gradient of layer_scale, sum over tokens of dout * linear(x), comes
 from the unscaled gradient G = dout^T x of the weight as rowsum(weight * G) + bias * sum(dout), so linear(x) is not
 needed again.
@@ -13,7 +13,7 @@ reads dout.
 import torch
 
 from . import gemm, reduce
-from .gemm import INPUT_GRADIENT, LINEAR, LINEAR_RESIDUAL, MATRIX, SCALED, plain, transposed
+from .tiles import INPUT_GRADIENT, LINEAR, LINEAR_RESIDUAL, MATRIX, SCALED, plain, transposed
 
 
 def scaled_operand(x, row_scale, column_scale):
@@ -41,11 +41,11 @@ def linear_residual_forward(x, weight, bias, residual, layer_scale, drop_path_sc
     return gemm.launch(*product)[0]
 
 
-def linear_parameter_gradients(dout, x, weight, bias, layer_scale, drop_path_scale, needs, by_library: bool):
+def linear_parameter_gradients(dout, x, weight, bias, layer_scale, drop_path_scale, needs):
     """Gradients of weight, bias and layer_scale for dout (M, O) and x (M, K), None where not needed.
 
-    needs: three bools. by_library: that of the weight by the library's product. Returns dweight (O, K), dbias (O,),
-    dlayer_scale (O,), in weight's dtype, or with a layer_scale in float32 (float64 for float64).
+    needs: three bools. Returns dweight (O, K), dbias (O,), dlayer_scale (O,), in weight's dtype, or with a layer_scale
+    in float32 (float64 for float64).
     """
     needs_weight, needs_bias, needs_layer_scale = needs
     dweight = dbias = dlayer_scale = None
@@ -53,13 +53,7 @@ def linear_parameter_gradients(dout, x, weight, bias, layer_scale, drop_path_sca
     wide = layer_scale is not None
     if needs_bias or needs_layer_scale:
         dbias = reduce.column_sum(dout, drop_path_scale, None if wide else weight.dtype)
-    if by_library and (needs_weight or needs_layer_scale):
-        scaled = dout
-        if drop_path_scale is not None and len(dout):
-            by_sample = dout.unflatten(0, (len(drop_path_scale), -1))
-            scaled = torch.mul(by_sample, drop_path_scale[:, None, None], out=torch.empty_like(by_sample)).flatten(0, 1)
-        dweight = gemm.library_weight_gradient(scaled, x, weight.dtype, wide)
-    elif needs_weight or needs_layer_scale:
+    if needs_weight or needs_layer_scale:
         operand = scaled_operand(x, drop_path_scale, None)
         dweight = gemm.weight_gradient(dout, *operand, x.shape[1], weight.dtype, wide)
     if needs_layer_scale:
@@ -72,7 +66,7 @@ def linear_parameter_gradients(dout, x, weight, bias, layer_scale, drop_path_sca
     return dweight if needs_weight else None, dbias if needs_bias else None, dlayer_scale
 
 
-def linear_residual_backward(dout, x, weight, bias, layer_scale, drop_path_scale, needs, by_library: bool = False):
+def linear_residual_backward(dout, x, weight, bias, layer_scale, drop_path_scale, needs):
     """Gradients of `linear_residual_forward` for dout (M, O); that of the residual is dout.
 
     needs: four bools, for x, weight, bias, layer_scale. Returns dx (M, K) in x's dtype, and the parameters' gradients
@@ -85,6 +79,4 @@ def linear_residual_backward(dout, x, weight, bias, layer_scale, drop_path_scale
         scaled = scaled_operand(dout, drop_path_scale, layer_scale)
         shape = (*x.shape, weight.shape[0])
         gemm.launch(*scaled, MATRIX, plain(weight), INPUT_GRADIENT, (dx,), shape, weight.dtype)
-    return dx, *linear_parameter_gradients(
-        dout, x, weight, bias, layer_scale, drop_path_scale, needs_parameters, by_library
-    )
+    return dx, *linear_parameter_gradients(dout, x, weight, bias, layer_scale, drop_path_scale, needs_parameters)

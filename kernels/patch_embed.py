@@ -3,8 +3,8 @@
 One GEMM whose rows are the tokens of the output, prefix rows included. Fused: the gather of the patches as the GEMM
 loads its tile (no im2col tensor, no convolution), the scaling of uint8 pixels and the mean/std normalisation in that
 load; bias, positions and prefix rows in the epilogue, which writes straight into the token sequence. In backward the
-gather again for the gradient of the weight (by_library, a copy of the patches for the library's product), and a scatter
-in the epilogue for the gradient of the image: patches do not overlap, so each pixel is written once.
+gather again for the gradient of the weight (by the library, see `twin`, a copy of the patches), and a scatter in the
+epilogue for the gradient of the image: patches do not overlap, so each pixel is written once.
 Saved for backward: the image as it came. Recomputed: the gathered and normalised patches.
 A call must move, beyond the weight and the positions, for B images of C * H * W pixels of size p and T tokens of D
 channels of size s: forward and backward B (C H W p + T D s) each, and as much again for the gradient of the image.
@@ -19,7 +19,8 @@ import triton.language as tl
 
 from . import gemm, reduce
 from ._math import accumulator_dtype, widen
-from .gemm import MATRIX, Epilogue, Prologue, plain, transposed
+from .launch.request import Epilogue, Prologue
+from .tiles import MATRIX, plain, transposed
 
 
 @triton.jit
@@ -163,20 +164,12 @@ def patch_embed_forward(image, weight, bias, pos_embed, prefix, mean, std, out_d
     return out
 
 
-def _patches(image, gain, shift, patch_height: int, patch_width: int, dtype: torch.dtype) -> torch.Tensor:
-    """The flattened patches (B * N, C * ph * pw) of pixel * gain + shift, rounded to `dtype`."""
-    if gain is not None:
-        image = image.to(gain.dtype) * gain[:, None, None] + shift[:, None, None]
-    by_patch = image.to(dtype).unflatten(3, (-1, patch_width)).unflatten(2, (-1, patch_height))
-    return by_patch.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(0, 2)
-
-
-def patch_embed_backward(dtokens, image, weight, prefix_rows: int, mean, std, needs, by_library: bool = False):
+def patch_embed_backward(dtokens, image, weight, prefix_rows: int, mean, std, needs):
     """Gradients of `patch_embed_forward` for contiguous dtokens (B, P + N, D).
 
     needs: three bools, for the three results, None where not needed: dimage in image's dtype and layout; dweight
-    (D, C, ph, pw) in weight's dtype, by_library by the library's product of patches written for it; the sum of dtokens
-    over the batch, (P + N, D) in float32 (float64), of which the gradients of bias, positions and prefix are parts.
+    (D, C, ph, pw) in weight's dtype; the sum of dtokens over the batch, (P + N, D) in float32 (float64), of which the
+    gradients of bias, positions and prefix are parts.
     """
     needs_image, needs_weight, needs_sum = needs
     batch, tokens, embed_dim = dtokens.shape
@@ -187,12 +180,7 @@ def patch_embed_backward(dtokens, image, weight, prefix_rows: int, mean, std, ne
     gain, shift = _normalisation(image, weight, mean, std)
     dimage = dweight = by_token = None
     load, store = _access(image, patch_size[1])
-    if needs_weight and by_library:
-        patches = _patches(image, gain, shift, *patch_size, weight.dtype)
-        dpatches = dtokens[:, prefix_rows:].reshape(-1, embed_dim)
-        dweight = gemm.library_weight_gradient(dpatches, patches, weight.dtype).view(weight.shape)
-        del patches, dpatches
-    elif needs_weight:
+    if needs_weight:
         source = (image, gain, shift, *_geometry(image, *patch_size, prefix_rows))
         dweight = gemm.weight_gradient(dtokens_rows, load, source, pixels, weight.dtype).view(weight.shape)
     if needs_image:

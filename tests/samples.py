@@ -14,7 +14,19 @@ from fastvit import examples
 from fastvit.accuracy import relative_rms as relative_rms
 
 B, N, D, H, M = 2, 21, 24, 3, 40  # no size is a multiple of a block
-BATCHED = ("x", "qkv", "image", "residual", "key_padding_mask", "drop_path_scale")  # the tensors of one row a sample
+BATCHED = (
+    "x",
+    "qkv",
+    "image",
+    "residual",
+    "key_padding_mask",
+    "drop_path_scale",
+    "drop_path_scale1",
+    "drop_path_scale2",
+)  # the tensors of one row a sample
+
+
+DRAWN = dict.fromkeys([name for name in BATCHED if name.startswith("drop_path")], torch.float32)
 
 
 @dataclass(frozen=True)
@@ -31,8 +43,8 @@ class Sample:
         return self.name
 
     def tensors(self, dtype=torch.float32, device="cpu") -> dict[str, torch.Tensor]:
-        """Fresh tensors; those of a floating dtype require grad, except drop_path_scale, which is always float32."""
-        draw = examples.Draw(dtype, device, dtypes={"drop_path_scale": torch.float32, **self.dtypes}, trained=True)
+        """Fresh tensors; those of a floating dtype require grad, except drop-path scales, which are always float32."""
+        draw = examples.Draw(dtype, device, dtypes={**DRAWN, **self.dtypes}, trained=True)
         tensors = examples.tensors(self.op, draw, **self.sizes())
         if "key_padding_mask" in tensors:  # with holes, and with a key for every query
             tensors["key_padding_mask"] = torch.rand(B, N, device=device) < 0.7
@@ -72,6 +84,13 @@ SAMPLES = [
     Sample("attention", "attention", lambda: _heads(8)),
     Sample("attention-biased", "attention", lambda: _heads(20, "key_padding_mask", "attn_bias"), {"scale": 0.3}),
     Sample("patch_embed", "patch_embed", lambda: _image(), NORMALISED),
+    Sample("transformer_block", "transformer_block", lambda: _rows(D, heads=H, hidden=M), {"num_heads": H}),
+    Sample(
+        "transformer_block-all",
+        "transformer_block",
+        lambda: _rows(40, heads=2, hidden=M, also=(*examples.BLOCK_SCALES, "key_padding_mask", "attn_bias")),
+        {"num_heads": 2, "activation": "gelu_tanh", "scale": 0.2, "eps1": 1e-5},
+    ),
     Sample(
         "patch_embed-uint8",
         "patch_embed",

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from fastvit.kernels import attention, gemm, layer_norm, layer_norm_mlp, patch_embed
+from fastvit.kernels import attention, gemm, layer_norm, layer_norm_mlp, patch_embed, tiles
 from fastvit.kernels.launch import choice, hardware
 from fastvit.kernels.launch.absent import AbsentDriver, target_of
 from fastvit.kernels.launch.hardware import ARCHS
@@ -35,16 +35,16 @@ from fastvit.dispatch import interpreting
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 SMS = 132
 # What products are made of: left and right operand, epilogue, activation.
-FORWARD = (gemm.NORMALISED, gemm.MATRIX, gemm.LINEAR)
-RESIDUAL = (gemm.MATRIX, gemm.MATRIX, gemm.LINEAR_RESIDUAL)
-GRADIENT = (gemm.MATRIX, gemm.MATRIX, gemm.INPUT_GRADIENT)
-HEAVY = (gemm.MATRIX, gemm.MATRIX, layer_norm_mlp.ACTIVATION_GRADIENT, "gelu")
-PATCHES = (patch_embed.PATCHES, gemm.MATRIX, patch_embed.TOKENS)
-GATHERED = (patch_embed.GATHERED_PATCHES, gemm.MATRIX, patch_embed.TOKENS)
-WEIGHT = (gemm.MATRIX, gemm.NORMALISED, gemm.SUMS)
-PLAIN_WEIGHT = (gemm.MATRIX, gemm.MATRIX, gemm.SUMS)
-GATHERED_WEIGHT = (gemm.MATRIX, patch_embed.GATHERED_PATCHES, gemm.SUMS)
-PIXELS = (gemm.MATRIX, gemm.MATRIX, patch_embed.PIXELS)
+FORWARD = (tiles.NORMALISED, tiles.MATRIX, tiles.LINEAR)
+RESIDUAL = (tiles.MATRIX, tiles.MATRIX, tiles.LINEAR_RESIDUAL)
+GRADIENT = (tiles.MATRIX, tiles.MATRIX, tiles.INPUT_GRADIENT)
+HEAVY = (tiles.MATRIX, tiles.MATRIX, layer_norm_mlp.ACTIVATION_GRADIENT, "gelu")
+PATCHES = (patch_embed.PATCHES, tiles.MATRIX, patch_embed.TOKENS)
+GATHERED = (patch_embed.GATHERED_PATCHES, tiles.MATRIX, patch_embed.TOKENS)
+WEIGHT = (tiles.MATRIX, tiles.NORMALISED, tiles.SUMS)
+PLAIN_WEIGHT = (tiles.MATRIX, tiles.MATRIX, tiles.SUMS)
+GATHERED_WEIGHT = (tiles.MATRIX, patch_embed.GATHERED_PATCHES, tiles.SUMS)
+PIXELS = (tiles.MATRIX, tiles.MATRIX, patch_embed.PIXELS)
 NVIDIA = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120")
 HOPPER, OLDER = ("sm_90", "sm_100"), ("sm_80", "sm_89", "sm_120")
 BACKWARD = ("attention_backward_dq", "attention_backward_dkdv")
@@ -217,9 +217,11 @@ def test_keys_are_stable_and_tell_requests_apart():
 
 @pytest.fixture
 def table():
-    """Installs a lookup for the test."""
-    yield choice.set_table
+    """Installs a lookup for the test, which begins without."""
+    before = choice._lookup, choice._library
     choice.set_table(None)
+    yield choice.set_table
+    choice.set_table(*before)
 
 
 def test_a_wider_bias_is_another_request():
@@ -287,7 +289,7 @@ def test_a_launch_runs_the_tables_config(table, device, triton_backend):
     def gradient():
         seen = []
         with choice.watching(lambda request, run: seen.append(request)):
-            out = gemm.weight_gradient(dy, gemm.MATRIX, gemm.plain(x), 24, FP32)
+            out = gemm.weight_gradient(dy, tiles.MATRIX, tiles.plain(x), 24, FP32)
         assert [request.shape for request in seen] == [(40, 24, 300)]
         return out
 
@@ -391,7 +393,7 @@ def test_every_candidate_is_right(arch, dtype, device, triton_backend):
     qkv = torch.randn(1, 37, 3, 1, 16, device=device).to(dtype)
     shown = []
     with choice.watching(lambda request, run: shown.append((request, run))):
-        gemm.weight_gradient(dy, gemm.MATRIX, gemm.plain(x), 40, dtype, wide=True)
+        gemm.weight_gradient(dy, tiles.MATRIX, tiles.plain(x), 40, dtype, wide=True)
         out, lse = attention.attention_forward(qkv, 0.25)
         attention.attention_backward(out, qkv, out, lse, 0.25)
     assert len(shown) == 4
@@ -428,7 +430,7 @@ def meta(*shape): return torch.empty(shape, dtype=torch.bfloat16, device="meta")
 def product():
     x, weight, norm = meta(1576, 768), meta(2304, 768), meta(768)
     y, mean, rstd = layer_norm_linear.layer_norm_linear_forward(x, norm, norm, weight, None, 1e-6)
-    layer_norm_linear.layer_norm_linear_backward(y, x, mean, rstd, norm, norm, weight, 1e-6, (True, True, False))
+    layer_norm_linear.layer_norm_linear_backward(y, x, mean, rstd, norm, norm, weight, (True, True, False))
 def heads():
     qkv = meta(8, 197, 3, 12, 64)
     out, lse = attention.attention_forward(qkv, 0.125)

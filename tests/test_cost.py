@@ -13,7 +13,7 @@ import pytest
 import torch
 from fastvit.benchmarks import roofline
 from fastvit.benchmarks.cases import OPS, Case
-from fastvit.kernels import attention, gemm, layer_norm, reduce
+from fastvit.kernels import attention, gemm, layer_norm, reduce, tiles
 from fastvit.kernels.launch import cost
 from fastvit.kernels.launch.cost import Cost, Rates
 from scripts import run_script
@@ -213,7 +213,7 @@ def test_launches(op, monkeypatch, device, triton_backend):
         assert total([launch for launch in found if not small.match(launch["name"])]) == must + more
 
 
-def test_every_kernel_tells_its_cost(monkeypatch, device):
+def test_every_kernel_tells_its_cost(monkeypatch, device, triton_backend):
     """By the functions of `cost`, with Proton's keys, in the width of the operands."""
 
     def tensor(*shape, dtype=BF16):
@@ -229,7 +229,7 @@ def test_every_kernel_tells_its_cost(monkeypatch, device):
         y, mean, rstd = layer_norm.layer_norm_forward(x, vector, vector, 1e-6)
         layer_norm.layer_norm_backward(y, x, mean, rstd, vector, vector, dresidual=x)
         reduce.column_sum(tensor(10, 32, dtype=torch.float64))
-        gemm.weight_gradient(x, gemm.SCALED, (x, None, None, 1, 32), 32, BF16, wide=True)
+        gemm.weight_gradient(x, tiles.SCALED, (x, None, None, 1, 32), 32, BF16, wide=True)
     for launch in caught:
         found[launch["name"].split()[0]] = launch
     assert set(found) == {kernel.fn.__name__ for kernel in KERNELS}
@@ -261,7 +261,7 @@ import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 
-from fastvit.kernels import gemm, layer_norm
+from fastvit.kernels import gemm, layer_norm, tiles
 from fastvit.kernels.launch.absent import AbsentDriver
 
 evaluated, told = [], []
@@ -290,7 +290,7 @@ def launch():
     x, w = (torch.empty(64, 64, dtype=torch.bfloat16, device="meta") for _ in range(2))
     mean, rstd = layer_norm.row_statistics(x, 1e-6)
     source = (x, mean, rstd, w[0], w[0], 64)
-    gemm.weight_gradient(w, gemm.NORMALISED, source, 64, torch.bfloat16, wide=True)
+    gemm.weight_gradient(w, tiles.NORMALISED, source, 64, torch.bfloat16, wide=True)
 
 
 launch()

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from fastvit.kernels import gemm
+from fastvit.kernels import tiles
 from fastvit.kernels.launch import cost
 from fastvit.kernels.launch.cost import Rates
 from fastvit.kernels.launch.hardware import ARCHS
@@ -27,15 +27,15 @@ from fastvit.kernels.launch.validity import shared_memory
 BF16, FP32 = torch.bfloat16, torch.float32
 
 
-def product(shape, dtype, epilogue=gemm.INPUT_GRADIENT):
-    return Request("gemm", shape, dtype, Product(gemm.MATRIX, gemm.MATRIX, epilogue, None, *[dtype] * 3))
+def product(shape, dtype, epilogue=tiles.INPUT_GRADIENT):
+    return Request("gemm", shape, dtype, Product(tiles.MATRIX, tiles.MATRIX, epilogue, None, *[dtype] * 3))
 
 
 REQUESTS = [
     (product((50432, 2304, 768), BF16), cost.gemm(50432, 2304, 768, 2)),
     (product((197, 768, 3072), BF16), cost.gemm(197, 768, 3072, 2)),
     (product((1000, 768, 768), FP32), cost.gemm(1000, 768, 768, 4)),
-    (product((768, 768, 6304), BF16, gemm.SUMS), cost.weight_gradient(6304, 768, 768, 2)),
+    (product((768, 768, 6304), BF16, tiles.SUMS), cost.weight_gradient(6304, 768, 768, 2)),
     (Request("attention_forward", (3, 197, 12, 64), BF16, Scores()), cost.attention_forward(3, 197, 12, 64, 2)),
     (Request("attention_backward_dq", (8, 257, 16, 80), BF16, Scores()), cost.attention_backward_dq(8, 257, 16, 80, 2)),
     (Request("attention_backward_dkdv", (8, 50, 3, 64), FP32, Scores()), cost.attention_backward_dkdv(8, 50, 3, 64, 4)),
@@ -74,7 +74,7 @@ def test_estimates_count_padding_waves_and_room(monkeypatch):
     tall = GemmConfig(128, 64, 64, 4, 3)
     wide = tall._replace(BLOCK_M=64, BLOCK_N=128)
 
-    def gemm_seconds(shape, config, dtype=BF16, epilogue=gemm.INPUT_GRADIENT, arch=arch):
+    def gemm_seconds(shape, config, dtype=BF16, epilogue=tiles.INPUT_GRADIENT, arch=arch):
         return cost.request_seconds(product(shape, dtype, epilogue), config, arch)
 
     # 64 rows fill half of a tall tile; of many rows neither wastes any.
@@ -86,9 +86,9 @@ def test_estimates_count_padding_waves_and_room(monkeypatch):
     assert over > 1.3 * full
     # A long sum into few tiles is better cut.
     long, cut = (768, 768, 50432), tall._replace(SPLIT_K=8)
-    assert gemm_seconds(long, cut, epilogue=gemm.SUMS) < gemm_seconds(long, tall, epilogue=gemm.SUMS)
+    assert gemm_seconds(long, cut, epilogue=tiles.SUMS) < gemm_seconds(long, tall, epilogue=tiles.SUMS)
     # Its parts are written, read again and added.
-    assert gemm_seconds((4096, 4096, 512), cut, epilogue=gemm.SUMS) > (8 + 8 + 1) * 4096**2 * 4 / arch.bandwidth
+    assert gemm_seconds((4096, 4096, 512), cut, epilogue=tiles.SUMS) > (8 + 8 + 1) * 4096**2 * 4 / arch.bandwidth
     # Blocks that fill the shared memory cannot hide each other's latency.
     shallow, thin = (4096, 4096, 64), tall._replace(num_stages=2)
     crowded = replace(arch, shared=shared_memory(thin, product(shallow, FP32), arch) + 1024)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from fastvit.benchmarks import micro
 from fastvit.benchmarks.static import estimate
-from fastvit.kernels import gemm
+from fastvit.kernels import tiles
 from fastvit.kernels.launch import choice, cost
 from fastvit.kernels.launch.absent import target_of, without_gpu
 from fastvit.kernels.launch.hardware import ARCHS
@@ -66,11 +66,10 @@ def test_every_launch_is_measured_with_every_config_beside_the_library(table):
         "column_sum",
         "input gradient",
         "layer_norm_backward",
-        "layer_norm_forward",  # for a weight gradient that the library makes
     ]
     key = "gemm 70x72x64 bfloat16 normalised matrix linear"
     row = rows[key]
-    product = Product(gemm.NORMALISED, gemm.MATRIX, gemm.LINEAR, None, *[torch.bfloat16] * 3)
+    product = Product(tiles.NORMALISED, tiles.MATRIX, tiles.LINEAR, None, *[torch.bfloat16] * 3)
     request = Request("gemm", (70, 72, 64), torch.bfloat16, product)
     assert request.key == key
     space = search_space(request, ARCH, 132)
@@ -79,10 +78,10 @@ def test_every_launch_is_measured_with_every_config_beside_the_library(table):
     assert row["best"].startswith("64x") and row["heuristic_seconds"] == 1e-6 * space[0].BLOCK_M
     needs = cost.request_cost(request)
     assert row["bound_seconds"] == cost.bound_seconds(needs, RATES) > 0
-    assert row["library"] == {"library mm": 1e-4, "library addmm": 1e-4}
-    assert set(rows["gemm 70x64x72 bfloat16 matrix matrix input_gradient"]["library"]) == {"library mm"}
+    assert row["library"] == {"library mm": 1e-4, "library addmm": 1e-4, "twin": 1e-4}
+    assert set(rows["gemm 70x64x72 bfloat16 matrix matrix input_gradient"]["library"]) == {"library mm", "twin"}
     partial = next(row for key, row in rows.items() if " sums" in key)
-    assert set(partial["library"]) == {"library mm"}
+    assert set(partial["library"]) == {"library mm", "twin"}
     # What it decided is the tuner's.
     assert set(table.configs) == set(rows)
     assert table.configs[key][0].choice["GemmConfig"]["BLOCK_M"] == 64
@@ -147,10 +146,10 @@ def test_products_without_their_parts_are_the_same_products(op, table):
         of_patches = {"patches", "gathered_patches"} & {left.name, right.name} or epilogue.name == "tokens"
         expected = set()
         if not of_patches and epilogue.sums:
-            expected = {"no prologue"} if right is gemm.NORMALISED else set()
+            expected = {"no prologue"} if right is tiles.NORMALISED else set()
         elif not of_patches:
-            expected |= {"no prologue"} if left is not gemm.MATRIX else set()
-            expected |= {"no epilogue"} if epilogue is not gemm.INPUT_GRADIENT else set()
+            expected |= {"no prologue"} if left is not tiles.MATRIX else set()
+            expected |= {"no epilogue"} if epilogue is not tiles.INPUT_GRADIENT else set()
             expected |= {"plain"} if len(expected) == 2 else set()
         assert names == expected, request.key
         # `watching` of the capture hides them from this one: what is shown must not be tuned.
@@ -175,7 +174,7 @@ def test_the_table_and_the_line_say_what_was_measured(table, capsys):
     line = next(line for line in printed.splitlines() if line.startswith("layer_norm_linear forward 70x72x64"))
     assert line.split()[3:7] == ["64", "64", "100", "0.64"]
     assert printed.splitlines()[-1].startswith("all ")
-    assert "64 us (64x" in micro.line(rows[1]) and "library: mm 100, addmm 100" in micro.line(rows[1])
+    assert "64 us (64x" in micro.line(rows[1]) and "library: twin 100, mm 100, addmm 100" in micro.line(rows[1])
 
 
 @pytest.fixture
@@ -200,7 +199,7 @@ def test_the_file_is_what_the_static_report_reads_and_a_second_call_goes_on(call
     assert "no time for the rest" in capsys.readouterr().out
     assert run(folder)
     written = json.loads((folder / "micro.json").read_text())
-    assert written["finished"] is True and len(written["launches"]) == 10
+    assert written["finished"] is True and len(written["launches"]) == 9
     assert "layer_norm_linear forward 70x72x64" in capsys.readouterr().out
     (times,) = estimate.measurements(tmp_path, "sm_90").values()
     assert len(times) == sum(len(row["configs"]) for row in written["launches"])

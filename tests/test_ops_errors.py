@@ -8,7 +8,7 @@ import torch
 from samples import SAMPLES, every_op
 
 import fastvit
-from fastvit import ops
+from fastvit import examples, ops
 
 pytestmark = pytest.mark.usefixtures("triton_backend")
 
@@ -41,9 +41,8 @@ def test_mixed_devices_are_refused(sample):
 @every_op
 def test_none_for_a_required_tensor_is_refused(sample):
     optional = {"bias", "residual", "layer_scale", "drop_path_scale", "key_padding_mask", "attn_bias"}
-    optional = (optional | {"fc1_bias", "fc2_bias", "pos_embed", "prefix"}) - (
-        {"bias"} if sample.op == "layer_norm" else {"residual"} if sample.op == "linear_residual" else set()
-    )
+    optional |= {"fc1_bias", "fc2_bias", "pos_embed", "prefix", "qkv_bias", "proj_bias", *examples.BLOCK_SCALES}
+    optional -= {"bias"} if sample.op == "layer_norm" else {"residual"} if sample.op == "linear_residual" else set()
     for name in sample.tensors():
         tensors = {**sample.tensors(), name: None}
         if name in optional:

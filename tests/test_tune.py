@@ -156,7 +156,7 @@ def test_dry_run_lists_requests_and_candidates_without_a_gpu():
     assert "attention: triton, torch, sdpa flash, sdpa efficient, sdpa cudnn, sdpa math" in done.stdout
     blocks = re.split(r"\n  (?! )", done.stdout)[1:]
     assert {block.split()[0] for block in blocks} == set(CONFIGS)
-    assert all(2 <= block.count("Config ") <= tune.KEEP + 1 for block in blocks)
+    assert all(2 <= block.count("Config ") <= tune.KEEP + 2 for block in blocks)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU it would tune")
@@ -190,7 +190,7 @@ def test_tune_reports_and_stops_in_time(table, tmp_path, monkeypatch, capsys):
         given.update(calls=calls, deadline=deadline)
         table.record("ops", "attention x", tuned.Entry("torch", "torch", {"torch": [1e-6, 1e-6, 1e-6]}))
         say("attention x: torch stays")
-        if len(given["calls"]) > 6:
+        if len(given["calls"]) > 7:
             raise tune.OutOfTime
         return failed
 
@@ -211,7 +211,7 @@ def test_tune_reports_and_stops_in_time(table, tmp_path, monkeypatch, capsys):
     assert cli.main(small) == 1  # one call failed
     out, err = capsys.readouterr()
     assert out == "attention x: torch stays\n" and str(table.path) in err
-    assert len(given["calls"]) == 6
+    assert len(given["calls"]) == 7
     written = json.loads(output.read_text())
     assert not written["finished"] and written["decisions"] == ["attention x: torch stays"]
     failed = 0

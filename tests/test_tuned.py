@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from fastvit.kernels import gemm
+from fastvit.kernels import tiles
 from fastvit.kernels.launch import choice
 from fastvit.kernels.launch.heuristic import LARGE
-from fastvit.kernels.launch.request import Product, Request
+from fastvit.kernels.launch.request import GemmConfig, Product, Request
 
 from fastvit import tuned
 from fastvit.ops import _common
@@ -216,7 +216,7 @@ def test_mode_from_the_environment_and_for_a_while():
         pass
 
 
-PRODUCT = Product(gemm.MATRIX, gemm.MATRIX, gemm.INPUT_GRADIENT, None, *[torch.bfloat16] * 3)
+PRODUCT = Product(tiles.MATRIX, tiles.MATRIX, tiles.INPUT_GRADIENT, None, *[torch.bfloat16] * 3)
 REQUEST = Request("gemm", (1024, 1024, 768), torch.bfloat16, PRODUCT)
 
 
@@ -225,16 +225,15 @@ def cpu_table(monkeypatch):
     """A table for the interpreter's device, in force."""
     table = load(IDENTITY)
     monkeypatch.setitem(tuned._tables, torch.device("cpu"), table)
-    choice.set_table(tuned.lookup)
+    tuned.changed()
     _common._connect()  # what was chosen is forgotten with every decision
     yield table
-    choice.set_table(tuned.lookup)
+    tuned.changed()
 
 
 def test_launches_follow_the_table_unless_it_is_off(cpu_table):
     device = torch.device("cpu")
-    unmeasured = choice.choose(REQUEST, device)
-    other = unmeasured._replace(num_stages=unmeasured.num_stages + 1)
+    unmeasured, other = choice.choose(REQUEST, device), GemmConfig(64, 64, 64, 4, 3)
     cpu_table.record("configs", REQUEST.key, entry({"GemmConfig": other._asdict()}, "heuristic"))
     assert choice.choose(REQUEST, device) == other  # at once, though it was asked before
     with tuned.use_tuning("off"):

@@ -4,7 +4,6 @@ import random
 
 import pytest
 import torch
-from fastvit.kernels.launch import choice
 
 from fastvit import dispatch, tune, tuned
 
@@ -35,9 +34,9 @@ def table(tmp_path, monkeypatch):
     monkeypatch.setitem(tuned._tables, CPU, table)
     monkeypatch.setattr(tune, "KEEP", 2)
     monkeypatch.setattr(tune, "MAX_COPIES", 2)
-    choice.set_table(tuned.lookup)
+    tuned.changed()
     yield table
-    choice.set_table(tuned.lookup)
+    tuned.changed()
 
 
 @pytest.fixture

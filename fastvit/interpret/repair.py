@@ -2,7 +2,8 @@
 
 Stock, in Triton 3.6 to 3.9: arithmetic, comparisons, reductions and `tl.dot` on bfloat16 and float8 work on the raw
 bit patterns; float32 to bfloat16 truncates; casts to float8 lose the rounding carry and wrap; TF32 is not simulated;
-`tl.erf` is evaluated element by element in Python. Here 16- and 8-bit floats are decoded to float32, computed on and
+`tl.erf` is evaluated element by element in Python; sums run from the first to the last, which rounds more than a GPU's
+trees. Here 16- and 8-bit floats are decoded to float32, computed on and
 rounded back, to nearest even, and to float8 saturating, as the compiler has NVIDIA GPUs do it.
 """
 
@@ -47,6 +48,7 @@ _PRIVATE = {
         "set_grid_idx",
     ],
     "ReduceScanOpInterface": ["apply"],
+    "ReduceOps": ["sum"],
     "GridExecutor": ["__call__"],
     "_interpreter": ["load", "store", "atomic_rmw", "atomic_cas"],
 }
@@ -71,6 +73,7 @@ def install() -> None:
     builder.binary_op = _on_decoded(builder.binary_op, 2)
     builder.create_fma = _create_fma
     reductions.apply = _apply(reductions.apply)
+    interpreter.ReduceOps.sum = _sum
     interpreter._get_np_dtype = _looked_up_once(interpreter._get_np_dtype)
     interpreter._patch_lang = _patch_once(interpreter._patch_lang)
     interpreter.GridExecutor.__call__ = _without_warnings(interpreter.GridExecutor.__call__)
@@ -193,6 +196,19 @@ def _on_decoded(original, count: int):
         return interpreter.TensorHandle(_encode(result.data, dtype), dtype)
 
     return method
+
+
+def _sum(self, tensor):
+    """The sum along an axis, or of all, in halves: of a power of two, as every axis is."""
+    data = tensor.handle.data
+    axis = self.axis
+    data = data.reshape(-1) if axis is None else np.moveaxis(data, axis, 0)
+    while len(data) > 1:
+        data = data[: len(data) // 2] + data[len(data) // 2 :]
+    data = data[0]
+    if self.keep_dims:
+        data = np.reshape(data, [1] * tensor.handle.data.ndim) if axis is None else np.expand_dims(data, axis)
+    return self.to_tensor(data, tensor.dtype)
 
 
 def _apply(original):

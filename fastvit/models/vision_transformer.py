@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from fastvit import ops
+from fastvit import dispatch, ops
 from fastvit.nn import Block, PatchEmbed, SwiGLU
 from fastvit.nn.block import block_indices
 from fastvit.nn.layers import ACTIVATION_LAYERS, LAYER_NORM, can_fuse, norm_complete, traced
@@ -222,7 +223,11 @@ class VisionTransformer(nn.Module):
         """
         tokens = self.embed(x, masks)
         if attn_mask is None and not is_causal and not self.grad_checkpointing:
-            tokens = self.blocks(tokens)
+            # What one block knows of its output spares the next one a pass over it, if nobody comes between.
+            alone = not traced(tokens) and dispatch.may_fuse_blocks(tokens) and not torch.compiler.is_compiling()
+            alone = alone and can_fuse(self.blocks, [(Block,)] * len(self.blocks))
+            with ops.carrying() if alone else contextlib.nullcontext():
+                tokens = self.blocks(tokens)
         else:
             for block in self.blocks:
                 tokens = self._run_block(block, tokens, attn_mask, is_causal)

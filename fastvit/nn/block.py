@@ -7,9 +7,9 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from fastvit import ops
+from fastvit import dispatch, ops
 
-from .attention import Attention, operands
+from .attention import Attention, masks, operands
 from .layers import (
     DROP_PATH,
     DROPOUT,
@@ -75,10 +75,10 @@ class Block(nn.Module):
         x = x + drop_path1(ls1(attn(norm1(x))))
         x = x + drop_path2(ls2(mlp(norm2(x))))
 
-    Each line runs on fused ops (LayerNorm + linear; attention; linear + scales + residual; LayerNorm + MLP + scales +
-    residual) as long as no one could tell it from calling the submodules, as `layers.can_fuse` defines that; where
-    a submodule has hooks or was replaced, dropout after a linear layer is active, or torch.fx traces, the line calls
-    its submodules.
+    Both run as one op wherever the kernels may; elsewhere, and with a gated MLP, each line runs on ops of its own
+    (LayerNorm + linear; attention; linear + scales + residual; LayerNorm + MLP + scales + residual). Either is done as
+    long as no one could tell it from calling the submodules, as `layers.can_fuse` defines that; where a submodule has
+    hooks or was replaced, dropout after a linear layer is active, or torch.fx traces, the line calls its submodules.
 
     Parameters: norm1, attn.qkv, attn.proj, ls1.gamma, norm2, mlp.fc1, mlp.fc2, ls2.gamma, the `ls*` only where
     init_values, their first value, is given. mlp_layer is Mlp or SwiGLU; timm's own Attention, Mlp and SwiGLUPacked
@@ -157,13 +157,37 @@ class Block(nn.Module):
         *_, norm, mlp, layer_scale, drop_path = submodules(self, _PARTS)
         return can_fuse((mlp, norm, layer_scale, drop_path), _MLP_ROLES) and norm_complete(norm) and mlp.can_fuse()
 
+    def can_fuse_block(self) -> bool:
+        """Whether both lines, which run on fused ops, run as one."""
+        _, attn, *_, mlp, _, _ = submodules(self, _PARTS)
+        return type(mlp) is Mlp and attn.num_heads * attn.head_dim == self.dim and attn.dropout_p() == 0
+
     def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False) -> torch.Tensor:
         """x (B, N, D) -> (B, N, D). For attn_mask and is_causal, and what they raise, see `Attention.forward`."""
         tracing = traced(x)
         if not tracing:
             check_input(x, self.dim)
         norm1, attn, ls1, drop_path1, norm2, mlp, ls2, drop_path2 = submodules(self, _PARTS)
-        if not tracing and self.can_fuse_attention():
+        fused = not tracing and self.can_fuse_attention()
+        if fused and dispatch.may_fuse_blocks(x) and self.can_fuse_block():
+            batch, tokens, _ = x.shape
+            key_padding_mask, attn_bias = masks(attn_mask, is_causal, batch, attn.num_heads, tokens, x)
+            qkv, proj, _ = submodules(attn, _ATTENTION_PARTS)
+            fc1, act, fc2 = submodules(mlp, _MLP_PARTS)
+            of_branch = (branch_scales(ls1, drop_path1, x), branch_scales(ls2, drop_path2, x))
+            return ops.transformer_block(
+                x,
+                *weights(norm1, qkv, proj, norm2, fc1, fc2),
+                num_heads=attn.num_heads,
+                scale=attn.scale,
+                eps1=norm1.eps,
+                eps2=norm2.eps,
+                activation=activation_name(act),
+                key_padding_mask=key_padding_mask,
+                attn_bias=attn_bias,
+                **{f"{name}{i}": scale for i, scales in enumerate(of_branch, 1) for name, scale in scales.items()},
+            )
+        if fused:
             qkv, proj, _ = submodules(attn, _ATTENTION_PARTS)
             packed = ops.layer_norm_linear(x, *weights(norm1, qkv), eps=norm1.eps)
             mixed = ops.attention(

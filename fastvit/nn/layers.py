@@ -219,8 +219,8 @@ DROP_PATH = (DropPath, nn.Identity)
 
 
 def weights(*modules: nn.Module) -> list[torch.Tensor | None]:
-    """The weight and the bias of each module, as fused ops take them one after the other. As `submodules` does, it looks
-    where nn.Module keeps them."""
+    """The weight and the bias of each module, as fused ops take them one after the other; looked up where nn.Module
+    keeps them, as `submodules` does."""
     found: list[torch.Tensor | None] = []
     for module in modules:
         own = module._parameters

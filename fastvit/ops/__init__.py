@@ -20,6 +20,7 @@ from .layer_norm_linear import LayerNormLinearFunction, layer_norm_linear
 from .layer_norm_mlp import LayerNormMLPFunction, layer_norm_mlp
 from .linear_residual import LinearResidualFunction, linear_residual
 from .patch_embed import PatchEmbedFunction, patch_embed
+from .transformer_block import TransformerBlockFunction, carrying, transformer_block
 
 OPS = tuple(sorted(dispatch.OPS))
 
@@ -64,10 +65,13 @@ __all__ = [
     "LayerNormMLPFunction",
     "LinearResidualFunction",
     "PatchEmbedFunction",
+    "TransformerBlockFunction",
     "attention",
+    "carrying",
     "layer_norm",
     "layer_norm_linear",
     "layer_norm_mlp",
     "linear_residual",
     "patch_embed",
+    "transformer_block",
 ]

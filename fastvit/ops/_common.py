@@ -75,8 +75,12 @@ def launchers(module: str) -> ModuleType:
 @functools.cache
 def _connect() -> None:
     choice = importlib.import_module("fastvit.kernels.launch.choice")
-    choice.set_table(tuned.lookup)
-    tuned.on_change(lambda: choice.set_table(tuned.lookup))  # what was chosen is forgotten
+
+    def follow() -> None:  # and forget what was chosen
+        choice.set_table(tuned.lookup, library=dispatch.requested_backend() != "triton")
+
+    follow()
+    tuned.on_change(follow)
     if dispatch.interpreting():
         importlib.import_module("fastvit.interpret").repaired()
 

@@ -26,7 +26,7 @@ def _fake_forward(qkv, scale, key_padding_mask, attn_bias):
 
 def _backward(dout, qkv, out, lse, scale, key_padding_mask, attn_bias, needs_bias):
     launch = launchers("attention").attention_backward
-    dqkv, dbias = launch(dout, qkv, out, lse, scale, key_padding_mask, attn_bias, needs_bias)
+    dqkv, dbias, _ = launch(dout, qkv, out, lse, scale, key_padding_mask, attn_bias, needs_bias)
     if needs_bias:
         dbias = dbias.sum_to_size(attn_bias.shape)
     return _common.gradients((dqkv, dbias), (qkv, attn_bias))
@@ -91,14 +91,19 @@ def _check(qkv, scale, key_padding_mask, attn_bias, dropout_p):
     _common.check_number(name, "dropout_p", dropout_p)
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"{name}: dropout_p must be in [0, 1), got {dropout_p}")
+    check_masks(name, batch, tokens, heads, qkv.device, key_padding_mask, attn_bias)
+
+
+def check_masks(name: str, batch: int, tokens: int, heads: int, device, key_padding_mask, attn_bias) -> None:
+    """Raise TypeError or ValueError unless the masks fit attention of these sizes on `device`."""
     if key_padding_mask is not None:
         if not isinstance(key_padding_mask, torch.Tensor):
             raise TypeError(f"{name}: key_padding_mask must be a torch.Tensor, got {type(key_padding_mask).__name__}")
         if key_padding_mask.dtype != torch.bool:
             raise TypeError(f"{name}: key_padding_mask must be bool (True = attend), got {key_padding_mask.dtype}")
         _common.check_shape(name, "key_padding_mask", key_padding_mask, (batch, tokens), "(B, N)")
-        if key_padding_mask.device != qkv.device:
-            raise ValueError(f"{name}: key_padding_mask is on {key_padding_mask.device}, but qkv is on {qkv.device}")
+        if key_padding_mask.device != device:
+            raise ValueError(f"{name}: key_padding_mask is on {key_padding_mask.device}, but the rest is on {device}")
     if attn_bias is not None:
         expected = (batch, heads, tokens, tokens)
         sizes = (*[1] * (4 - attn_bias.dim()), *attn_bias.shape)
@@ -166,7 +171,7 @@ _SDPA = {
 
 
 def _product(qkv, scale, key_padding_mask, attn_bias, dropout_p):
-    return _common.compute_dtype(qkv, qkv), ()
+    return _common.compute_dtype(qkv, qkv)
 
 
 OP = Op("attention", _check, _unsupported, _torch, AttentionFunction, _prepare, _product, _SDPA)

@@ -20,15 +20,13 @@ def _fake_forward(x, norm_weight, norm_bias, weight, bias, eps):
     return weight.new_empty(x.shape[0], weight.shape[0]), statistics, torch.empty_like(statistics)
 
 
-def _backward(dy, x, mean, rstd, norm_weight, norm_bias, weight, bias, eps, by_library, needs):
-    kernels = launchers("layer_norm_linear")
-    grads = kernels.layer_norm_linear_backward(
-        dy, x, mean, rstd, norm_weight, norm_bias, weight, eps, needs, by_library=by_library
-    )
+def _backward(dy, x, mean, rstd, norm_weight, norm_bias, weight, bias, needs):
+    launch = launchers("layer_norm_linear").layer_norm_linear_backward
+    grads = launch(dy, x, mean, rstd, norm_weight, norm_bias, weight, needs)
     return _common.gradients(grads, (x, norm_weight, norm_bias, weight, bias))
 
 
-def _fake_backward(dy, x, mean, rstd, norm_weight, norm_bias, weight, bias, eps, by_library, needs):
+def _fake_backward(dy, x, mean, rstd, norm_weight, norm_bias, weight, bias, needs):
     return _common.fake_gradients(dy, (x, norm_weight, norm_bias, weight, bias), (needs[0], needs[0], *needs))
 
 
@@ -41,7 +39,7 @@ FORWARD = Operator(
 BACKWARD = Operator(
     "layer_norm_linear",
     "layer_norm_linear_backward(Tensor dy, Tensor x, Tensor mean, Tensor rstd, Tensor norm_weight, Tensor norm_bias,"
-    " Tensor weight, Tensor? bias, float eps, bool by_library, bool[] needs)"
+    " Tensor weight, Tensor? bias, bool[] needs)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake_backward,
     _backward,
@@ -49,16 +47,16 @@ BACKWARD = Operator(
 
 
 class LayerNormLinearFunction(torch.autograd.Function):
-    """layer_norm_linear on the kernels: (x (..., D), norm_weight, norm_bias, weight (O, D), bias, eps, by_library) ->
-    (..., O). by_library: the gradient of weight by torch.mm."""
+    """layer_norm_linear on the kernels: (x (..., D), norm_weight, norm_bias, weight (O, D), bias, eps) ->
+    (..., O)."""
 
     @staticmethod
-    def forward(ctx, x, norm_weight, norm_bias, weight, bias, eps, by_library=False):
+    def forward(ctx, x, norm_weight, norm_bias, weight, bias, eps):
         y, mean, rstd = FORWARD.of(x, norm_weight, norm_bias, weight, bias)(
             rows(x), norm_weight, norm_bias, weight, bias, eps
         )
         ctx.save_for_backward(x, mean, rstd, norm_weight, norm_bias, weight, bias)
-        ctx.eps, ctx.by_library = eps, by_library
+        ctx.eps = eps
         return y.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
@@ -67,11 +65,11 @@ class LayerNormLinearFunction(torch.autograd.Function):
         needs = ctx.needs_input_grad[:5]
         if _common.differentiating_again(dy):
             function = partial(reference.layer_norm_linear, eps=ctx.eps)
-            return *_common.again_differentiable(function, (x, *parameters), needs, dy), None, None
-        how = (ctx.eps, ctx.by_library, [any(needs[:3]), *needs[3:]])
-        dx, *grads = BACKWARD.of(dy, x, *parameters)(rows(dy), rows(x), mean, rstd, *parameters, *how)
+            return *_common.again_differentiable(function, (x, *parameters), needs, dy), None
+        needed = [any(needs[:3]), *needs[3:]]
+        dx, *grads = BACKWARD.of(dy, x, *parameters)(rows(dy), rows(x), mean, rstd, *parameters, needed)
         dx = dx.view(x.shape) if needs[0] else dx
-        return *or_none((dx, *grads), needs), None, None
+        return *or_none((dx, *grads), needs), None
 
 
 def _check(x, norm_weight, norm_bias, weight, bias, eps):
@@ -99,13 +97,13 @@ def _onednn(x, norm_weight, norm_bias, weight, bias, eps):
     return onednn.linear(reference.layer_norm(x, norm_weight, norm_bias, eps), weight, bias)
 
 
-def _prepare(x, norm_weight, norm_bias, weight, bias, eps, by_library=False):
+def _prepare(x, norm_weight, norm_bias, weight, bias, eps):
     weight, bias = _common.cast(x, weight, bias)
-    return x, dense(norm_weight), dense(norm_bias), dense(weight), dense(bias), float(eps), by_library
+    return x, dense(norm_weight), dense(norm_bias), dense(weight), dense(bias), float(eps)
 
 
 def _product(x, norm_weight, norm_bias, weight, bias, eps):
-    return _common.compute_dtype(x, weight), (weight,)
+    return _common.compute_dtype(x, weight)
 
 
 OP = Op("layer_norm_linear", _check, _unsupported, _torch, LayerNormLinearFunction, _prepare, _product, onednn=_onednn)

@@ -26,17 +26,17 @@ def _fake_forward(x, *others):
 
 
 def _backward(dout, x, mean, rstd, preactivation, *others):
-    norm_weight, norm_bias, fc1_weight, fc1_bias, *second, eps, activation, residual_is_x, by_library, needs = others
+    norm_weight, norm_bias, fc1_weight, fc1_bias, *second, activation, residual_is_x, needs = others
     fc2_weight, fc2_bias, layer_scale, _ = second
     saved = (dout, x, mean, rstd, preactivation, norm_weight, norm_bias, fc1_weight, *second)
     launch = launchers("layer_norm_mlp").layer_norm_mlp_backward
-    grads = launch(*saved, eps, activation, residual_is_x, needs, by_library)
+    grads = launch(*saved, activation, residual_is_x, needs)
     likes = (x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale)
     return _common.gradients(grads, likes)
 
 
 def _fake_backward(dout, x, mean, rstd, preactivation, *others):
-    *parameters, layer_scale, _, _, _, _, _, needs = others
+    *parameters, layer_scale, _, _, _, needs = others
     return _common.fake_gradients(dout, (x, *parameters, layer_scale), (needs[0], needs[0], *needs))
 
 
@@ -53,7 +53,7 @@ FORWARD = Operator(
 BACKWARD = Operator(
     "layer_norm_mlp",
     f"layer_norm_mlp_backward(Tensor dout, Tensor x, Tensor mean, Tensor rstd, Tensor preactivation, {_PARAMETERS},"
-    " Tensor? layer_scale, Tensor? drop_path_scale, float eps, str activation, bool residual_is_x, bool by_library,"
+    " Tensor? layer_scale, Tensor? drop_path_scale, str activation, bool residual_is_x,"
     " bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake_backward,
     _backward,
@@ -63,10 +63,10 @@ BACKWARD = Operator(
 class LayerNormMLPFunction(torch.autograd.Function):
     """layer_norm_mlp on the kernels: (x (B, ..., D), norm_weight, norm_bias, fc1_weight (M, D), fc1_bias, fc2_weight
     (O, M), fc2_bias, residual (B, ..., O) or None, layer_scale (O,), drop_path_scale (B,), residual_is_x, eps,
-    activation, keep_preactivation, by_library) -> (B, ..., O).
+    activation, keep_preactivation) -> (B, ..., O).
 
     residual_is_x: the residual is x itself, and `residual` is None; the sum of both gradients of x is then fused.
-    keep_preactivation: a backward pass may come. by_library: the gradients of the weights by torch.mm.
+    keep_preactivation: a backward pass may come.
     """
 
     @staticmethod
@@ -86,7 +86,6 @@ class LayerNormMLPFunction(torch.autograd.Function):
         eps,
         activation,
         keep_preactivation,
-        by_library=False,
     ):
         parameters = (norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
         added = (None if residual is None else rows(residual), layer_scale, drop_path_scale, residual_is_x)
@@ -95,7 +94,7 @@ class LayerNormMLPFunction(torch.autograd.Function):
         launch = FORWARD.of(x, *parameters, residual, layer_scale, drop_path_scale)
         out, mean, rstd, preactivation = launch(rows(x), *parameters, *added, *how)
         ctx.save_for_backward(x, mean, rstd, preactivation, *parameters, layer_scale, drop_path_scale)
-        ctx.eps, ctx.activation, ctx.residual_is_x, ctx.by_library = eps, activation, residual_is_x, by_library
+        ctx.eps, ctx.activation, ctx.residual_is_x = eps, activation, residual_is_x
         ctx.residual_dtype = None if residual is None else residual.dtype
         return out.view(*x.shape[:-1], out.shape[-1])
 
@@ -121,12 +120,12 @@ class LayerNormMLPFunction(torch.autograd.Function):
 
             grads = _common.again_differentiable(mlp, (x, *parameters, layer_scale), needed, dout)
         else:
-            how = (ctx.eps, ctx.activation, ctx.residual_is_x, ctx.by_library, [any(needed[:3]), *needed[3:]])
+            how = (ctx.activation, ctx.residual_is_x, [any(needed[:3]), *needed[3:]])
             grads = or_none(BACKWARD.of(dout, x, *saved)(rows(dout), rows(x), *saved, *how), needed)
         dx, *first, dlayer_scale = grads
         dx = dx.view(x.shape) if needed[0] else None
         dresidual = dout.to(ctx.residual_dtype) if by_input[7] else None
-        return dx, *first, dresidual, dlayer_scale, *[None] * 6
+        return dx, *first, dresidual, dlayer_scale, *[None] * 5
 
 
 def _check(
@@ -195,18 +194,18 @@ def _onednn(x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bia
     return by_onednn(hidden, fc2_weight, fc2_bias, *added)
 
 
-def _prepare(x, *others, by_library=False):
+def _prepare(x, *others):
     norm_weight, norm_bias, *layers, eps, activation, residual, layer_scale, drop_path_scale = others
     keep = dispatch.needs_grad(x, norm_weight, norm_bias, *layers, residual, layer_scale)
     parameters = [dense(parameter) for parameter in (norm_weight, norm_bias, *_common.cast(x, *layers))]
     residual_is_x = residual is x
     scales = (dense(layer_scale), dense(drop_path_scale))
-    how = (residual_is_x, float(eps), activation, keep, by_library)
+    how = (residual_is_x, float(eps), activation, keep)
     return x, *parameters, None if residual_is_x else residual, *scales, *how
 
 
 def _product(x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, *others):
-    return _common.compute_dtype(x, fc1_weight), (fc1_weight, fc2_weight)
+    return _common.compute_dtype(x, fc1_weight)
 
 
 OP = Op("layer_norm_mlp", _check, _unsupported, _torch, LayerNormMLPFunction, _prepare, _product, onednn=_onednn)

@@ -21,13 +21,13 @@ def _fake_forward(x, weight, bias, residual, layer_scale, drop_path_scale, out_d
     return x.new_empty(x.shape[0], weight.shape[0], dtype=out_dtype)
 
 
-def _backward(dout, x, weight, bias, layer_scale, drop_path_scale, by_library, needs):
+def _backward(dout, x, weight, bias, layer_scale, drop_path_scale, needs):
     launch = launchers("linear_residual").linear_residual_backward
-    grads = launch(dout, x, weight, bias, layer_scale, drop_path_scale, needs, by_library)
+    grads = launch(dout, x, weight, bias, layer_scale, drop_path_scale, needs)
     return _common.gradients(grads, (x, weight, bias, layer_scale))
 
 
-def _fake_backward(dout, x, weight, bias, layer_scale, drop_path_scale, by_library, needs):
+def _fake_backward(dout, x, weight, bias, layer_scale, drop_path_scale, needs):
     return _common.fake_gradients(dout, (x, weight, bias, layer_scale), needs)
 
 
@@ -40,7 +40,7 @@ FORWARD = Operator(
 BACKWARD = Operator(
     "linear_residual",
     "linear_residual_backward(Tensor dout, Tensor x, Tensor weight, Tensor? bias, Tensor? layer_scale,"
-    " Tensor? drop_path_scale, bool by_library, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)",
+    " Tensor? drop_path_scale, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)",
     _fake_backward,
     _backward,
 )
@@ -48,15 +48,15 @@ BACKWARD = Operator(
 
 class LinearResidualFunction(torch.autograd.Function):
     """linear_residual on the kernels: (x (..., K), weight (O, K), bias, residual (..., O), layer_scale (O,),
-    drop_path_scale (B,), by_library) -> (..., O). by_library: the gradient of weight by torch.mm."""
+    drop_path_scale (B,)) -> (..., O)."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, residual, layer_scale, drop_path_scale, by_library=False):
+    def forward(ctx, x, weight, bias, residual, layer_scale, drop_path_scale):
         scales, out_dtype = (layer_scale, drop_path_scale), sum_dtype(residual, weight)
         launch = FORWARD.of(x, weight, bias, residual, *scales)
         out = launch(rows(x), weight, bias, rows(residual), *scales, out_dtype)
         ctx.save_for_backward(x, weight, bias, layer_scale, drop_path_scale)
-        ctx.residual_dtype, ctx.by_library = residual.dtype, by_library
+        ctx.residual_dtype = residual.dtype
         return out.view(residual.shape)
 
     @staticmethod
@@ -73,12 +73,12 @@ class LinearResidualFunction(torch.autograd.Function):
 
             grads = _common.again_differentiable(branch, (x, weight, bias, layer_scale), needs, dout)
         else:
-            grads = BACKWARD.of(dout, x, *saved)(rows(dout), rows(x), *saved, ctx.by_library, needs)
+            grads = BACKWARD.of(dout, x, *saved)(rows(dout), rows(x), *saved, needs)
             grads = or_none(grads, needs)
         dx, dweight, dbias, dlayer_scale = grads
         dx = dx.view(x.shape) if needs_x else None
         dresidual = dout.to(ctx.residual_dtype) if needs_residual else None
-        return dx, dweight, dbias, dresidual, dlayer_scale, None, None
+        return dx, dweight, dbias, dresidual, dlayer_scale, None
 
 
 def _check(x, weight, bias, residual, layer_scale, drop_path_scale):
@@ -126,13 +126,13 @@ def by_onednn(x, weight, bias, residual, layer_scale, drop_path_scale):
     )
 
 
-def _prepare(x, weight, bias, residual, layer_scale, drop_path_scale, by_library=False):
+def _prepare(x, weight, bias, residual, layer_scale, drop_path_scale):
     weight, bias = _common.cast(x, weight, bias)
-    return x, dense(weight), dense(bias), residual, dense(layer_scale), dense(drop_path_scale), by_library
+    return x, dense(weight), dense(bias), residual, dense(layer_scale), dense(drop_path_scale)
 
 
 def _product(x, weight, bias, residual, layer_scale, drop_path_scale):
-    return _common.compute_dtype(x, weight), (weight,)
+    return _common.compute_dtype(x, weight)
 
 
 OP = Op("linear_residual", _check, _unsupported, _torch, LinearResidualFunction, _prepare, _product, onednn=by_onednn)

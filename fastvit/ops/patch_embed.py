@@ -29,12 +29,12 @@ def _fake_forward(image, weight, bias, pos_embed, prefix, mean, std, out_dtype):
     return weight.new_empty(batch, tokens, embed_dim, dtype=out_dtype)
 
 
-def _backward(dtokens, image, weight, bias, pos_embed, prefix, mean, std, by_library, needs):
+def _backward(dtokens, image, weight, bias, pos_embed, prefix, mean, std, needs):
     launch = launchers("patch_embed").patch_embed_backward
     prefix_rows = 0 if prefix is None else prefix.shape[0]
     needs_image, needs_weight, needs_bias, needs_position, needs_prefix = needs
     which = (needs_image, needs_weight, any(needs[2:]))
-    dimage, dweight, by_token = launch(dtokens, image, weight, prefix_rows, mean, std, which, by_library)
+    dimage, dweight, by_token = launch(dtokens, image, weight, prefix_rows, mean, std, which)
     dbias = by_token[prefix_rows:].sum(dim=0) if needs_bias else None
     # Clones: what is handed out as gradients must not share memory.
     dposition = by_token[-pos_embed.shape[0] :].clone() if needs_position else None
@@ -43,7 +43,7 @@ def _backward(dtokens, image, weight, bias, pos_embed, prefix, mean, std, by_lib
     return _common.gradients(grads, (image, weight, bias, pos_embed, prefix))
 
 
-def _fake_backward(dtokens, image, weight, bias, pos_embed, prefix, mean, std, by_library, needs):
+def _fake_backward(dtokens, image, weight, bias, pos_embed, prefix, mean, std, needs):
     dimage, *rest = _common.fake_gradients(dtokens, (image, weight, bias, pos_embed, prefix), needs)
     return torch.empty_like(image) if needs[0] else dimage, *rest
 
@@ -52,21 +52,20 @@ _GIVEN = "Tensor image, Tensor weight, Tensor? bias, Tensor? pos_embed, Tensor? 
 FORWARD = Operator("patch_embed", f"patch_embed_forward({_GIVEN}, ScalarType out_dtype) -> Tensor", _fake_forward)
 BACKWARD = Operator(
     "patch_embed",
-    f"patch_embed_backward(Tensor dtokens, {_GIVEN}, bool by_library, bool[] needs)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"patch_embed_backward(Tensor dtokens, {_GIVEN}, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake_backward,
     _backward,
 )
 
 
 class PatchEmbedFunction(torch.autograd.Function):
-    """patch_embed on the kernels: (image (B, C, H, W), weight (D, C, ph, pw), bias, pos_embed, prefix, mean, std,
-    by_library) -> (B, P + N, D). by_library: the gradient of weight by torch.mm."""
+    """patch_embed on the kernels: (image (B, C, H, W), weight (D, C, ph, pw), bias, pos_embed, prefix, mean, std) ->
+    (B, P + N, D)."""
 
     @staticmethod
-    def forward(ctx, image, weight, bias, pos_embed, prefix, mean, std, by_library=False):
+    def forward(ctx, image, weight, bias, pos_embed, prefix, mean, std):
         ctx.save_for_backward(image, weight, bias, pos_embed, prefix)
-        ctx.normalisation, ctx.by_library = (mean, std), by_library
+        ctx.normalisation = (mean, std)
         out_dtype = _tokens_dtype(weight, pos_embed, prefix)
         return FORWARD.of(image, weight, bias, pos_embed, prefix)(
             image, weight, bias, pos_embed, prefix, mean, std, out_dtype
@@ -83,10 +82,10 @@ class PatchEmbedFunction(torch.autograd.Function):
                     image, weight, bias, pos_embed=pos_embed, prefix=prefix, mean=mean, std=std
                 )
 
-            return *_common.again_differentiable(embed, saved, needs, dtokens), None, None, None
-        how = (*ctx.normalisation, ctx.by_library, list(needs))
+            return *_common.again_differentiable(embed, saved, needs, dtokens), None, None
+        how = (*ctx.normalisation, list(needs))
         grads = BACKWARD.of(dtokens, *saved)(dtokens.contiguous(), *saved, *how)
-        return *or_none(grads, needs), None, None, None
+        return *or_none(grads, needs), None, None
 
 
 def _check(image, weight, bias, pos_embed, prefix, mean, std):
@@ -152,15 +151,15 @@ def _torch(image, weight, bias, pos_embed, prefix, mean, std):
     return reference.patch_embed(image, weight, bias, pos_embed=pos_embed, prefix=prefix, mean=mean, std=std)
 
 
-def _prepare(image, weight, bias, pos_embed, prefix, mean, std, by_library=False):
+def _prepare(image, weight, bias, pos_embed, prefix, mean, std):
     weight, bias = _common.cast(weight, weight, bias)
     tensors = (image, dense(weight), dense(bias), dense(pos_embed), dense(prefix))
     mean, std = (None if values is None else [float(value) for value in values] for values in (mean, std))
-    return *tensors, mean, std, by_library
+    return *tensors, mean, std
 
 
 def _product(image, weight, bias, pos_embed, prefix, mean, std):
-    return _common.compute_dtype(weight, weight), (weight,)
+    return _common.compute_dtype(weight, weight)
 
 
 OP = Op("patch_embed", _check, _unsupported, _torch, PatchEmbedFunction, _prepare, _product)

@@ -1,6 +1,14 @@
 """The truth: every op and the whole Vision Transformer in plain PyTorch. Imports nothing of the rest of fastvit."""
 
-from .ops import attention, layer_norm, layer_norm_linear, layer_norm_mlp, linear_residual, patch_embed
+from .ops import (
+    attention,
+    layer_norm,
+    layer_norm_linear,
+    layer_norm_mlp,
+    linear_residual,
+    patch_embed,
+    transformer_block,
+)
 from .vit import vision_transformer
 
 __all__ = [
@@ -10,5 +18,6 @@ __all__ = [
     "layer_norm_mlp",
     "linear_residual",
     "patch_embed",
+    "transformer_block",
     "vision_transformer",
 ]

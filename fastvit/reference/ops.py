@@ -105,6 +105,49 @@ def attention_probabilities(
     return torch.where(alive, scores, 0).softmax(dim=-1) * alive
 
 
+def transformer_block(
+    x: torch.Tensor,
+    norm1_weight: torch.Tensor,
+    norm1_bias: torch.Tensor,
+    qkv_weight: torch.Tensor,
+    qkv_bias: torch.Tensor | None,
+    proj_weight: torch.Tensor,
+    proj_bias: torch.Tensor | None,
+    norm2_weight: torch.Tensor,
+    norm2_bias: torch.Tensor,
+    fc1_weight: torch.Tensor,
+    fc1_bias: torch.Tensor | None,
+    fc2_weight: torch.Tensor,
+    fc2_bias: torch.Tensor | None,
+    *,
+    num_heads: int,
+    scale: float | None = None,
+    eps1: float = 1e-6,
+    eps2: float = 1e-6,
+    activation: str = "gelu",
+    layer_scale1: torch.Tensor | None = None,
+    layer_scale2: torch.Tensor | None = None,
+    drop_path_scale1: torch.Tensor | None = None,
+    drop_path_scale2: torch.Tensor | None = None,
+    key_padding_mask: torch.Tensor | None = None,
+    attn_bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """A pre-norm transformer block (arXiv 2010.11929, eqs. 2 and 3): x (B, N, D) -> (B, N, D).
+
+    x1 = x + drop_path_scale1 * layer_scale1 * proj(attention(qkv(norm1(x)))), out = x1 + drop_path_scale2 *
+    layer_scale2 * fc2(activation(fc1(norm2(x1)))); what the single ops say holds of their arguments.
+    """
+    batch, tokens, dim = x.shape
+    qkv = layer_norm_linear(x, norm1_weight, norm1_bias, qkv_weight, qkv_bias, eps=eps1)
+    heads = qkv.view(batch, tokens, 3, num_heads, dim // num_heads)
+    mixed = attention(heads, scale=scale, key_padding_mask=key_padding_mask, attn_bias=attn_bias)
+    scales = {"layer_scale": layer_scale1, "drop_path_scale": drop_path_scale1}
+    x = linear_residual(mixed, proj_weight, proj_bias, x, **scales)
+    layers = (norm2_weight, norm2_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    scales = {"layer_scale": layer_scale2, "drop_path_scale": drop_path_scale2}
+    return layer_norm_mlp(x, *layers, eps=eps2, activation=activation, residual=x, **scales)
+
+
 def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
     """(x - mean) / sqrt(var + eps) * weight + bias over the last axis (arXiv 1607.06450). x (..., D) -> (..., D)."""
     if x.dtype == weight.dtype == bias.dtype:

@@ -1,5 +1,9 @@
-"""Which config a launch gets: a table's answer where one is installed and valid, else the heuristic's; remembered, so
-that a launch pays for a dictionary's lookup. Launches can be watched."""
+"""Which config a launch gets: a table's answer where one is installed and valid, else what needs no measuring;
+remembered, so that a launch pays for a dictionary's lookup. Launches can be watched.
+
+Unmeasured, a product is the library's (`LibraryConfig`) where ours has no reason to be faster: gradients of weights,
+float32, and what `cost` does not expect to win by a tenth.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +13,9 @@ from collections.abc import Callable, Iterator
 import torch
 import triton
 
-from . import hardware
+from . import cost, hardware
 from .heuristic import heuristic
-from .request import Config, Request
+from .request import Config, LibraryConfig, Request
 from .validity import why_invalid
 
 Lookup = Callable[[Request, torch.device], Config | None]
@@ -20,15 +24,19 @@ Watcher = Callable[[Request, Repeat], None]
 
 REMEMBERED = 4096  # choices, and prepared launches, that are kept; then all are forgotten
 
+EXPECTED_GAIN = 1.1  # of our product over the library's form, for ours to run unmeasured
+
 _lookup: Lookup | None = None
+_library = False
 _watcher: Watcher | None = None
 _chosen: dict[tuple, Config] = {}
 
 
-def set_table(lookup: Lookup | None) -> None:
-    """Have `choose` ask lookup(request, device) first, which returns a config or None; None: the heuristic alone."""
-    global _lookup
-    _lookup = lookup
+def set_table(lookup: Lookup | None, library: bool = False) -> None:
+    """Have `choose` ask lookup(request, device) first, which returns a config or None; None: ask no one. library:
+    whether a product may be the library's."""
+    global _lookup, _library
+    _lookup, _library = lookup, library
     _chosen.clear()
 
 
@@ -54,9 +62,40 @@ def _decide(request: Request, device: torch.device) -> Config:
     arch = hardware.current_arch()
     if _lookup is not None:
         config = _lookup(request, device)
-        if config is not None and not why_invalid(config, request, arch):
+        permitted = _library or type(config) is not LibraryConfig
+        if config is not None and permitted and not why_invalid(config, request, arch):
             return config
-    return heuristic(request, arch, hardware.num_sms(device))
+    sms = hardware.num_sms(device)
+    return unmeasured(request, arch, sms) if _library else heuristic(request, arch, sms)
+
+
+def unmeasured(request: Request, arch: hardware.Arch, sms: int) -> Config:
+    """The config for a request without measuring, ours or the library's."""
+    ours = heuristic(request, arch, sms)
+    if request.kernel != "gemm":
+        return ours
+    library = LibraryConfig()
+    if request.parts.epilogue.sums or request.dtype.itemsize > 2:
+        return library
+    seconds, library_seconds = (cost.request_seconds(request, config, arch, sms) for config in (ours, library))
+    return ours if EXPECTED_GAIN * seconds <= library_seconds else library
+
+
+@contextlib.contextmanager
+def by_library() -> Iterator[None]:
+    """In the `with` body every product is the library's, whatever was chosen."""
+    before = _lookup, _library
+
+    def lookup(request: Request, device: torch.device) -> Config | None:
+        if request.kernel == "gemm":
+            return LibraryConfig()
+        return before[0] and before[0](request, device)
+
+    set_table(lookup, library=True)
+    try:
+        yield
+    finally:
+        set_table(*before)
 
 
 @contextlib.contextmanager

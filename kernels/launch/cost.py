@@ -26,7 +26,17 @@ from functools import partial
 import torch
 
 from .hardware import Arch
-from .request import MAX_PARTIALS, AttentionConfig, Config, GemmConfig, Request, RowConfig, ceil_div
+from .request import (
+    MAX_PARTIALS,
+    AttentionConfig,
+    Config,
+    GemmConfig,
+    LibraryConfig,
+    Prologue,
+    Request,
+    RowConfig,
+    ceil_div,
+)
 from .validity import shared_memory
 
 
@@ -240,6 +250,19 @@ def gemm_launch(grid, metadata, args: dict) -> dict:
     return _metrics(metadata, f"{made_of}, M={m} N={n} K={k}", cost, args["DTYPE"].primitive_bitwidth // 8)
 
 
+def apply_launch(grid, metadata, args: dict) -> dict:
+    """`launch_metadata` of `twin.apply_kernel`."""
+    m, n = (args["tokens"] if args[size] is None else args[size] for size in "MN")
+    cost = Cost(0.0, _matrix_bytes(*args["source"], *args["target"]))
+    return _metrics(metadata, f"{args['LOAD'].__name__} {args['EPILOGUE'].__name__}, M={m} N={n}", cost, 0)
+
+
+def sections_launch(grid, metadata, args: dict) -> dict:
+    """`launch_metadata` of `fold.sections_kernel`."""
+    moved = _matrix_bytes(*(value for section in args["sections"] for value in section))
+    return _metrics(metadata, args["SECTION"].__name__, Cost(0.0, moved), 0)
+
+
 def _attention_launch(of_op, grid, metadata, args: dict) -> dict:
     qkv = args["qkv_ptr"]
     batch, tokens, _, heads, head_dim = qkv.shape
@@ -265,6 +288,15 @@ def _rows_launch(matrices, grid, metadata, args: dict) -> dict:
 
 # `launch_metadata` of the row-wise kernels.
 layer_norm_launch = partial(_rows_launch, ("x_ptr", "y_ptr"))
+
+
+def stream_launch(grid, metadata, args: dict) -> dict:
+    """`launch_metadata` of the small kernels of `block`."""
+    rows, columns = args["rows"], args["columns"]
+    moved = _matrix_bytes(args["x_ptr"], args["copy_ptr"])
+    return _metrics(metadata, f"rows={rows} columns={columns}", Cost(0.0, moved), args["x_ptr"].element_size())
+
+
 layer_norm_backward_launch = partial(_rows_launch, ("dy_ptr", "x_ptr", "dx_ptr", "dresidual_ptr"))
 column_sum_launch = partial(_rows_launch, ("x_ptr",))
 
@@ -279,6 +311,15 @@ REACHED_FLOPS, REACHED_BANDWIDTH = 0.8, 0.9
 # loaded: 64x64, 64x128, 128x128, 128x192, 128x256 (a rule of thumb).
 DEPTH_SHARE = ((192, 0.62), (384, 0.75), (768, 0.83), (1024, 0.85), (2048, 0.89), (4096, 0.92))
 TILE_SHARE = ((32, 0.60), (42.7, 0.80), (64, 0.93), (76.8, 0.98), (85.3, 1.0))
+# Of that again, where an operand is computed with between memory and the tensor cores (a rule of thumb).
+TRANSFORMED_SHARE = 0.7
+_BARE = Prologue("matrix", None, plain=True)
+# What the library is taken to choose among.
+LIBRARY_TILES = tuple(
+    GemmConfig(m, n, 64, warps, 3, SPLIT_K=split)
+    for m, n, warps in ((128, 256, 8), (128, 128, 8), (128, 64, 4), (64, 64, 4))
+    for split in (1, 4)
+)
 # Softmax beside the products leaves attention this share (planning figures: 400 and 330 TFLOP/s of an H100's 790).
 ATTENTION_SHARE, ATTENTION_BACKWARD_SHARE = 0.5, 0.42
 # Each kernel's cost, products a tile of scores, and share.
@@ -322,6 +363,8 @@ def request_seconds(request: Request, config: Config, arch: Arch, sms: int | Non
     operands are taken to run on tensor cores, those of wider ones in full precision without them. Whether the config is
     valid is not asked: that is `validity.why_invalid`'s.
     """
+    if type(config) is LibraryConfig:
+        return _library_seconds(request, arch, sms)
     programs, steps, step_seconds = _PROGRAMS[type(config)](request, config, arch)
     shared = shared_memory(config, request, arch)
     moved, later = request_cost(request).bytes, LAUNCH_SECONDS
@@ -334,6 +377,21 @@ def request_seconds(request: Request, config: Config, arch: Arch, sms: int | Non
     return max(compute, _memory_seconds(moved, arch)) + later
 
 
+def _library_seconds(request: Request, arch: Arch, sms: int | None) -> float:
+    """The library's product, by the best of its tiles, and the passes over memory before and after it."""
+    product = request.parts
+    m, n, k = request.shape
+    bare = request._replace(parts=request.parts._replace(left=_BARE, right=_BARE))
+    seconds = min(request_seconds(bare, tile, arch, sms) for tile in LIBRARY_TILES)
+    as_it_is = (
+        product.left.plain and product.left_dtype == request.dtype,
+        product.right.plain and product.right_dtype == request.dtype,
+        product.epilogue.library is not None,
+    )
+    passes = [size for size, done in zip((m * k, k * n, m * n), as_it_is, strict=True) if not done]
+    return seconds + _memory_seconds(2 * sum(passes) * request.dtype.itemsize, arch) + len(passes) * LAUNCH_SECONDS
+
+
 def _gemm_programs(request: Request, config: GemmConfig, arch: Arch) -> tuple[int, int, float]:
     """How many programs a launch has, the steps of each, and the seconds of a step on a multiprocessor."""
     m, n, k = request.shape
@@ -341,6 +399,8 @@ def _gemm_programs(request: Request, config: GemmConfig, arch: Arch) -> tuple[in
     tiles = ceil_div(m, config.BLOCK_M) * ceil_div(n, config.BLOCK_N) * config.SPLIT_K
     intensity = config.BLOCK_M * config.BLOCK_N / (config.BLOCK_M + config.BLOCK_N)
     share = _interpolate(DEPTH_SHARE, depth) * _interpolate(TILE_SHARE, intensity)
+    if request.parts.left.transforms or request.parts.right.transforms:
+        share *= TRANSFORMED_SHARE
     flops = 2 * config.BLOCK_M * config.BLOCK_N * config.BLOCK_K
     return tiles, ceil_div(depth, config.BLOCK_K), flops / (share * _flops_of_sm(request.dtype.itemsize, arch))
 

@@ -27,6 +27,15 @@ class GemmConfig(NamedTuple):
     SPLIT_K: int = 1
 
 
+class LibraryConfig(NamedTuple):
+    """A product by the library, and the tile of the small kernels before and after it (see `twin`)."""
+
+    BLOCK_M: int = 64
+    BLOCK_N: int = 128
+    num_warps: int = 8
+    SPLIT_K = 1
+
+
 class AttentionConfig(NamedTuple):
     """BLOCK_ROWS rows of the result a program (queries, or keys for dk and dv) against BLOCK_STEP of the other at a
     time."""
@@ -45,9 +54,9 @@ class RowConfig(NamedTuple):
     num_warps: int
 
 
-Config = GemmConfig | AttentionConfig | RowConfig
+Config = GemmConfig | LibraryConfig | AttentionConfig | RowConfig
 
-# The kernels that have a choice, and what they choose.
+# The kernels that have a choice, and what they choose; a gemm may be a LibraryConfig's too.
 CONFIGS: dict[str, type[Config]] = {
     "gemm": GemmConfig,
     "attention_forward": AttentionConfig,
@@ -85,7 +94,8 @@ class Epilogue:
     name: in keys of the tuner's table. store: the Triton function. tiles: how many tiles of the output it holds at
     once. beside: it reads or writes another matrix beside its result. bare: it does nothing but store. scatters: pixel
     by pixel; gathers: by less than 16 bytes at a time. sums: partial ones, so that the reduction may be cut (SPLIT_K).
-    input_gradient: of products whose right operand is the weight as it is.
+    input_gradient: of products whose right operand is the weight as it is. columns: what BLOCK_N is a multiple of.
+    library: (x (M, K), y (K, N), target) -> whether the library stored all of it, which it does where it can.
     """
 
     name: str
@@ -97,15 +107,18 @@ class Epilogue:
     gathers: bool = False
     sums: bool = False
     input_gradient: bool = False
+    columns: int = 1
+    library: Callable | None = None
 
 
 class Product(NamedTuple):
-    """What a gemm is made of; the dtypes are of the matrices in memory."""
+    """What a gemm is made of; the dtypes are of the matrices in memory. activation: what the epilogue is compiled for,
+    an activation or a head's width."""
 
     left: Prologue
     right: Prologue
     epilogue: Epilogue
-    activation: str | None
+    activation: str | int | None
     left_dtype: torch.dtype
     right_dtype: torch.dtype
     out_dtype: torch.dtype
@@ -120,19 +133,21 @@ class Product(NamedTuple):
         named = (("left", self.left_dtype), ("right", self.right_dtype), ("out", self.out_dtype))
         others = [f"{matrix}={dtype_name(other)}" for matrix, other in named if other != dtype]
         parts = [self.left.name, self.right.name, self.epilogue.name]
-        return [*parts, *([self.activation] if self.activation else []), *others]
+        return [*parts, *([str(self.activation)] if self.activation else []), *others]
 
 
 class Scores(NamedTuple):
-    """What is done with attention's scores: a key padding mask, a bias of this dtype, the bias's gradient stored."""
+    """What is done with attention's scores: a key padding mask, a bias of this dtype, the bias's gradient stored;
+    before_norm: whether qkv's gradient is made for the norm before it (see `block`)."""
 
     mask: bool = False
     bias: torch.dtype | None = None
     bias_gradient: bool = False
+    before_norm: bool = False
 
     def words(self, dtype: torch.dtype) -> list[str]:
         bias = {None: [], dtype: ["bias"]}.get(self.bias, ["bias", f"bias={dtype_name(self.bias)}"])
-        return ["mask"] * self.mask + bias + ["bias_gradient"] * self.bias_gradient
+        return ["mask"] * self.mask + bias + ["bias_gradient"] * self.bias_gradient + ["before_norm"] * self.before_norm
 
     @property
     def masked(self) -> bool:

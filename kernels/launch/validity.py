@@ -7,13 +7,24 @@ import torch
 
 from .hardware import Arch
 from .heuristic import filled_parts
-from .request import CONFIGS, AttentionConfig, Config, GemmConfig, Product, Request, RowConfig, split_head
+from .request import (
+    CONFIGS,
+    AttentionConfig,
+    Config,
+    GemmConfig,
+    LibraryConfig,
+    Product,
+    Request,
+    RowConfig,
+    split_head,
+)
 
 
 def why_invalid(config: Config, request: Request, arch: Arch) -> list[str]:
     """Every reason why `config` cannot serve `request` on `arch`, with the numbers; empty if it can."""
     expected = CONFIGS[request.kernel]
-    if type(config) is not expected:
+    by_library = type(config) is LibraryConfig and expected is GemmConfig
+    if type(config) is not expected and not by_library:
         return [f"{request.kernel} takes a {expected.__name__}, got a {type(config).__name__}"]
     reasons = []
     for field, value in config._asdict().items():
@@ -26,6 +37,8 @@ def why_invalid(config: Config, request: Request, arch: Arch) -> list[str]:
     threads = config.num_warps * arch.warp_size
     if threads > 1024:
         reasons.append(f"{config.num_warps} warps are {threads} threads, a block has at most 1024")
+    if by_library:
+        return reasons
     reasons += _RULES[expected](config, request, arch)
     if (needed := shared_memory(config, request, arch)) > arch.shared_per_block:
         reasons.append(f"needs {needed} bytes of shared memory, {arch.name} has {arch.shared_per_block} a block")
@@ -43,6 +56,8 @@ def _gemm_rules(config: GemmConfig, request: Request, arch: Arch) -> list[str]:
         for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K")
         if getattr(config, name) < 16
     ]
+    if config.BLOCK_N % (columns := request.parts.epilogue.columns):
+        reasons.append(f"BLOCK_N is {config.BLOCK_N}, but the epilogue takes groups of {columns} columns")
     reasons += _warpgroup_rules(config.BLOCK_M, config.num_warps, request, arch)
     if arch.name == "sm_90" and request.dtype.itemsize <= 2:
         reasons += _serialized(config, request)

@@ -155,6 +155,6 @@ def test_what_auto_takes_on_a_gpu(monkeypatch):
     with FakeTensorMode():
         single, half = asked(torch.float32), asked(torch.bfloat16)
         assert single.backend == "torch" and "measurement" in single.reasons[0] and "float32" in single.reasons[0]
-        assert half.backend == "triton" and half.candidate == "triton + torch.mm" and "weight grad" in half.reasons[0]
+        assert half.backend == half.candidate == "triton" and half.reasons == ()
         for dtype in (torch.float32, torch.bfloat16):
             assert asked(dtype, "triton").candidate == "triton"

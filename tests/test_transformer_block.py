@@ -1,0 +1,133 @@
+"""A block as one op: what one hands to the next, and precision where folding the norms could cost some."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from fastvit.kernels import transformer_block as kernels
+from samples import BY_NAME
+
+import fastvit
+from fastvit import accuracy, ops, reference
+from fastvit.accuracy import relative_rms
+from fastvit.examples import Draw, tensors
+
+pytestmark = pytest.mark.usefixtures("triton_backend")
+
+STREAMS = {
+    "bfloat16": (torch.bfloat16, torch.bfloat16),
+    "float32 stream": (torch.bfloat16, torch.float32),
+    "float32": (torch.float32, torch.float32),
+}
+streams = pytest.mark.parametrize("dtype, stream", STREAMS.values(), ids=STREAMS)
+
+
+def block(dtype, stream, device, trained=True, tokens=21, dim=96, hidden=128):
+    draw = Draw(dtype, device, dtypes={"x": stream}, trained=trained)
+    return tensors("transformer_block", draw, batch=2, tokens=tokens, dim=dim, heads=3, hidden=hidden)
+
+
+def errors(given: dict, upstream, **options) -> dict[str, tuple[float, float]]:
+    """Of the output and every gradient, our error and plain PyTorch's against float64."""
+    options = {"num_heads": 3, **options}
+    found = [
+        accuracy.results(function(**arguments, **options), arguments, lambda shape: upstream)
+        for function, arguments in (
+            (ops.transformer_block, given),
+            (reference.transformer_block, given),
+            (reference.transformer_block, accuracy.precise(given)),
+        )
+    ]
+    ours, plain, truth = found
+    return {name: tuple(relative_rms(side[name], truth[name]) for side in (ours, plain)) for name in truth}
+
+
+@streams
+@pytest.mark.parametrize("shift", [1.0, 8.0])
+def test_rows_with_a_mean_and_with_outliers(dtype, stream, shift, device):
+    """Means of up to 8 sigma, and channels of 60 and 30. Rms errors over eight draws: one channel makes most of a norm's
+    gradient, and the ratio of two such errors of one draw is luck."""
+    squares: dict[str, list[float]] = {}
+    for seed in range(8):
+        torch.manual_seed(seed)
+        given = block(dtype, stream, device)
+        with torch.no_grad():
+            x = torch.randn(given["x"].shape, device=device) + shift
+            x[..., 5] += 60
+            x[..., 17] -= 30
+            given["x"] = x.to(stream).requires_grad_()
+        for name, pair in errors(given, torch.randn_like(given["x"])).items():
+            ours, plain = squares.setdefault(name, [0.0, 0.0])
+            squares[name] = [ours + pair[0] ** 2 / 8, plain + pair[1] ** 2 / 8]
+    for name, (ours, plain) in squares.items():
+        assert ours**0.5 <= accuracy.limit(dtype, plain**0.5, accuracy.rounding(dtype)), name
+
+
+def test_a_constant_row_is_finite_and_right(device):
+    given = block(torch.bfloat16, torch.float32, device)
+    with torch.no_grad():
+        given["x"][0, 3] = 7.0
+    for name, (ours, plain) in errors(given, torch.randn_like(given["x"])).items():
+        assert ours <= accuracy.limit(torch.bfloat16, plain), name
+
+
+def count_streams(monkeypatch) -> list:
+    made, original = [], kernels.stream_of
+    monkeypatch.setattr(kernels, "stream_of", lambda *args: made.append(1) or original(*args))
+    return made
+
+
+@streams
+def test_blocks_hand_on_what_they_know(dtype, stream, device, monkeypatch):
+    """The next block's row statistics and copy come from the one before; forward and backward are as good."""
+    made = count_streams(monkeypatch)
+    first, second = block(dtype, stream, device), block(dtype, stream, device)
+    x = first.pop("x")
+    second.pop("x")
+
+    def run(between=lambda y: y, **how):
+        y = between(ops.transformer_block(x, **first, num_heads=3))
+        out = ops.transformer_block(y, **second, num_heads=3)
+        return [out, *torch.autograd.grad(out, [x, *first.values(), *second.values()], torch.ones_like(out))]
+
+    apart = run()
+    assert len(made) == 2
+    with ops.carrying():
+        together = run()
+        assert len(made) == 3
+        changed = run(lambda y: 2 * y)  # which is another tensor
+        assert len(made) == 5
+    assert torch.equal(changed[0], run(lambda y: 2 * y)[0])
+    for got, want in zip(together, apart, strict=True):
+        assert relative_rms(got, want) <= 4 * accuracy.floor(dtype)
+
+
+def test_a_model_hands_on_unless_somebody_looks(device, monkeypatch):
+    made = count_streams(monkeypatch)
+    model = fastvit.create_model("vit_tiny_patch16_224", img_size=32, depth=3, num_classes=2).to(device).eval()
+    images = torch.randn(1, 3, 32, 32, device=device)
+    with torch.no_grad():
+        expected = model(images)
+        assert len(made) == 1
+        seen = []
+        handle = model.blocks[1].register_forward_hook(lambda module, inputs, output: seen.append(output))
+        torch.testing.assert_close(model(images), expected)
+        assert (len(made), len(seen)) == (4, 1)
+        handle.remove()
+        # One that changes its input in place runs unfused, and the others do not take what is no longer so.
+        model.blocks[1].norm1.register_forward_pre_hook(lambda module, inputs: inputs[0].mul_(2))
+        with fastvit.use_backend("torch"):
+            changed = model(images)
+        torch.testing.assert_close(model(images), changed)
+
+
+def test_nothing_is_kept_where_no_backward_pass_can_come(device):
+    operator = BY_NAME["transformer_block"]
+    given = {name: value.detach() for name, value in operator.tensors(device=device).items()}
+    found = []
+    forward = kernels.transformer_block_forward
+    flat = (given["x"], None, None, None, *list(given.values())[1:], *[None] * 6, 3, 0.3, 1e-6, 1e-6, "gelu")
+    for keep in (False, True):
+        found.append([value for value in forward(*flat, keep, torch.float32) if value is not None])
+    assert len(found[0]) == 4 < len(found[1])
+    torch.testing.assert_close(found[0], found[1][:4], rtol=0, atol=0)
