@@ -15,11 +15,13 @@ from collections.abc import Callable
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import twin
 from ._math import TRITON_DTYPES, accumulator_dtype
 from .launch import cost
 from .launch.choice import choose
+from .launch.hardware import num_sms
 from .launch.launcher import launch as launch_kernel
 from .launch.request import (
     Config,
@@ -29,6 +31,7 @@ from .launch.request import (
     Product,
     Prologue,
     Request,
+    TmaConfig,
     ceil_div,
     uses_tf32,
 )
@@ -81,6 +84,88 @@ def gemm_kernel(
     EPILOGUE(acc, i, j, part, target, rows, N, ACTIVATION)
 
 
+@triton.jit
+def finish(acc, m, n, target, size_i, size_j, EPILOGUE: tl.constexpr, ACTIVATION: tl.constexpr, SUBTILES: tl.constexpr):
+    """EPILOGUE of the tile at (m, n) in SUBTILES parts, columns after columns: it holds no more than a part at once."""
+    if SUBTILES == 1:
+        i, j = m + tl.arange(0, acc.shape[0]), n + tl.arange(0, acc.shape[1])
+        EPILOGUE(acc, i, j, tl.program_id(1), target, size_i, size_j, ACTIVATION)
+    else:
+        HALF: tl.constexpr = acc.shape[1] // 2
+        left, right = tl.split(tl.permute(tl.reshape(acc, (acc.shape[0], 2, HALF)), (0, 2, 1)))
+        finish(left, m, n, target, size_i, size_j, EPILOGUE, ACTIVATION, SUBTILES // 2)
+        finish(right, m, n + HALF, target, size_i, size_j, EPILOGUE, ACTIVATION, SUBTILES // 2)
+
+
+@triton.jit(launch_metadata=cost.tma_launch, do_not_specialize=["tokens"])
+def tma_kernel(
+    a,  # descriptor of the left operand (tokens, K), in tiles (BLOCK_M, BLOCK_K)
+    b,  # descriptor of the right operand: (K, N) in tiles (BLOCK_K, BLOCK_N), or TRANSPOSED
+    target,  # what EPILOGUE writes to, (tokens, N), and reads
+    tokens,
+    N,
+    K,
+    programs,
+    TRANSPOSED: tl.constexpr,
+    EPILOGUE: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    SUBTILES: tl.constexpr,
+):
+    tiles_m, tiles_n = tl.cdiv(tokens, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    # flatten=True would have the epilogue in the code twice.
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, programs, flatten=False):
+        group = tile // (GROUP_M * tiles_n)
+        group_rows = tl.minimum(tiles_m - group * GROUP_M, GROUP_M)
+        within = tile % (GROUP_M * tiles_n)
+        m = (group * GROUP_M + within % group_rows) * BLOCK_M
+        n = within // group_rows * BLOCK_N
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k in range(0, K, BLOCK_K):
+            right = b.load([n, k]).T if TRANSPOSED else b.load([k, n])
+            acc = tl.dot(a.load([m, k]), right, acc)
+        finish(acc, m, n, target, tokens, N, EPILOGUE, ACTIVATION, SUBTILES)
+
+
+def _tma_constants(request: Request, config: TmaConfig) -> dict:
+    return dict(
+        TRANSPOSED=not request.parts.epilogue.input_gradient,
+        EPILOGUE=request.parts.epilogue.store,
+        ACTIVATION=request.parts.activation,
+        BLOCK_M=config.BLOCK_M,
+        BLOCK_N=config.BLOCK_N,
+        BLOCK_K=config.BLOCK_K,
+        GROUP_M=config.GROUP_M,
+        SUBTILES=config.SUBTILES,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+
+
+def as_tma_takes(source: tuple, dtype: torch.dtype, axis: int) -> bool:
+    """Whether a source of MATRIX in `dtype` is a matrix that TMA can load tiles of, `axis` along its rows: rows of unit
+    stride, and all of them on addresses that 16 divides."""
+    matrix, *strides = source
+    apart = strides[1 - axis] * dtype.itemsize
+    return matrix.dtype == dtype and strides[axis] == 1 and apart % 16 == 0 and matrix.data_ptr() % 16 == 0
+
+
+def _launch_tma(request: Request, config: TmaConfig, a: tuple, b: tuple, target: tuple, tiles: int) -> None:
+    m, n, k = request.shape
+    device = a[0].device
+    left = TensorDescriptor(a[0], [m, k], [a[1], 1], [config.BLOCK_M, config.BLOCK_K])
+    if request.parts.epilogue.input_gradient:
+        right = TensorDescriptor(b[0], [k, n], [b[1], 1], [config.BLOCK_K, config.BLOCK_N])
+    else:
+        right = TensorDescriptor(b[0], [n, k], [b[2], 1], [config.BLOCK_N, config.BLOCK_K])
+    programs = min(tiles, 2 * num_sms(device))  # as many as can be on a multiprocessor at once
+    args = (left, right, target, m, n, k, programs)
+    launch_kernel(tma_kernel, _tma_constants, request, config, device, (programs, 1, 1), args)
+
+
 def _constants(request: Request, config: GemmConfig) -> dict:
     left, right, epilogue, activation, *_ = request.parts
     return dict(
@@ -124,7 +209,10 @@ def launch(
     m, n, k = shape
     if m == 0 or n == 0:
         return *_tensors(target[:outputs]), *(by_tile(0, 0) if by_tile else ())
-    made_of = Product(left, right, epilogue, activation, a[0].dtype, b[0].dtype, target[0].dtype)
+    plain_16_bit = left is MATRIX and right is MATRIX and dtype.itemsize == 2 and not epilogue.sums
+    axis = 1 if epilogue.input_gradient else 0
+    tma = plain_16_bit and k > 0 and as_tma_takes(a, dtype, 1) and as_tma_takes(b, dtype, axis)
+    made_of = Product(left, right, epilogue, activation, a[0].dtype, b[0].dtype, target[0].dtype, tma)
     request = Request("gemm", shape, dtype, made_of, uses_tf32(dtype))
     device = a[0].device
     if config is None:
@@ -137,10 +225,13 @@ def launch(
 
         config = choose(request, device, repeat)
     tiles_m, tiles_n = ceil_div(m, config.BLOCK_M), ceil_div(n, config.BLOCK_N)
-    partial = by_tile(tiles_m, tiles_n) if by_tile else ()
+    partial = by_tile(tiles_m, tiles_n * config.SUBTILES) if by_tile else ()
     target = (*target, *partial)
     if type(config) is LibraryConfig:
         twin.launch(request, config, a, b, target)
+        return *_tensors(target[:outputs]), *partial
+    if type(config) is TmaConfig:
+        _launch_tma(request, config, a, b, target, tiles_m * tiles_n)
         return *_tensors(target[:outputs]), *partial
     grid = (tiles_m * tiles_n * config.SPLIT_K, 1, 1)
     k_per_part = ceil_div(ceil_div(k, config.SPLIT_K), config.BLOCK_K) * config.BLOCK_K

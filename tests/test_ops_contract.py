@@ -10,6 +10,7 @@ import pytest
 import torch
 from fastvit.kernels import gemm, twin
 from fastvit.kernels.launch import choice
+from fastvit.kernels.launch.request import TmaConfig
 from samples import BATCHED, HALF, SAMPLES, B, every_op, gradients, results
 from torch.utils.checkpoint import checkpoint
 
@@ -212,6 +213,30 @@ def test_products_by_the_library(sample, dtype, batch, device, monkeypatch):
         assert_as_good_as_torch(sample, tensors, got, dtype)
     else:
         assert not any(value.any() for value in got.values())
+
+
+BY_TMA = [sample for sample in WITH_WEIGHTS if sample.op != "patch_embed"]
+
+
+@pytest.mark.parametrize("sample", BY_TMA, ids=str)
+@pytest.mark.parametrize(
+    "config", [TmaConfig(64, 64, 16, 4, 2, SUBTILES=1), TmaConfig(16, 256, 32, 4, 2, 2, SUBTILES=4)]
+)
+def test_products_by_tma(sample, config, device, monkeypatch):
+    """Of tiles that TMA loads, finished in parts: as accurate as the rest."""
+    if device != "cpu":
+        pytest.skip("a GPU has its own tiles, and `fastvit verify` for them")
+    launched, original = [], gemm._launch_tma
+    monkeypatch.setattr(
+        gemm, "_launch_tma", lambda request, *rest: launched.append(request) or original(request, *rest)
+    )
+    tensors = sample.tensors(torch.bfloat16)
+    with choice.forcing(lambda request: config if getattr(request.parts, "tma", False) else None):
+        assert_as_good_as_torch(sample, tensors, results(sample, tensors), torch.bfloat16)
+    epilogues = {request.parts.epilogue.name for request in launched}
+    if sample.op == "transformer_block":
+        assert {"folded", "folded_kept", "stream", "derivative", "norm_gradient"} <= epilogues
+    assert epilogues
 
 
 def test_the_library_rounds_nothing_that_a_small_layer_scale_has_still_to_scale(device):

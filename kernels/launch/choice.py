@@ -28,6 +28,7 @@ EXPECTED_GAIN = 1.1  # of our product over the library's form, for ours to run u
 
 _lookup: Lookup | None = None
 _library = False
+_forced: Callable[[Request], Config | None] | None = None
 _watcher: Watcher | None = None
 _chosen: dict[tuple, Config] = {}
 
@@ -59,6 +60,8 @@ def _decide(request: Request, device: torch.device) -> Config:
     if device.index not in (None, triton.runtime.driver.active.get_current_device()):
         with torch.cuda.device(device):  # which may be of another architecture
             return _decide(request, device)
+    if _forced is not None and (forced := _forced(request)) is not None:
+        return forced
     arch = hardware.current_arch()
     if _lookup is not None:
         config = _lookup(request, device)
@@ -82,20 +85,21 @@ def unmeasured(request: Request, arch: hardware.Arch, sms: int) -> Config:
 
 
 @contextlib.contextmanager
-def by_library() -> Iterator[None]:
-    """In the `with` body every product is the library's, whatever was chosen."""
-    before = _lookup, _library
-
-    def lookup(request: Request, device: torch.device) -> Config | None:
-        if request.kernel == "gemm":
-            return LibraryConfig()
-        return before[0] and before[0](request, device)
-
-    set_table(lookup, library=True)
+def forcing(config_of: Callable[[Request], Config | None]) -> Iterator[None]:
+    """In the `with` body a launch gets config_of(request), valid or not, whatever would be chosen; None: that."""
+    global _forced
+    before, _forced = _forced, config_of
+    _chosen.clear()
     try:
         yield
     finally:
-        set_table(*before)
+        _forced = before
+        _chosen.clear()
+
+
+def by_library() -> contextlib.AbstractContextManager[None]:
+    """In the `with` body every product is the library's."""
+    return forcing(lambda request: LibraryConfig() if request.kernel == "gemm" else None)
 
 
 @contextlib.contextmanager

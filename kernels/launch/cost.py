@@ -35,6 +35,7 @@ from .request import (
     Prologue,
     Request,
     RowConfig,
+    TmaConfig,
     ceil_div,
 )
 from .validity import shared_memory
@@ -250,6 +251,14 @@ def gemm_launch(grid, metadata, args: dict) -> dict:
     return _metrics(metadata, f"{made_of}, M={m} N={n} K={k}", cost, args["DTYPE"].primitive_bitwidth // 8)
 
 
+def tma_launch(grid, metadata, args: dict) -> dict:
+    """`launch_metadata` of `gemm.tma_kernel`."""
+    m, n, k = args["tokens"], args["N"], args["K"]
+    moved = _matrix_bytes(args["a"].base, args["b"].base, *args["target"])
+    made_of = f"{args['EPILOGUE'].__name__}, M={m} N={n} K={k}"
+    return _metrics(metadata, made_of, Cost(gemm(m, n, k, 0).flops, moved), args["a"].base.element_size())
+
+
 def apply_launch(grid, metadata, args: dict) -> dict:
     """`launch_metadata` of `twin.apply_kernel`."""
     m, n = (args["tokens"] if args[size] is None else args[size] for size in "MN")
@@ -426,7 +435,12 @@ def _row_programs(request: Request, config: RowConfig, arch: Arch) -> tuple[int,
     return ceil_div(tiles, steps) * ceil_div(columns, config.BLOCK_D), steps, step_seconds
 
 
-_PROGRAMS = {GemmConfig: _gemm_programs, AttentionConfig: _attention_programs, RowConfig: _row_programs}
+_PROGRAMS = {
+    GemmConfig: _gemm_programs,
+    TmaConfig: _gemm_programs,
+    AttentionConfig: _attention_programs,
+    RowConfig: _row_programs,
+}
 
 
 def _seconds_of_programs(programs: int, steps: int, step_seconds: float, config, arch, shared: int, sms) -> float:

@@ -41,6 +41,11 @@ class Arch:
         passing them through the registers that the accumulator needs too."""
         return self.backend == "cuda" and 90 <= self.capability < 120
 
+    @property
+    def has_tma(self) -> bool:
+        """Whether the persistent loop over tiles that TMA loads is there for it: tried on Hopper."""
+        return self.name == "sm_90"
+
 
 def _nvidia(capability: int, warps: int, blocks: int, shared: int, *gpu) -> Arch:
     # The driver keeps 1 KiB of shared memory a block for itself.

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from .hardware import Arch
-from .request import AttentionConfig, Config, GemmConfig, Request, RowConfig, ceil_div, next_power_of_2
+from .request import AttentionConfig, Config, GemmConfig, Request, RowConfig, TmaConfig, ceil_div, next_power_of_2
 
 # 16-bit products. LARGE: the largest tile that leaves the loaders and most epilogues their registers; HEAVY: for the
 # epilogue that holds three tiles at once, and where operands take registers; SMALL: for outputs of few tiles.
 LARGE = GemmConfig(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3)
 HEAVY = GemmConfig(BLOCK_M=128, BLOCK_N=64, BLOCK_K=64, num_warps=8, num_stages=3)
 SMALL = GemmConfig(BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, num_warps=4, num_stages=3)
+# By TMA. WIDE_TMA: the widest tile whose epilogue, in four parts, leaves the accumulator its registers; TMA: for those
+# that hold more.
+WIDE_TMA = TmaConfig(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, num_warps=8, num_stages=3, SUBTILES=4)
+TMA = TmaConfig(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=4, SUBTILES=2)
 # Gathered pixels pass through registers: nothing to pipeline.
 GATHERED = GemmConfig(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, num_warps=4, num_stages=1)
 # float32 in full precision has no tensor cores.
@@ -19,8 +23,12 @@ FULL_PRECISION = GemmConfig(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, num_warps=8, num
 def heuristic(request: Request, arch: Arch, sms: int) -> Config:
     """The config for a request on a GPU of `sms` multiprocessors, chosen without measuring."""
     if request.kernel == "gemm":
-        config = _gemm_tile(request, arch, sms)
-        return config._replace(SPLIT_K=split_k(request, config, sms)) if request.parts.epilogue.sums else config
+        m, n, _ = request.shape
+        if arch.has_tma and request.parts.tma and ceil_div(m, TMA.BLOCK_M) * ceil_div(n, TMA.BLOCK_N) >= sms:
+            epilogue = request.parts.epilogue
+            light = epilogue.tiles == 1 and not epilogue.beside and request.parts.out_dtype.itemsize == 2
+            return WIDE_TMA if light else TMA
+        return pointer_heuristic(request, arch, sms)
     if request.kernel == "attention_forward":
         return _attention_forward(request, arch)
     if request.kernel.startswith("attention_backward"):
@@ -32,6 +40,12 @@ def heuristic(request: Request, arch: Arch, sms: int) -> Config:
     elements = 2048 if request.kernel == "layer_norm_backward" else 4096
     block = next_power_of_2(request.shape[1])
     return RowConfig(BLOCK_ROWS=max(1, elements // block), BLOCK_D=block, num_warps=8 if block > 2048 else 4)
+
+
+def pointer_heuristic(request: Request, arch: Arch, sms: int) -> GemmConfig:
+    """The config of the loop that loads by pointers."""
+    config = _gemm_tile(request, arch, sms)
+    return config._replace(SPLIT_K=split_k(request, config, sms)) if request.parts.epilogue.sums else config
 
 
 def _gemm_tile(request: Request, arch: Arch, sms: int) -> GemmConfig:

@@ -25,6 +25,21 @@ class GemmConfig(NamedTuple):
     num_stages: int
     GROUP_M: int = 8
     SPLIT_K: int = 1
+    SUBTILES = 1
+
+
+class TmaConfig(NamedTuple):
+    """As GemmConfig, of the persistent loop that loads whole tiles by TMA; SUBTILES: in how many parts, column after
+    column, its epilogue finishes a tile."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    num_warps: int
+    num_stages: int
+    GROUP_M: int = 8
+    SUBTILES: int = 2
+    SPLIT_K = 1
 
 
 class LibraryConfig(NamedTuple):
@@ -33,7 +48,7 @@ class LibraryConfig(NamedTuple):
     BLOCK_M: int = 64
     BLOCK_N: int = 128
     num_warps: int = 8
-    SPLIT_K = 1
+    SPLIT_K = SUBTILES = 1
 
 
 class AttentionConfig(NamedTuple):
@@ -54,9 +69,9 @@ class RowConfig(NamedTuple):
     num_warps: int
 
 
-Config = GemmConfig | LibraryConfig | AttentionConfig | RowConfig
+Config = GemmConfig | TmaConfig | LibraryConfig | AttentionConfig | RowConfig
 
-# The kernels that have a choice, and what they choose; a gemm may be a LibraryConfig's too.
+# The kernels that have a choice, and what they choose; a gemm may be a TmaConfig's or a LibraryConfig's too.
 CONFIGS: dict[str, type[Config]] = {
     "gemm": GemmConfig,
     "attention_forward": AttentionConfig,
@@ -113,7 +128,7 @@ class Epilogue:
 
 class Product(NamedTuple):
     """What a gemm is made of; the dtypes are of the matrices in memory. activation: what the epilogue is compiled for,
-    an activation or a head's width."""
+    an activation or a head's width. tma: whether both operands are as TMA takes them."""
 
     left: Prologue
     right: Prologue
@@ -122,6 +137,7 @@ class Product(NamedTuple):
     left_dtype: torch.dtype
     right_dtype: torch.dtype
     out_dtype: torch.dtype
+    tma: bool = False
 
     @property
     def gathers(self) -> bool:
@@ -133,7 +149,7 @@ class Product(NamedTuple):
         named = (("left", self.left_dtype), ("right", self.right_dtype), ("out", self.out_dtype))
         others = [f"{matrix}={dtype_name(other)}" for matrix, other in named if other != dtype]
         parts = [self.left.name, self.right.name, self.epilogue.name]
-        return [*parts, *([str(self.activation)] if self.activation else []), *others]
+        return [*parts, *([str(self.activation)] if self.activation else []), *others, *["tma"] * self.tma]
 
 
 class Scores(NamedTuple):

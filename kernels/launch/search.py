@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from .hardware import Arch
-from .heuristic import filled_parts, heuristic, split_k
-from .request import AttentionConfig, Config, GemmConfig, Request, RowConfig, next_power_of_2
+from .heuristic import filled_parts, heuristic, pointer_heuristic, split_k
+from .request import AttentionConfig, Config, GemmConfig, Request, RowConfig, TmaConfig, next_power_of_2
 from .validity import why_invalid
 
 # Tiles worth measuring: BLOCK_M, BLOCK_N, BLOCK_K, num_warps.
@@ -24,6 +24,20 @@ _TILES_16_BIT = (
     (64, 64, 64, 4),
     (64, 64, 128, 4),
 )
+# By TMA: BLOCK_M, BLOCK_N, num_warps, num_stages, SUBTILES.
+_TILES_TMA = (
+    (128, 256, 8, 3, 4),
+    (128, 256, 8, 4, 4),
+    (128, 256, 8, 3, 2),
+    (256, 128, 8, 3, 2),
+    (128, 128, 8, 4, 2),
+    (128, 128, 8, 3, 2),
+    (128, 128, 8, 3, 1),
+    (128, 128, 4, 3, 2),
+    (128, 64, 4, 4, 1),
+    (64, 128, 4, 4, 1),
+    (64, 128, 4, 4, 2),
+)
 _TILES_GATHERED = ((64, 64, 32, 4), (64, 128, 32, 4), (128, 64, 32, 4), (128, 128, 32, 8), (64, 64, 64, 4))
 _TILES_32_BIT = (
     (128, 128, 16, 8),
@@ -39,13 +53,21 @@ _TILES_32_BIT = (
 def search_space(request: Request, arch: Arch, sms: int) -> list[Config]:
     """The configs worth measuring: valid ones only, each once, the heuristic's first."""
     first = heuristic(request, arch, sms)
-    candidates = _CANDIDATES[type(first)](request, first, arch, sms)
+    if request.kernel == "gemm":
+        candidates = _gemm_candidates(request, arch, sms)
+    else:
+        candidates = _CANDIDATES[type(first)](request, first, arch, sms)
     distinct = dict.fromkeys((first, *candidates))
     return [config for config in distinct if not why_invalid(config, request, arch)]
 
 
-def _gemm_candidates(request: Request, first: GemmConfig, arch: Arch, sms: int) -> Iterator[GemmConfig]:
+def _gemm_candidates(request: Request, arch: Arch, sms: int) -> Iterator[Config]:
     m, n, _ = request.shape
+    if request.parts.tma:
+        for block_m, block_n, warps, stages, parts in _TILES_TMA:
+            yield TmaConfig(block_m, block_n, 64, warps, stages, SUBTILES=parts)
+    first = pointer_heuristic(request, arch, sms)
+    yield first
     if request.dtype.itemsize > 2:
         tiles, stages_tried = _TILES_32_BIT, (2, 3)
     elif request.parts.gathers:
@@ -86,4 +108,4 @@ def _row_candidates(request: Request, first: RowConfig, arch: Arch, sms: int) ->
             yield first._replace(BLOCK_ROWS=rows, num_warps=warps)
 
 
-_CANDIDATES = {GemmConfig: _gemm_candidates, AttentionConfig: _attention_candidates, RowConfig: _row_candidates}
+_CANDIDATES = {AttentionConfig: _attention_candidates, RowConfig: _row_candidates}

@@ -16,6 +16,7 @@ from .request import (
     Product,
     Request,
     RowConfig,
+    TmaConfig,
     split_head,
 )
 
@@ -23,8 +24,8 @@ from .request import (
 def why_invalid(config: Config, request: Request, arch: Arch) -> list[str]:
     """Every reason why `config` cannot serve `request` on `arch`, with the numbers; empty if it can."""
     expected = CONFIGS[request.kernel]
-    by_library = type(config) is LibraryConfig and expected is GemmConfig
-    if type(config) is not expected and not by_library:
+    other_form = type(config) in (LibraryConfig, TmaConfig) and expected is GemmConfig
+    if type(config) is not expected and not other_form:
         return [f"{request.kernel} takes a {expected.__name__}, got a {type(config).__name__}"]
     reasons = []
     for field, value in config._asdict().items():
@@ -37,9 +38,9 @@ def why_invalid(config: Config, request: Request, arch: Arch) -> list[str]:
     threads = config.num_warps * arch.warp_size
     if threads > 1024:
         reasons.append(f"{config.num_warps} warps are {threads} threads, a block has at most 1024")
-    if by_library:
+    if type(config) is LibraryConfig:
         return reasons
-    reasons += _RULES[expected](config, request, arch)
+    reasons += _RULES[type(config)](config, request, arch)
     if (needed := shared_memory(config, request, arch)) > arch.shared_per_block:
         reasons.append(f"needs {needed} bytes of shared memory, {arch.name} has {arch.shared_per_block} a block")
     # On AMD the block's waves share the registers of four SIMDs.
@@ -70,6 +71,18 @@ def _gemm_rules(config: GemmConfig, request: Request, arch: Arch) -> list[str]:
     elif sums and (filled := filled_parts(k, config.SPLIT_K, config.BLOCK_K)) < config.SPLIT_K:
         reasons.append(f"SPLIT_K is {config.SPLIT_K}, but {k} in steps of {config.BLOCK_K} fills only {filled} parts")
     return reasons
+
+
+def _tma_rules(config: TmaConfig, request: Request, arch: Arch) -> list[str]:
+    reasons = []
+    if not arch.has_tma:
+        reasons.append(f"{arch.name} has no loop by TMA")
+    if not request.parts.tma:
+        reasons.append("an operand is not as TMA takes it")
+    width = config.BLOCK_N // config.SUBTILES
+    if config.SUBTILES not in (1, 2, 4) or width % max(16, columns := request.parts.epilogue.columns):
+        reasons.append(f"parts of {width} columns, but the epilogue takes groups of {max(16, columns)}")
+    return reasons + _warpgroup_rules(config.BLOCK_M, config.num_warps, request, arch)
 
 
 def _serialized(config: GemmConfig, request: Request) -> list[str]:
@@ -114,7 +127,7 @@ def _row_rules(config: RowConfig, request: Request, arch: Arch) -> list[str]:
     return []
 
 
-_RULES = {GemmConfig: _gemm_rules, AttentionConfig: _attention_rules, RowConfig: _row_rules}
+_RULES = {GemmConfig: _gemm_rules, TmaConfig: _tma_rules, AttentionConfig: _attention_rules, RowConfig: _row_rules}
 
 
 def _transforms(side: int, request: Request) -> bool:
@@ -131,6 +144,10 @@ def shared_memory(config: Config, request: Request, arch: Arch) -> int:
     """Bytes of shared memory that a block needs, as Triton 3.7 allocates it; at most a few KiB too many."""
     if isinstance(config, GemmConfig):
         return _gemm_shared_memory(config, request, arch)
+    if isinstance(config, TmaConfig):
+        operands = (config.BLOCK_M + config.BLOCK_N) * config.BLOCK_K * request.dtype.itemsize * config.num_stages
+        part = config.BLOCK_M * config.BLOCK_N // config.SUBTILES
+        return max(operands, part * request.parts.out_dtype.itemsize) + 1024
     if isinstance(config, AttentionConfig):
         return _attention_shared_memory(config, request, arch)
     # Sums across warps.
@@ -191,6 +208,9 @@ def registers(config: Config, request: Request, arch: Arch) -> int:
     if isinstance(config, GemmConfig):
         tile = wide * config.BLOCK_M * config.BLOCK_N / threads
         return int(tile * _epilogue_tiles(request, arch)) + _operand_registers(config, request, arch) + _BASE_REGISTERS
+    if isinstance(config, TmaConfig):
+        tile = config.BLOCK_M * config.BLOCK_N // threads
+        return int(tile * (1 + _epilogue_tiles(request, arch) / config.SUBTILES)) + _BASE_REGISTERS
     if isinstance(config, AttentionConfig):
         sums = 2 if request.kernel == "attention_backward_dkdv" else 1
         scores = 1 if request.kernel == "attention_forward" else 2
