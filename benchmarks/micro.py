@@ -25,7 +25,7 @@ from typing import TextIO
 import torch
 from fastvit.kernels import gemm, tiles
 from fastvit.kernels.launch import choice, cost, hardware
-from fastvit.kernels.launch.request import CONFIGS, Config, LibraryConfig, Request
+from fastvit.kernels.launch.request import Config, LibraryConfig, Request, config_from
 from fastvit.kernels.layer_norm_mlp import ACTIVATED, ACTIVATED_AND_KEPT, ACTIVATION_GRADIENT
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from triton.runtime.jit import JITFunction
@@ -327,7 +327,7 @@ def explanations(
         if row is None or "without" in row:
             continue
         best = next(entry["config"] for entry in row["configs"] if config_text(entry["config"]) == row["best"])
-        config = CONFIGS[request.kernel](**best)
+        config = config_from(request.kernel, best)
         times = {}
         with tuned.use_tuning("read-only"), torch.inference_mode(False), torch.no_grad():
             for name, launch in _lesser_launches(request, call, device, arch, attempts).items():

@@ -23,7 +23,7 @@ import triton.language as tl
 from ._math import TRITON_DTYPES, accumulator_dtype, before_norm, widen
 from .launch import cost
 from .launch.choice import choose
-from .launch.launcher import launch
+from .launch.launcher import launch as launch_kernel
 from .launch.request import AttentionConfig, Request, Scores, ceil_div, split_head, uses_tf32
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -417,7 +417,7 @@ def _mask_arguments(qkv, key_padding_mask, attn_bias):
     return mask, bias, (mask_strides, tuple(steps))
 
 
-def _launch(kernel, name: str, qkv, scores: Scores, args, written, config=None, by_tile=None):
+def launch(kernel, name: str, qkv, scores: Scores, args, written, config=None, by_tile=None):
     """Launch a kernel of attention over rows of `qkv`, with the config chosen for it if none is given. by_tile: from
     the number of tiles a head, (tensors filled tile by tile along their first axis, the arguments in place of args).
     Returns `written`, what else it fills, and those tensors."""
@@ -426,7 +426,7 @@ def _launch(kernel, name: str, qkv, scores: Scores, args, written, config=None, 
     if config is None:
 
         def repeat(config: AttentionConfig) -> tuple[torch.Tensor, ...]:
-            filled = _launch(kernel, name, qkv, scores, args, written, config, by_tile)
+            filled = launch(kernel, name, qkv, scores, args, written, config, by_tile)
             return *written, *[tensor.sum(0) for tensor in filled[len(written) :]]
 
         config = choose(request, qkv.device, repeat)
@@ -434,23 +434,29 @@ def _launch(kernel, name: str, qkv, scores: Scores, args, written, config=None, 
     partial = ()
     if by_tile is not None:
         partial, args = by_tile(tiles)
-    launch(kernel, _constants, request, config, qkv.device, (tiles * batch * heads, 1, 1), args)
+    launch_kernel(kernel, _constants, request, config, qkv.device, (tiles * batch * heads, 1, 1), args)
     return *written, *partial
 
 
 def attention_forward(qkv, scale: float, key_padding_mask=None, attn_bias=None):
     """qkv (B, N, 3, H, d) with unit stride along d, key_padding_mask (B, N) bool, attn_bias broadcastable to
     (B, H, N, N) -> out (B, N, H * d) in qkv's dtype, lse (B, H, N) in base 2, float32 (float64 for float64)."""
+    given, written = forward(qkv, scale, key_padding_mask, attn_bias)
+    if qkv.numel():
+        launch(*given)
+    return written
+
+
+def forward(qkv, scale: float, key_padding_mask=None, attn_bias=None):
+    """What `launch` takes for `attention_forward`, and the memory of what it returns."""
     batch, tokens, _, heads, head_dim = qkv.shape
     out = torch.empty(batch, tokens, heads * head_dim, dtype=qkv.dtype, device=qkv.device)
     lse = torch.empty(batch, heads, tokens, dtype=accumulator_dtype(qkv.dtype), device=qkv.device)
-    if out.numel():
-        mask, bias, strides = _mask_arguments(qkv, key_padding_mask, attn_bias)
-        sizes = (tokens, heads, scale, qkv.stride()[:4], *strides)
-        scores = Scores(mask is not None, None if bias is None else bias.dtype)
-        args = (qkv, out, lse, mask, bias, *sizes)
-        _launch(attention_kernel, "attention_forward", qkv, scores, args, (out, lse))
-    return out, lse
+    mask, bias, strides = _mask_arguments(qkv, key_padding_mask, attn_bias)
+    sizes = (tokens, heads, scale, qkv.stride()[:4], *strides)
+    scores = Scores(mask is not None, None if bias is None else bias.dtype)
+    args = (qkv, out, lse, mask, bias, *sizes)
+    return (attention_kernel, "attention_forward", qkv, scores, args, (out, lse)), (out, lse)
 
 
 class BeforeNorm(NamedTuple):
@@ -489,19 +495,19 @@ def attention_backward(
     sums = None
     if dqkv.numel():
         out, delta = (out, torch.empty_like(lse)) if delta is None else (None, delta)
-        by_row = None if norm is None else lse.new_empty(2 * heads, 2, batch * tokens)
+        by_row = None if norm is None else torch.empty(2 * heads, 2, batch * tokens, dtype=acc, device=qkv.device)
         mask, bias, strides = _mask_arguments(qkv, key_padding_mask, attn_bias)
         sizes = (tokens, heads, scale, qkv.stride()[:4], dout.stride()[:2], *strides)
         scores = Scores(mask is not None, None if bias is None else bias.dtype, needs_bias, norm is not None)
 
         def with_sums(columns: int, first: int, before: tuple, after: tuple, tiles: int):
             """Room for the sums by column of `columns` of qkv from the `first` on, and a kernel's arguments."""
-            by_column = lse.new_empty(batch * tiles, 2, columns)
+            by_column = torch.empty(batch * tiles, 2, columns, dtype=acc, device=qkv.device)
             return (by_column,), (*before, (*norm, by_row, by_column, first, batch * tokens), *after)
 
         def run(kernel, name: str, scores: Scores, columns: int, first: int, before: tuple, after: tuple, written):
             by_tile = None if norm is None else partial(with_sums, columns, first, before, after)
-            return _launch(kernel, name, qkv, scores, (*before, None, *after), written, by_tile=by_tile)
+            return launch(kernel, name, qkv, scores, (*before, None, *after), written, by_tile=by_tile)
 
         width = heads * qkv.shape[4]
         written = tuple([tensor for tensor in (dqkv[:, :, 0], delta, dbias) if tensor is not None])

@@ -11,6 +11,7 @@ A call must move each weight twice (`fold`), and G, the weight and its gradient 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ import triton.language as tl
 
 from ._math import TRITON_DTYPES, accumulator_dtype
 from .launch import cost
-from .launch.launcher import launch
+from .launch.launcher import launch as launch_kernel
 from .launch.request import Request, RowConfig, Rows, ceil_div
 
 # Nothing here is worth a choice: together under a hundredth of a block.
@@ -165,7 +166,7 @@ def sections_kernel(
         block -= blocks
 
 
-def _launch(function, sections: list[tuple], block: int, config: RowConfig, acc: torch.dtype, device) -> None:
+def launch(function, sections: list[tuple], block: int, config: RowConfig, acc: torch.dtype, device) -> None:
     """Launch `function` on sections, programs of `block` of each one's size."""
 
     def constants(request: Request, config: RowConfig) -> dict:
@@ -181,12 +182,12 @@ def _launch(function, sections: list[tuple], block: int, config: RowConfig, acc:
 
     request = Request(function.__name__, (), acc, Rows())
     grid = (sum(ceil_div(section[0], block) for section in sections), 1, 1)
-    launch(sections_kernel, constants, request, config, device, grid, (tuple(sections),))
+    launch_kernel(sections_kernel, constants, request, config, device, grid, (tuple(sections),))
 
 
-def fold(layers: list[Layer], dtype: torch.dtype) -> list[Folded]:
-    """Each layer's norm and layer-scale folded into its weight, rounded to `dtype`; what there is nothing to do for is
-    returned as it came."""
+def fold(layers: Sequence[Layer], dtype: torch.dtype) -> tuple[list[Folded], tuple | None]:
+    """Memory for each layer with its norm and layer-scale folded into its weight, rounded to `dtype`, and what `launch`
+    takes to fill it: None where there is nothing to do. A layer that is as products take it is returned as it came."""
     acc = accumulator_dtype(dtype)
     found, sections = [], []
     for layer in layers:
@@ -204,9 +205,7 @@ def fold(layers: list[Layer], dtype: torch.dtype) -> list[Folded]:
         found.append(folded)
         written = (folded.weight, folded.bias if changed else None, folded.colsum)
         sections.append((*weight.shape, *layer, *written))
-    if sections:
-        _launch(fold_rows, sections, FOLD.BLOCK_ROWS, FOLD, acc, layers[0].weight.device)
-    return found
+    return found, (fold_rows, sections, FOLD.BLOCK_ROWS, FOLD, acc, layers[0].weight.device) if sections else None
 
 
 def sum_parts(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
@@ -215,7 +214,7 @@ def sum_parts(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
     if pairs:
         sections = [(len(out), len(partial), partial.stride(0), partial, out) for partial, out in pairs]
         partial = pairs[0][0]
-        _launch(sum_columns, sections, SUM.BLOCK_D, SUM, partial.dtype, partial.device)
+        launch(sum_columns, sections, SUM.BLOCK_D, SUM, partial.dtype, partial.device)
 
 
 class Unfolding(NamedTuple):
@@ -241,7 +240,7 @@ def unfold(layers: list[Unfolding]) -> list[tuple[torch.Tensor | None, ...]]:
         sections.append((*weight.shape[::-1], product, weight, norm_weight, norm_bias, sums, *gradients))
     if sections:
         first = layers[0]
-        _launch(unfold_columns, sections, UNFOLD.BLOCK_D, UNFOLD, first.sums.dtype, first.sums.device)
+        launch(unfold_columns, sections, UNFOLD.BLOCK_D, UNFOLD, first.sums.dtype, first.sums.device)
     return found
 
 
@@ -258,5 +257,5 @@ def unscale(layers: list[tuple]) -> list[tuple[torch.Tensor | None, ...]]:
         sections.append((*weight.shape, product, weight, bias, scale, total, dweight, dbias, dscale))
     if sections:
         scale = layers[0][0].scale
-        _launch(unscale_rows, sections, FOLD.BLOCK_ROWS, FOLD, accumulator_dtype(scale.dtype), scale.device)
+        launch(unscale_rows, sections, FOLD.BLOCK_ROWS, FOLD, accumulator_dtype(scale.dtype), scale.device)
     return found

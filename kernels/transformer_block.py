@@ -41,6 +41,7 @@ from .block_tiles import (
     stream_kernel,
 )
 from .fold import Folded, Layer, Unfolding, fold, sum_parts, unfold, unscale
+from .fold import launch as launch_sections
 from .launch.launcher import launch as launch_kernel
 from .launch.request import Request, RowConfig, Rows, ceil_div, next_power_of_2
 from .reduce import rows_per_sample
@@ -376,7 +377,10 @@ def transformer_block_forward(x, copy, centre, stats, *others) -> tuple[torch.Te
     num_heads, scale, eps1, eps2, activation, keep, dtype = others[18:]
     batch, tokens, dim = x.shape
     layers = _layers(parameters, (scale1, scale2))
-    folded = Weights(*fold(list(layers), dtype))
+    folded, to_fold = fold(layers, dtype)
+    if to_fold is not None:
+        launch_sections(*to_fold)
+    folded = Weights(*folded)
     rows = x.view(batch * tokens, dim)
     stream = stream_of(rows, dtype) if stats is None else Stream(copy, centre, stats)
 
@@ -384,7 +388,9 @@ def transformer_block_forward(x, copy, centre, stats, *others) -> tuple[torch.Te
     product, (qkv, _, *norm1, centre) = _folded_product(read, stream, folded.qkv, eps1, None, False)
     gemm.launch(*product)
     qkv = qkv.view(batch, tokens, 3, num_heads, dim // num_heads)
-    mixed, lse = attention.attention_forward(qkv, scale, key_padding_mask, attn_bias)
+    given, (mixed, lse) = attention.forward(qkv, scale, key_padding_mask, attn_bias)
+    if rows.numel():
+        attention.launch(*given)
     product, x1, stream1 = _stream_product(mixed.view(rows.shape), folded.proj, rows, centre, drop1)
     gemm.launch(*product)
     read1 = x1 if stream1.copy is None else stream1.copy

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import torch
 from fastvit.benchmarks.static.record import Record
-from fastvit.kernels import gemm, layer_norm_mlp, patch_embed
+from fastvit.kernels import block_tiles, layer_norm_mlp, patch_embed, tiles
 from fastvit.kernels.launch.request import Epilogue, Product, Prologue, Request, Rows, Scores
 
 ROOT = Path(__file__).parents[1]
 
 PARTS = {
     value.name: value
-    for module in (gemm, layer_norm_mlp, patch_embed)
+    for module in (tiles, block_tiles, layer_norm_mlp, patch_embed)
     for value in vars(module).values()
     if isinstance(value, (Prologue, Epilogue))
 }
@@ -26,12 +26,13 @@ def request_of(key: str) -> Request:
     dtype = getattr(torch, dtype)
     dtypes = {word.partition("=")[0]: getattr(torch, word.partition("=")[2]) for word in words if "=" in word}
     if kernel == "gemm":
-        left, right, epilogue, *rest = (PARTS.get(word, word) for word in words if "=" not in word)
+        left, right, epilogue, *rest = (PARTS.get(word, word) for word in words if "=" not in word and word != "tma")
         memory = [dtypes.get(matrix, dtype) for matrix in ("left", "right", "out")]
-        parts = Product(left, right, epilogue, *(rest or [None]), *memory)
+        activation = int(rest[0]) if rest and rest[0].isdecimal() else rest[0] if rest else None
+        parts = Product(left, right, epilogue, activation, *memory, "tma" in words)
     elif kernel.startswith("attention"):
         bias = dtypes.get("bias", dtype) if "bias" in words else None
-        parts = Scores("mask" in words, bias, "bias_gradient" in words)
+        parts = Scores("mask" in words, bias, "bias_gradient" in words, "before_norm" in words)
     else:
         parts = Rows("residual" in words, dtypes.get("out"))
     return Request(kernel, tuple(map(int, shape.split("x"))), dtype, parts)

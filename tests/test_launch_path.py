@@ -45,6 +45,21 @@ EMBED = gemm("load_patches", "load_matrix", "store_tokens")
 PIXELS = gemm("load_matrix", "load_matrix", "store_pixels")
 PATCH_WEIGHT = "weight: " + gemm("load_matrix", "load_patches", "store")
 
+# A block: the gradient of its output is scaled, summed or copied where a scale, a bias or a wider stream asks for it.
+COPY = "scaled_gradient_kernel"
+COPY_OF_WIDE = "wide: " + COPY
+FOLD, UNFOLD, UNSCALE = (f"sections_kernel({name})" for name in ("fold_rows", "unfold_columns", "unscale_rows"))
+SUM_PARTS = "sections_kernel(sum_columns)"
+FOLDED, STREAM, DERIVATIVE, NORM_GRADIENT = (
+    gemm("load_matrix", "load_matrix", f"store_{name}") for name in ("folded", "stream", "derivative", "norm_gradient")
+)
+BLOCK_FORWARD = [FOLD, "stream_kernel", FOLDED, "attention_kernel", STREAM, FOLDED, STREAM]
+THROUGH_ATTENTION = [DERIVATIVE, NORM_GRADIENT, INPUT, *ATTENTION_BACKWARD]
+BLOCK_BACKWARD = [
+    *(COPY, DERIVATIVE, WEIGHT, WEIGHT, NORM_GRADIENT, WEIGHT, INPUT, *ATTENTION_BACKWARD, WEIGHT, NORM_GRADIENT),
+    *(SUM_PARTS, UNFOLD),
+]
+
 # What each sample launches in its order: forward; backward with everything to train; backward with each of the named
 # inputs alone to train, the others frozen.
 LAUNCHES = {
@@ -113,6 +128,31 @@ LAUNCHES = {
         "weight": [PATCH_WEIGHT],
         "bias pos_embed prefix": [COLUMN_SUM],
     },
+    "transformer_block": {
+        "forward": BLOCK_FORWARD,
+        "backward": BLOCK_BACKWARD,
+        "x": [COPY_OF_WIDE, *THROUGH_ATTENTION, NORM_GRADIENT],
+        "norm1_weight norm1_bias qkv_weight qkv_bias": [COPY_OF_WIDE, *THROUGH_ATTENTION, WEIGHT, SUM_PARTS, UNFOLD],
+        "proj_weight": [COPY_OF_WIDE, DERIVATIVE, NORM_GRADIENT, WEIGHT],
+        "proj_bias": [COPY_OF_WIDE, DERIVATIVE, NORM_GRADIENT, SUM_PARTS],
+        "norm2_weight norm2_bias fc1_weight fc1_bias": [COPY_OF_WIDE, DERIVATIVE, WEIGHT, SUM_PARTS, UNFOLD],
+        "fc2_weight": [COPY_OF_WIDE, DERIVATIVE, WEIGHT],
+        "fc2_bias": [COPY, SUM_PARTS],
+    },
+    "transformer_block-all": {
+        "forward": BLOCK_FORWARD,
+        "backward": [*BLOCK_BACKWARD, UNSCALE],
+        "x": [COPY, *THROUGH_ATTENTION, NORM_GRADIENT],
+        "norm1_weight norm1_bias qkv_weight qkv_bias": [COPY, *THROUGH_ATTENTION, WEIGHT, SUM_PARTS, UNFOLD],
+        "proj_weight": [COPY, DERIVATIVE, NORM_GRADIENT, WEIGHT, UNSCALE],
+        "proj_bias": [COPY, DERIVATIVE, NORM_GRADIENT, SUM_PARTS, UNSCALE],
+        "norm2_weight norm2_bias fc1_weight fc1_bias": [COPY, DERIVATIVE, WEIGHT, SUM_PARTS, UNFOLD],
+        "fc2_weight": [COPY, DERIVATIVE, WEIGHT, UNSCALE],
+        "fc2_bias": [COPY, SUM_PARTS, UNSCALE],
+        "layer_scale1": [COPY, DERIVATIVE, NORM_GRADIENT, WEIGHT, SUM_PARTS, UNSCALE],
+        "layer_scale2": [COPY, DERIVATIVE, WEIGHT, SUM_PARTS, UNSCALE],
+        "attn_bias": [COPY, *THROUGH_ATTENTION],
+    },
 }
 
 # How many kernels each sample has compiled once it has run, forward and backward, at these batch sizes, one after the
@@ -129,6 +169,8 @@ VARIANTS = {
     "attention-biased": [3] * 6,
     "patch_embed": [4] * 6,
     "patch_embed-uint8": [3] * 6,
+    "transformer_block": [17, 17, 20, 21, 22, 22],
+    "transformer_block-all": [17, 17, 20, 21, 22, 22],
 }
 
 
@@ -169,7 +211,11 @@ def test_every_launch(dtypes, product, launch_ops, triton_cache):
     assert launched.keys() == LAUNCHES.keys()
     for sample, table in LAUNCHES.items():
         expected = {
-            name: [kernel.removeprefix("weight: ").replace("DTYPE", product) for kernel in kernels]
+            name: [
+                kernel.removeprefix("weight: ").removeprefix("wide: ").replace("DTYPE", product)
+                for kernel in kernels
+                if " " in dtypes or not kernel.startswith("wide: ")
+            ]
             for names, kernels in table.items()
             for name in names.split()
         }
@@ -209,7 +255,12 @@ def test_the_tuner_has_kernels_compiled_ahead(launch_ops, tmp_path):
     found = launch_ops("tuning", DISABLE_LLVM_OPT="1", TRITON_CACHE_DIR=str(tmp_path))
     assert found["launched ahead"] == []
     assert set(found["itself"]) == {"gemm_kernel 100"} and len(found["itself"]) == 3
-    assert {kernel.split()[0] for kernel in found["ahead"]} == {"gemm_kernel", "apply_kernel", "column_sum_kernel"}
+    assert {kernel.split()[0] for kernel in found["ahead"]} == {
+        "gemm_kernel",
+        "tma_kernel",
+        "apply_kernel",
+        "column_sum_kernel",
+    }
     assert len(found["ahead"]) > 8
     *launched, _ = found["said"]
     assert len(launched) == 4 and not any("not tuned" in line for line in launched)
@@ -220,7 +271,7 @@ def test_the_way_from_a_block_to_its_kernels(launch_ops):
     """Six hops, and those of the first product as docs/architecture.md lists them."""
     ways = launch_ops("hops", STUB_GPU_COMPILE="no")
     assert len(ways) == 7 and max(len(way) - 1 for way in ways) <= 6
-    listed = "\n".join(f"{hop}. {function}" for hop, function in enumerate(ways[1]))
+    listed = "\n".join(f"{hop}. {function}" for hop, function in enumerate(ways[2]))
     assert listed in (TESTS.parent / "docs" / "architecture.md").read_text(), listed
 
 

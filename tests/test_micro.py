@@ -79,7 +79,7 @@ def test_every_launch_is_measured_with_every_config_beside_the_library(table):
     needs = cost.request_cost(request)
     assert row["bound_seconds"] == cost.bound_seconds(needs, RATES) > 0
     assert row["library"] == {"library mm": 1e-4, "library addmm": 1e-4, "twin": 1e-4}
-    assert set(rows["gemm 70x64x72 bfloat16 matrix matrix input_gradient"]["library"]) == {"library mm", "twin"}
+    assert set(rows["gemm 70x64x72 bfloat16 matrix matrix input_gradient tma"]["library"]) == {"library mm", "twin"}
     partial = next(row for key, row in rows.items() if " sums" in key)
     assert set(partial["library"]) == {"library mm", "twin"}
     # What it decided is the tuner's.

@@ -5,7 +5,7 @@ A product's prologue and epilogue say what the choice depends on (`Prologue`, `E
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -82,6 +82,12 @@ CONFIGS: dict[str, type[Config]] = {
     "layer_norm_backward": RowConfig,
     "column_sum": RowConfig,
 }
+
+
+def config_from(kernel: str, values: Mapping[str, int]) -> Config:
+    """The config of `kernel` with these values by name."""
+    kind = TmaConfig if kernel == "gemm" and "SUBTILES" in values else CONFIGS[kernel]
+    return kind(**values)
 
 
 @dataclass(frozen=True, eq=False)

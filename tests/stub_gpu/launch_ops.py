@@ -60,7 +60,9 @@ class Recorder(stub_gpu.Launcher):
     def __str__(self):
         """The kernel's name; of a product with its loaders, its epilogue and the dtype that it runs in."""
         name = self.description.split()[0]
-        told = [self.constants[key] for key in ("LOAD_A", "LOAD_B", "EPILOGUE", "DTYPE") if key in self.constants]
+        told = [
+            self.constants[key] for key in ("LOAD_A", "LOAD_B", "SECTION", "EPILOGUE", "DTYPE") if key in self.constants
+        ]
         return f"{name}({', '.join(told)})" if told else name
 
 
