@@ -4,7 +4,7 @@ VENV := .venv
 # numpy's and torch's threads would fight the test processes, and the interpreter's small arrays gain nothing by them.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 
-.PHONY: bench verify test test-all static gpu host frozen pages clean help
+.PHONY: bench verify test test-all static gpu host frozen kernels pages clean help
 
 help:
 	@echo "make bench     verify the kernels, then time ViT models beside their peers on photographs"
@@ -16,6 +16,7 @@ help:
 	@echo "               OUT=folder FROM=archive COMMIT=name BUDGET=seconds MODELS=names BATCH=n STEPS=names"
 	@echo "make host      launches of a model and the host's time for them, without a GPU: benchmarks/results/host.json"
 	@echo "make frozen    where a model's time goes before and after it is frozen: docs/frozen.md and its picture"
+	@echo "make kernels   a block's launches, from the code: docs/kernels.md and its picture"
 	@echo "make pages     the pages and tables of benchmarks/results/ anew, and the table in README.md"
 	@echo "make clean     remove the environment and what was built"
 
@@ -90,6 +91,9 @@ host: $(VENV)/.test
 # On a quiet machine.
 frozen: $(VENV)/.bench
 	@$(VENV)/bin/python benchmarks/frozen_steps.py
+
+kernels: $(VENV)/.bench $(PLACE)/fastvit
+	@cd $(PLACE) && $(abspath $(VENV))/bin/python -m fastvit.benchmarks.block_launches
 
 pages: $(VENV)/.bench
 	@$(VENV)/bin/python -m fastvit.benchmarks.report.summary

@@ -7,9 +7,9 @@ from setuptools.command import build_py
 
 FOLDERS = {"fastvit": "fastvit", "fastvit.kernels": "kernels", "fastvit.benchmarks": "benchmarks"}
 PACKAGES = {f"{root}.{found}" for root, folder in FOLDERS.items() for found in find_packages(folder)} | {*FOLDERS}
-# Of `benchmarks/`, what only a checkout runs: `python benchmarks`, pytest, `make gpu`, `make pages`, `make static`.
-TOOLS = ("__main__", "test_ops", "frozen_steps", "runbook", "on_gpu", "micro", "peaks", "report.gpu", "report.summary",
-         "static", "static_report")  # fmt: skip
+# Of `benchmarks/`, what only a checkout runs: `python benchmarks`, pytest, `make gpu`, `make kernels`, ...
+TOOLS = ("__main__", "test_ops", "frozen_steps", "block_launches", "runbook", "on_gpu", "micro", "peaks", "report.gpu",
+         "report.summary", "static", "static_report")  # fmt: skip
 
 
 class BuildPy(build_py.build_py):

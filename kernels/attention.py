@@ -195,6 +195,7 @@ def attention_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    """softmax(q k^T * scale) v of a tile of queries of one head, and its log-sum-exp."""
     tiles = tl.cdiv(N, BLOCK_M)
     head = tl.program_id(0) // tiles
     batch, head_in_batch = (head // H).to(tl.int64), (head % H).to(tl.int64)
@@ -267,6 +268,7 @@ def attention_backward_dq_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    """dq of a tile of queries of one head, or rstd * dq with the sums that the norm before qkv needs."""
     tiles = tl.cdiv(N, BLOCK_M)
     head = tl.program_id(0) // tiles
     batch, head_in_batch = (head // H).to(tl.int64), (head % H).to(tl.int64)
@@ -342,6 +344,7 @@ def attention_backward_dkdv_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    """dk and dv of a tile of keys of one head, or rstd times these with the sums that the norm before qkv needs."""
     tiles = tl.cdiv(N, BLOCK_N)
     head = tl.program_id(0) // tiles
     batch, head_in_batch = (head // H).to(tl.int64), (head % H).to(tl.int64)

@@ -70,6 +70,7 @@ def stream_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    """What the first of a row of blocks needs: the rows' statistics and, of a wide stream, the copy."""
     i = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     j = tl.arange(0, BLOCK_D)
     column_ok = j < columns
@@ -98,6 +99,7 @@ def scaled_gradient_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
+    """The gradient of the block's output, scaled and rounded as products read it, and its sums by column."""
     part = tl.program_id(0)
     i = part * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     j = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
@@ -251,9 +253,9 @@ def store_with_delta(acc, i, j, part, target, size_i, size_j, HEAD_DIM: tl.const
     tl.store(delta_ptr + (row * tokens + (i % tokens)[:, None]), delta, mask=row_ok[:, None] & (head < heads)[None, :])
 
 
-FOLDED = Epilogue("folded", store_folded)
-FOLDED_ACTIVATED = Epilogue("folded_activated", store_folded, beside=True)
-FOLDED_KEPT = Epilogue("folded_kept", store_folded, beside=True)
+FOLDED = Epilogue("folded", store_folded, wide=True)
+FOLDED_ACTIVATED = Epilogue("folded_activated", store_folded, beside=True, wide=True)
+FOLDED_KEPT = Epilogue("folded_kept", store_folded, beside=True, wide=True)
 STREAM = Epilogue("stream", store_stream, beside=True, columns=64)
 STREAM_AND_COPY = Epilogue("stream_and_copy", store_stream, tiles=3, columns=64)
 DERIVATIVE = Epilogue("derivative", store_derivative, tiles=3, input_gradient=True)

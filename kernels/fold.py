@@ -49,7 +49,7 @@ class Folded(NamedTuple):
 
 @triton.jit
 def fold_rows(layer, block, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, ACC: tl.constexpr):
-    """BLOCK_ROWS rows of one layer."""
+    """The norm before a layer and the scale after it folded into its weight, BLOCK_ROWS rows at a time."""
     rows, columns, w_ptr, bias_ptr, gain_ptr, shift_ptr, scale_ptr, out_ptr, out_bias_ptr, colsum_ptr = layer
     i = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     row_ok = i < rows
@@ -79,7 +79,7 @@ def fold_rows(layer, block, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexp
 
 @triton.jit
 def sum_columns(section, block, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, ACC: tl.constexpr):
-    """BLOCK_COLUMNS columns of one matrix, summed over its rows."""
+    """Partial sums added up, BLOCK_COLUMNS columns at a time."""
     columns, rows, stride, partial_ptr, out_ptr = section
     j = block * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), ACC)
@@ -92,8 +92,8 @@ def sum_columns(section, block, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.cons
 
 @triton.jit
 def unfold_columns(layer, block, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, ACC: tl.constexpr):
-    """BLOCK_COLUMNS columns of a layer with a norm before it: dW = (G - t) gamma + db beta, with the sums over rows of
-    (G - t) W and db W, the gradients of gamma and beta."""
+    """The gradients of a layer and the norm before it, BLOCK_COLUMNS columns at a time. dW = (G - t) gamma + db beta;
+    of gamma and beta, the sums over rows of (G - t) W and db W."""
     columns, rows, g_ptr, w_ptr, gain_ptr, shift_ptr, sums_ptr, dw_ptr, dbias_ptr, dgain_ptr, dshift_ptr = layer
     j = block * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     column_ok = j < columns
@@ -122,8 +122,8 @@ def unfold_columns(layer, block, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.con
 
 @triton.jit
 def unscale_rows(layer, block, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, ACC: tl.constexpr):
-    """BLOCK_ROWS rows of a layer with a scale after it: dW = scale G, db = scale r, and the scale's gradient, the sum
-    over columns of G W, and bias r; r being the sum over tokens of the scaled output's gradient."""
+    """The gradients of a layer and of the scale after it, BLOCK_ROWS rows at a time. dW = scale G, db = scale r; of the
+    scale, the sum over columns of G W, and bias r; r being the sum over tokens of the scaled output's gradient."""
     rows, columns, g_ptr, w_ptr, bias_ptr, scale_ptr, total_ptr, dw_ptr, dbias_ptr, dscale_ptr = layer
     i = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     row_ok = i < rows

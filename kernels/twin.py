@@ -5,10 +5,12 @@
     the epilogue, where the library did not do all of it: EPILOGUE of the stored product
 
 So every launch has a floor: the library and a pass or two over memory. The product between is stored in the dtype of
-the operands, rounded, as PyTorch's own is.
+the operands, rounded, as PyTorch's own is, but for epilogues that need all of it.
 A call must move what `gemm` must, and beyond it twice each operand that is written, and twice the product where an
 epilogue follows.
 """
+
+import contextlib
 
 import torch
 import triton
@@ -50,11 +52,14 @@ def launch(request: Request, config: LibraryConfig, a: tuple, b: tuple, target: 
     over_tokens = product.epilogue.sums
     x = _operand("left", request, config, product.left, a, (m, k), 1 if over_tokens else 0)
     y = _operand("right", request, config, product.right, b, (k, n), 0 if over_tokens else None)
-    # As an autograd.Function's forward runs under autocast, where torch.mm would round its operands.
-    with torch.autocast(x.device.type, enabled=False):
+    # An autograd.Function's forward may run under autocast, where torch.mm would round its operands.
+    kind = x.device.type
+    rounding = kind != "meta" and torch.is_autocast_enabled(kind)
+    with torch.autocast(kind, enabled=False) if rounding else contextlib.nullcontext():
         if product.epilogue.library is not None and product.epilogue.library(x, y, target):
             return
-        stored = matrix_product(x, y, request.dtype)
+        wide = product.epilogue.wide
+        stored = matrix_product(x, y, accumulator_dtype(request.dtype) if wide else request.dtype)
     del x, y
     _apply("epilogue", request, config, MATRIX, plain(stored), product.epilogue.store, target, (m, n), 0)
 

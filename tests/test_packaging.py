@@ -16,6 +16,7 @@ pytest.importorskip("setuptools", "70.1")
 ROOT = Path(__file__).parents[1]
 FOLDERS = {"fastvit": "fastvit", "kernels": "fastvit/kernels", "benchmarks": "fastvit/benchmarks"}
 TOOLS = (
+    "block_launches",
     "frozen_steps",
     "__main__",
     "test_ops",

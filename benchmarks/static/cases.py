@@ -29,20 +29,21 @@ def _attention(tokens, heads, head_dim, dtype, masked=False, batch=BATCH):
     attention.attention_backward(out, qkv, out, lse, head_dim**-0.5, mask, bias, needs_bias=masked)
 
 
-def _whole_block(tokens, dim, dtype, stream=None, scaled=False, activation="gelu", batch=BATCH):
-    """A block as one op: forward, the first of a row and a later one; and backward. stream: the dtype of x and the
-    parameters, as under autocast."""
+def whole_block(tokens, dim, dtype, stream=None, scaled=False, batch=BATCH, backward=True):
+    """A block as one op: forward, the first of a row and a later one, and backward. stream: the dtype of x and of the
+    parameters, as under autocast. backward=False: forward only, with nothing kept."""
     stream = stream or dtype
     sizes = {"batch": batch, "tokens": tokens, "dim": dim, "heads": dim // 64, "hidden": 4 * dim}
     x, *given = tensors("transformer_block", Draw(stream, "meta"), BLOCK_SCALES if scaled else (), **sizes).values()
     given += [None] * (18 - len(given))
-    how = (dim // 64, 0.125, 1e-6, 1e-6, activation)
+    how = (dim // 64, 0.125, 1e-6, 1e-6, "gelu")
     forward = transformer_block.transformer_block_forward
     out, *handed = forward(x, None, None, None, *given, *how, False, dtype)[:4]
-    _, _, _, _, _, *saved = forward(x, *handed, *given, *how, True, dtype)
-    read = x.flatten(0, 1) if handed[0] is None else handed[0]
-    needs = [True] * 13 + [scaled] * 2 + [False]
-    transformer_block.transformer_block_backward(out, read, *saved, *given, 0.125, activation, needs)
+    if backward:
+        _, _, _, _, _, *saved = forward(x, *handed, *given, *how, True, dtype)
+        read = x.flatten(0, 1) if handed[0] is None else handed[0]
+        needs = [True] * 13 + [scaled] * 2 + [False]
+        transformer_block.transformer_block_backward(out, read, *saved, *given, 0.125, "gelu", needs)
 
 
 def _block(tokens, dim, dtype, stream=None, scaled=False, activation="gelu", batch=BATCH):
@@ -114,12 +115,12 @@ def cases() -> list[Case]:
         Case("patch embedding B/16 fp32", lambda: _patch_embed(224, 16, 768, fp32)),
     ]
     listed += [
-        Case("whole block S/16 bf16", lambda: _whole_block(197, 384, bf16)),
-        Case("whole block B/16 bf16", lambda: _whole_block(197, 768, bf16), candidates=True),
-        Case("whole block B/16 bf16, batch 1", lambda: _whole_block(197, 768, bf16, batch=1)),
-        Case("whole block B/16 bf16 of float32, scaled", lambda: _whole_block(197, 768, bf16, fp32, scaled=True)),
-        Case("whole block L/16 fp16, scaled", lambda: _whole_block(197, 1024, fp16, scaled=True)),
-        Case("whole block B/16 fp32", lambda: _whole_block(197, 768, fp32, scaled=True)),
+        Case("whole block S/16 bf16", lambda: whole_block(197, 384, bf16)),
+        Case("whole block B/16 bf16", lambda: whole_block(197, 768, bf16), candidates=True),
+        Case("whole block B/16 bf16, batch 1", lambda: whole_block(197, 768, bf16, batch=1)),
+        Case("whole block B/16 bf16 of float32, scaled", lambda: whole_block(197, 768, bf16, fp32, scaled=True)),
+        Case("whole block L/16 fp16, scaled", lambda: whole_block(197, 1024, fp16, scaled=True)),
+        Case("whole block B/16 fp32", lambda: whole_block(197, 768, fp32, scaled=True)),
     ]
     for name in ("gelu_tanh", "quick_gelu", "silu"):
         listed.append(Case(f"block S/16 bf16, {name}", lambda name=name: _block(197, 384, bf16, activation=name)))

@@ -397,7 +397,8 @@ def _library_seconds(request: Request, arch: Arch, sms: int | None) -> float:
         product.right.plain and product.right_dtype == request.dtype,
         product.epilogue.library is not None,
     )
-    passes = [size for size, done in zip((m * k, k * n, m * n), as_it_is, strict=True) if not done]
+    stored = m * n * (2 if product.epilogue.wide and request.dtype.itemsize == 2 else 1)
+    passes = [size for size, done in zip((m * k, k * n, stored), as_it_is, strict=True) if not done]
     return seconds + _memory_seconds(2 * sum(passes) * request.dtype.itemsize, arch) + len(passes) * LAUNCH_SECONDS
 
 

@@ -116,7 +116,8 @@ class Epilogue:
     once. beside: it reads or writes another matrix beside its result. bare: it does nothing but store. scatters: pixel
     by pixel; gathers: by less than 16 bytes at a time. sums: partial ones, so that the reduction may be cut (SPLIT_K).
     input_gradient: of products whose right operand is the weight as it is. columns: what BLOCK_N is a multiple of.
-    library: (x (M, K), y (K, N), target) -> whether the library stored all of it, which it does where it can.
+    wide: it takes a difference that a product rounded to 16 bits would not survive. library: (x (M, K), y (K, N),
+    target) -> whether the library stored all of it, which it does where it can.
     """
 
     name: str
@@ -129,6 +130,7 @@ class Epilogue:
     sums: bool = False
     input_gradient: bool = False
     columns: int = 1
+    wide: bool = False
     library: Callable | None = None
 
 
