@@ -96,7 +96,7 @@ def test_autocast_projects_in_its_dtype(device):
 def test_fake_gradient_of_a_channels_last_image_has_its_layout(device):
     image = torch.randn(2, 3, 8, 8, device=device).to(memory_format=torch.channels_last)
     dtokens, weight = torch.randn(2, 4, 8, device=device), torch.randn(8, 3, 4, 4, device=device)
-    arguments = (dtokens, image, weight, *[None] * 5, False, [True, False, False, False, False])
+    arguments = (dtokens, image, weight, *[None] * 5, [True, False, False, False, False])
     torch.library.opcheck(torch.ops.fastvit.patch_embed_backward.default, arguments)
 
 

@@ -62,7 +62,7 @@ def _block(tokens, dim, dtype, stream=None, scaled=False, activation="gelu", bat
     x, *norm, weight, bias = rows("layer_norm_linear", *normalised, out=3 * dim)
     layer_norm.layer_norm_forward(x, *norm, 1e-6)
     qkv, mean, rstd = layer_norm_linear.layer_norm_linear_forward(x, *norm, weight, bias, 1e-6)
-    layer_norm_linear.layer_norm_linear_backward(qkv, x, mean, rstd, *norm, weight, 1e-6, (True,) * 3)
+    layer_norm_linear.layer_norm_linear_backward(qkv, x, mean, rstd, *norm, weight, (True,) * 3)
 
     inner, weight, bias, x, *scales = rows("linear_residual", "residual", out=dim, also=also)
     scales = scales or [None, None]
@@ -79,7 +79,7 @@ def _block(tokens, dim, dtype, stream=None, scaled=False, activation="gelu", bat
         )
     needs = (True,) * 5 + (scaled,)
     layer_norm_mlp.layer_norm_mlp_backward(
-        out, x, mean, rstd, preactivation, *norm, fc1, fc2, fc2_bias, *scales, 1e-6, activation, True, needs
+        out, x, mean, rstd, preactivation, *norm, fc1, fc2, fc2_bias, *scales, activation, True, needs
     )
 
 

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from . import _common
-from ._common import DONE, DTYPES, FAILED, INTERRUPTED, OPS, UsageError, positive, some_of
+from ._common import DONE, DTYPES, FAILED, INTERRUPTED, VERIFIED, UsageError, positive, some_of
 
 # What must be equal for results of an earlier run to stand for this one's.
 SAME_MACHINE = ("fastvit", "commit", "device", "tuned", "torch", "packages")
@@ -17,7 +17,7 @@ SAME_MACHINE = ("fastvit", "commit", "device", "tuned", "torch", "packages")
 
 def add(commands: argparse._SubParsersAction) -> None:
     parser = _common.add_command(commands, "verify", "check every kernel against the reference on this machine", run)
-    parser.add_argument("--ops", type=some_of(OPS), default=(), help=f"only these, of {','.join(OPS)}")
+    parser.add_argument("--ops", type=some_of(VERIFIED), default=(), help=f"only these, of {','.join(VERIFIED)}")
     parser.add_argument("--dtypes", type=some_of(DTYPES), default=(), help="only these, e.g. bf16,fp32")
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="write the results here, row by row; {device}: the device's name"

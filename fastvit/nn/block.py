@@ -158,9 +158,10 @@ class Block(nn.Module):
         return can_fuse((mlp, norm, layer_scale, drop_path), _MLP_ROLES) and norm_complete(norm) and mlp.can_fuse()
 
     def can_fuse_block(self) -> bool:
-        """Whether both lines, which run on fused ops, run as one."""
+        """Whether the second line, too, runs on fused ops, and as one with the first."""
         _, attn, *_, mlp, _, _ = submodules(self, _PARTS)
-        return type(mlp) is Mlp and attn.num_heads * attn.head_dim == self.dim and attn.dropout_p() == 0
+        whole = type(mlp) is Mlp and attn.num_heads * attn.head_dim == self.dim and attn.dropout_p() == 0
+        return whole and self.can_fuse_mlp()
 
     def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False) -> torch.Tensor:
         """x (B, N, D) -> (B, N, D). For attn_mask and is_causal, and what they raise, see `Attention.forward`."""

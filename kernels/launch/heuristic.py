@@ -24,7 +24,8 @@ def heuristic(request: Request, arch: Arch, sms: int) -> Config:
     """The config for a request on a GPU of `sms` multiprocessors, chosen without measuring."""
     if request.kernel == "gemm":
         m, n, _ = request.shape
-        if arch.has_tma and request.parts.tma and ceil_div(m, TMA.BLOCK_M) * ceil_div(n, TMA.BLOCK_N) >= sms:
+        tma = arch.has_tma and request.parts.tma and not request.parts.epilogue.scatters
+        if tma and ceil_div(m, TMA.BLOCK_M) * ceil_div(n, TMA.BLOCK_N) >= sms:
             epilogue = request.parts.epilogue
             light = epilogue.tiles == 1 and not epilogue.beside and request.parts.out_dtype.itemsize == 2
             return WIDE_TMA if light else TMA
