@@ -121,15 +121,16 @@ def scaled_gradient_kernel(
 @triton.jit
 def store_folded(acc, i, j, part, target, size_i, size_j, ACTIVATION: tl.constexpr):
     """rstd * (acc - mean * colsum) + bias, then the activation, if any, with what it is of stored too where wanted. The
-    tiles of the first columns store the rows' statistics."""
+    tiles of the first columns store the rows' statistics, where wanted."""
     ptr, kept_ptr, mean_ptr, rstd_ptr, centre_ptr, before_ptr, stats_ptr, colsum_ptr, bias_ptr, columns, eps = target
     row_ok, column_ok = i < size_i, j < size_j
     mask = row_ok[:, None] & column_ok[None, :]
     offset = i.to(tl.int64)[:, None] * size_j + j[None, :]
     mean, rstd = load_statistics(stats_ptr, i, size_i, columns, eps)
     first = row_ok & (tl.min(j, axis=0) == 0)
-    tl.store(mean_ptr + i, mean, mask=first)
-    tl.store(rstd_ptr + i, rstd, mask=first)
+    if mean_ptr is not None:
+        tl.store(mean_ptr + i, mean, mask=first)
+        tl.store(rstd_ptr + i, rstd, mask=first)
     if centre_ptr is not None:
         tl.store(centre_ptr + i, mean + tl.load(before_ptr + i, mask=first, other=0.0), mask=first)
     colsum = tl.load(colsum_ptr + j, mask=column_ok, other=0.0)

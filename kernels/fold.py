@@ -80,14 +80,14 @@ def fold_rows(layer, block, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexp
 @triton.jit
 def sum_columns(section, block, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, ACC: tl.constexpr):
     """Partial sums added up, BLOCK_COLUMNS columns at a time."""
-    columns, rows, stride, partial_ptr, out_ptr = section
+    columns, rows, stride, partial_ptr, first, out_ptr, out_first = section
     j = block * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), ACC)
-    for first in range(0, rows, BLOCK_ROWS):
-        i = first + tl.arange(0, BLOCK_ROWS)
+    for start in range(0, rows, BLOCK_ROWS):
+        i = start + tl.arange(0, BLOCK_ROWS)
         mask = (i < rows)[:, None] & (j < columns)[None, :]
-        total += tl.load(partial_ptr + (i.to(tl.int64)[:, None] * stride + j[None, :]), mask=mask, other=0.0)
-    tl.store(out_ptr + j, tl.sum(total, axis=0).to(out_ptr.dtype.element_ty), mask=j < columns)
+        total += tl.load(partial_ptr + (i.to(tl.int64)[:, None] * stride + (first + j)[None, :]), mask=mask, other=0.0)
+    tl.store(out_ptr + (out_first + j), tl.sum(total, axis=0).to(out_ptr.dtype.element_ty), mask=j < columns)
 
 
 @triton.jit
@@ -208,12 +208,15 @@ def fold(layers: Sequence[Layer], dtype: torch.dtype) -> tuple[list[Folded], tup
     return found, (fold_rows, sections, FOLD.BLOCK_ROWS, FOLD, acc, layers[0].weight.device) if sections else None
 
 
-def sum_parts(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-    """Fill each pair's second (columns,), in any dtype, with the sum over rows of its first (parts, columns), float32
-    (float64) with unit stride along the columns."""
-    if pairs:
-        sections = [(len(out), len(partial), partial.stride(0), partial, out) for partial, out in pairs]
-        partial = pairs[0][0]
+def sum_parts(parts: list[tuple[torch.Tensor, int, int, torch.Tensor, int]]) -> None:
+    """Each (partial, first, columns, out, out_first): out[out_first + j] = sum over i of partial[i][first + j], j to
+    `columns`, the rows of the contiguous partial, float32 (float64), and out, of any dtype, taken as flat."""
+    if parts:
+        sections = [
+            (columns, len(partial), partial.stride(0), partial, first, out, out_first)
+            for partial, first, columns, out, out_first in parts
+        ]
+        partial = parts[0][0]
         launch(sum_columns, sections, SUM.BLOCK_D, SUM, partial.dtype, partial.device)
 
 

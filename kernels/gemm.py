@@ -150,7 +150,9 @@ def as_tma_takes(source: tuple, dtype: torch.dtype, axis: int) -> bool:
     stride, and all of them on addresses that 16 divides."""
     matrix, *strides = source
     apart = strides[1 - axis] * dtype.itemsize
-    return matrix.dtype == dtype and strides[axis] == 1 and apart % 16 == 0 and matrix.data_ptr() % 16 == 0
+    return (
+        matrix.dtype == dtype and strides[axis] == 1 and apart > 0 and apart % 16 == 0 and matrix.data_ptr() % 16 == 0
+    )
 
 
 def _launch_tma(request: Request, config: TmaConfig, a: tuple, b: tuple, target: tuple, tiles: int) -> None:
@@ -161,7 +163,7 @@ def _launch_tma(request: Request, config: TmaConfig, a: tuple, b: tuple, target:
         right = TensorDescriptor(b[0], [k, n], [b[1], 1], [config.BLOCK_K, config.BLOCK_N])
     else:
         right = TensorDescriptor(b[0], [n, k], [b[2], 1], [config.BLOCK_N, config.BLOCK_K])
-    programs = min(tiles, 2 * num_sms(device))  # as many as can be on a multiprocessor at once
+    programs = min(tiles, config.PROGRAMS * num_sms(device))
     args = (left, right, target, m, n, k, programs)
     launch_kernel(tma_kernel, _tma_constants, request, config, device, (programs, 1, 1), args)
 
@@ -199,7 +201,7 @@ def launch(
     config: Config | None = None,
     by_tile: Callable[[int, int], tuple] | None = None,
 ) -> tuple[torch.Tensor, ...]:
-    """Launch `gemm_kernel` over an (m, n) output with reduction k, shape being (m, n, k), operands rounded to `dtype`.
+    """A product over an (m, n) output with reduction k, shape being (m, n, k), operands rounded to `dtype`, m tokens.
 
     a, b and target are what the prologues and the epilogue take, the matrix itself first. The first `outputs` of
     target's entries are the tensors that the epilogue writes, which are returned, but for None. config: the one chosen
@@ -209,7 +211,7 @@ def launch(
     m, n, k = shape
     if m == 0 or n == 0:
         return *_tensors(target[:outputs]), *(by_tile(0, 0) if by_tile else ())
-    plain_16_bit = left is MATRIX and right is MATRIX and dtype.itemsize == 2 and not epilogue.sums
+    plain_16_bit = left is MATRIX and right is MATRIX and dtype.itemsize == 2
     axis = 1 if epilogue.input_gradient else 0
     tma = plain_16_bit and k > 0 and as_tma_takes(a, dtype, 1) and as_tma_takes(b, dtype, axis)
     made_of = Product(left, right, epilogue, activation, a[0].dtype, b[0].dtype, target[0].dtype, tma)
@@ -226,18 +228,15 @@ def launch(
         config = choose(request, device, repeat)
     tiles_m, tiles_n = ceil_div(m, config.BLOCK_M), ceil_div(n, config.BLOCK_N)
     partial = by_tile(tiles_m, tiles_n * config.SUBTILES) if by_tile else ()
-    target = (*target, *partial)
+    filled = (*target, *partial)  # `repeat` has partial sums of its own
     if type(config) is LibraryConfig:
-        twin.launch(request, config, a, b, target)
+        twin.launch(request, config, a, b, filled)
         return *_tensors(target[:outputs]), *partial
     if type(config) is TmaConfig:
-        _launch_tma(request, config, a, b, target, tiles_m * tiles_n)
+        _launch_tma(request, config, a, b, filled, tiles_m * tiles_n)
         return *_tensors(target[:outputs]), *partial
-    grid = (tiles_m * tiles_n * config.SPLIT_K, 1, 1)
-    k_per_part = ceil_div(ceil_div(k, config.SPLIT_K), config.BLOCK_K) * config.BLOCK_K
-    # The gradient of a weight sums over tokens, every other product makes a row of each.
-    sizes = (k, m, n, None) if epilogue.sums else (m, None, n, k)
-    launch_kernel(gemm_kernel, _constants, request, config, device, grid, (a, b, target, *sizes, k_per_part))
+    grid, all_of_k = (tiles_m * tiles_n, 1, 1), ceil_div(k, config.BLOCK_K) * config.BLOCK_K
+    launch_kernel(gemm_kernel, _constants, request, config, device, grid, (a, b, filled, m, None, n, k, all_of_k))
     return *_tensors(target[:outputs]), *partial
 
 
@@ -256,15 +255,20 @@ def weight_gradient(dy, right: Prologue, x, inputs: int, dtype: torch.dtype, wid
     out_dtype = acc if wide else dtype
     if not (tokens and outputs and inputs):
         return torch.zeros(outputs, inputs, dtype=out_dtype, device=dy.device)
-    shape, left = (outputs, inputs, tokens), transposed(dy)
+    made_of = Product(MATRIX, right, SUMS, None, dy.dtype, x[0].dtype, acc)
+    request = Request("gemm", (outputs, inputs, tokens), dtype, made_of, uses_tf32(dtype))
     if config is None:
-        made_of = Product(MATRIX, right, SUMS, None, dy.dtype, x[0].dtype, acc)
-        request = Request("gemm", shape, dtype, made_of, uses_tf32(dtype))
 
         def repeat(config: Config) -> tuple[torch.Tensor, ...]:
             return (weight_gradient(dy, right, x, inputs, dtype, wide, config),)
 
         config = choose(request, dy.device, repeat)
     partial = partial_sums(config.SPLIT_K, (outputs, inputs), acc, out_dtype, dy.device)
-    launch(MATRIX, left, right, x, SUMS, (partial,), shape, dtype, config=config)
+    if type(config) is LibraryConfig:
+        twin.launch(request, config, transposed(dy), x, (partial,))
+        return partial
+    tiles = ceil_div(outputs, config.BLOCK_M) * ceil_div(inputs, config.BLOCK_N)
+    k_per_part = ceil_div(ceil_div(tokens, config.SPLIT_K), config.BLOCK_K) * config.BLOCK_K
+    args = (transposed(dy), x, (partial,), tokens, outputs, inputs, None, k_per_part)
+    launch_kernel(gemm_kernel, _constants, request, config, dy.device, (tiles * config.SPLIT_K, 1, 1), args)
     return total(partial, config.SPLIT_K, out_dtype)

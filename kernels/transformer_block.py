@@ -116,20 +116,21 @@ def stream_of(x: torch.Tensor, dtype: torch.dtype) -> Stream:
     return Stream(copy, centre, stats)
 
 
-def _folded_product(
-    operand: torch.Tensor, stream: Stream, layer: Folded, eps: float, activation: str | None, keep: bool
-):
+def _folded_product(operand: torch.Tensor, stream: Stream, layer: Folded, eps: float, activation, train: bool):
     """What `gemm.launch` takes for activation(linear(layer_norm(operand))), and the memory of what it writes: the
-    result (M, O); what the activation is of, or None; mean and rstd of the rows; and where they have a centre, the one
-    of the stream that is added to them next, or None."""
+    result (M, O); what the activation is of, or None; mean and rstd of the rows, or None; and where they have a centre,
+    that of the stream that is added to them next, or None."""
     rows, inputs = operand.shape
-    y = _empty(operand, rows, layer.weight.shape[0], dtype=layer.weight.dtype)
-    kept = torch.empty_like(y) if keep else None
+    weight, device = layer.weight, operand.device
+    y = torch.empty(rows, weight.shape[0], dtype=weight.dtype, device=device)
+    kept = torch.empty_like(y) if train and activation is not None else None
+    mean = torch.empty(rows, dtype=layer.colsum.dtype, device=device) if train else None
+    rstd = torch.empty_like(mean) if train else None
     centre = None if stream.centre is None else _empty(operand, rows)
-    written = (y, kept, _empty(operand, rows), _empty(operand, rows), centre)
+    written = (y, kept, mean, rstd, centre)
     read = (stream.centre, stream.stats, layer.colsum, layer.bias, inputs, eps)
-    epilogue = FOLDED if activation is None else FOLDED_KEPT if keep else FOLDED_ACTIVATED
-    product = (MATRIX, plain(operand), MATRIX, transposed(layer.weight), epilogue, (*written, *read))
+    epilogue = FOLDED if activation is None else FOLDED_KEPT if train else FOLDED_ACTIVATED
+    product = (MATRIX, plain(operand), MATRIX, transposed(weight), epilogue, (*written, *read))
     return (*product, (*y.shape, inputs), y.dtype, activation, 5), written
 
 
@@ -138,7 +139,7 @@ def _stream_product(operand: torch.Tensor, layer: Folded, residual: torch.Tensor
     Stream that it leaves."""
     rows, inputs = operand.shape
     outputs, dtype = layer.weight.shape[0], layer.weight.dtype
-    x = _empty(residual, rows, outputs, dtype=residual.dtype)
+    x = torch.empty(rows, outputs, dtype=residual.dtype, device=residual.device)
     copy = None if centre is None else _empty(residual, rows, outputs, dtype=dtype)
     stats = _empty(residual, 2, groups_of(outputs), rows)
     read = (layer.bias, drop_path_scale, residual, centre)
@@ -326,15 +327,20 @@ def _layer_gradients(layers: Weights, needs: Needs, products: dict, sums: dict) 
         if layer.norm_weight is not None:
             outputs = layer.weight.shape[0]
             total = totals[name] = _empty(products[name], 2, outputs)
-            parts = [(sums[name], 0)] if name == "fc1" else [(sums[name].of_q, 0), (sums[name].of_kv, outputs // 3)]
-            for partial, first in parts:
-                pending += [(partial[:, k], total[k, first : first + partial.shape[2]]) for k in range(2)]
+            if name == "fc1":
+                pending.append((sums[name], 0, 2 * outputs, total, 0))
+                continue
+            _, of_q, of_kv = sums[name]
+            width = outputs // 3
+            for k in range(2):
+                pending.append((of_q, k * width, width, total, k * outputs))
+                pending.append((of_kv, 2 * k * width, 2 * width, total, k * outputs + width))
         elif any(needed[1:]):
             as_it_is = layer.scale is None and layer.bias is not None
             total = totals[name] = _empty(
                 sums[name], layer.weight.shape[0], dtype=layer.bias.dtype if as_it_is else None
             )
-            pending.append((sums[name], total))
+            pending.append((sums[name], 0, len(total), total, 0))
     sum_parts(pending)
     with_norm = [name for name in ("qkv", "fc1") if name in totals]
     found = dict.fromkeys(Weights._fields, LayerGradients())
@@ -385,7 +391,7 @@ def transformer_block_forward(x, copy, centre, stats, *others) -> tuple[torch.Te
     stream = stream_of(rows, dtype) if stats is None else Stream(copy, centre, stats)
 
     read = rows if stream.copy is None else stream.copy
-    product, (qkv, _, *norm1, centre) = _folded_product(read, stream, folded.qkv, eps1, None, False)
+    product, (qkv, _, *norm1, centre) = _folded_product(read, stream, folded.qkv, eps1, None, keep)
     gemm.launch(*product)
     qkv = qkv.view(batch, tokens, 3, num_heads, dim // num_heads)
     given, (mixed, lse) = attention.forward(qkv, scale, key_padding_mask, attn_bias)

@@ -257,7 +257,7 @@ def test_a_table_is_asked_once_and_obeyed_where_valid(table, device):
     assert choice.choose(request, device) == arch_choice
 
 
-def test_a_tensor_on_another_gpu_gets_a_config_for_its_architecture(monkeypatch):
+def test_a_tensor_on_another_gpu_gets_a_config_for_its_architecture(monkeypatch, table):
     """Whichever GPU is current: there are two, of two kinds."""
     current = 0
 
@@ -321,6 +321,7 @@ LAUNCHES = {
         *("layer_norm_statistics", "gemm", "gemm"),
         *("gemm", "column_sum", "gemm", "gemm", "column_sum", "gemm", "layer_norm_backward"),
     ],
+    "transformer_block": [*["gemm"] * 12, "attention_forward", "attention_backward_dq", "attention_backward_dkdv"],
 }
 
 
@@ -344,14 +345,14 @@ def test_every_launch_is_shown_and_can_be_repeated(sample, device, triton_backen
             tensor.fill_(float("nan"))
         again = run(config)
         assert first and all(map(torch.equal, first, again)), request.key
-        for got, want in zip(run(another(config)), first, strict=True):
+        for got, want in zip(run(another(config, request)), first, strict=True):
             assert relative_rms(got, want) < 8e-3, request.key
     assert len(shown) == count, "shown outside of the with body"
 
 
-def another(config):
+def another(config, request):
     if isinstance(config, GemmConfig):
-        return config._replace(BLOCK_M=32, BLOCK_N=32, BLOCK_K=16)
+        return config._replace(BLOCK_M=32, BLOCK_N=max(32, request.parts.epilogue.columns), BLOCK_K=16)
     if isinstance(config, AttentionConfig):
         return config._replace(BLOCK_ROWS=16, BLOCK_STEP=16)
     return config._replace(BLOCK_ROWS=2 * config.BLOCK_ROWS)

@@ -208,8 +208,9 @@ def launch_ops(triton_cache):
 def test_every_launch(dtypes, product, launch_ops, triton_cache):
     # Without LLVM's optimiser, which is a fifth of the time: `make static` compiles as a GPU would have it.
     launched = launch_ops("launches", *dtypes.split(), DISABLE_LLVM_OPT="1")
-    assert launched.keys() == LAUNCHES.keys()
-    for sample, table in LAUNCHES.items():
+    taken = {name: table for name, table in LAUNCHES.items() if dtypes != "float16" or "block" not in name}
+    assert launched.keys() == taken.keys()
+    for sample, table in taken.items():
         expected = {
             name: [
                 kernel.removeprefix("weight: ").removeprefix("wide: ").replace("DTYPE", product)

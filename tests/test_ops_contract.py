@@ -27,6 +27,13 @@ def in_float64(sample, tensors):
     return results(sample, accuracy.precise(tensors), reference)
 
 
+def skip_where_the_kernels_refuse(sample, dtype):
+    if sample.op == "transformer_block" and dtype == torch.float16:
+        with pytest.raises(RuntimeError, match="float16 products"):
+            sample.run(sample.tensors(dtype))
+        pytest.skip("a block in float16 runs on the single ops")
+
+
 def assert_as_good_as_torch(sample, tensors, got, dtype):
     """Each tensor's error against float64 is within the limit of `dtype`, which is one rounding at least."""
     truth, plain = in_float64(sample, tensors), results(sample, tensors, reference)
@@ -40,6 +47,7 @@ def assert_as_good_as_torch(sample, tensors, got, dtype):
 @every_op
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
 def test_matches_reference(sample, dtype, device):
+    skip_where_the_kernels_refuse(sample, dtype)
     tensors = sample.tensors(dtype, device)
     assert_as_good_as_torch(sample, tensors, results(sample, tensors), dtype)
 
@@ -202,6 +210,7 @@ WITH_WEIGHTS = [sample for sample in SAMPLES if sample.op not in ("layer_norm", 
 @pytest.mark.parametrize("batch", [0, B])
 def test_products_by_the_library(sample, dtype, batch, device, monkeypatch):
     """As accurate as the rest, without a product of ours."""
+    skip_where_the_kernels_refuse(sample, dtype)
     tensors = sample.tensors(dtype, device)
     for name in BATCHED:
         if name in tensors:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from fastvit.kernels import transformer_block as kernels
+from fastvit.kernels.launch import choice
 from samples import BY_NAME
 
 import fastvit
@@ -100,6 +103,42 @@ def test_blocks_hand_on_what_they_know(dtype, stream, device, monkeypatch):
     assert torch.equal(changed[0], run(lambda y: 2 * y)[0])
     for got, want in zip(together, apart, strict=True):
         assert relative_rms(got, want) <= 4 * accuracy.floor(dtype)
+
+
+def test_a_copy_for_other_products_is_not_taken(device):
+    """A float32 block after a bfloat16 one, beside a float32 stream."""
+    low, high = block(torch.bfloat16, torch.float32, device), block(torch.float32, torch.float32, device)
+    x = low.pop("x").detach()
+    high.pop("x")
+    low, high = ({name: value.detach() for name, value in given.items()} for given in (low, high))
+    found = []
+    for hand_on in (contextlib.nullcontext(), ops.carrying()):
+        with hand_on:
+            y = ops.transformer_block(x, **low, num_heads=3)
+            found.append(ops.transformer_block(y, **high, num_heads=3))
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("change", ["float16", "mixed"])
+def test_blocks_whose_dtypes_the_op_does_not_take_run_on_the_single_ops(change, device, monkeypatch):
+    module = fastvit.nn.Block(48, 3, qkv_bias=True, init_values=1e-5).to(device)
+    x = torch.randn(2, 5, 48, device=device)
+    if change == "float16":
+        module, x = module.half(), x.half()
+    else:
+        module.attn.bfloat16()
+    monkeypatch.setattr(ops, "transformer_block", None)
+    got = module(x)
+    with fastvit.use_backend("torch"):
+        assert relative_rms(got, module(x)) < 1e-2
+
+
+def test_the_library_in_an_operator_called_with_gradients_on(device):
+    """As an exported program calls it."""
+    given = BY_NAME["layer_norm_linear"].tensors(torch.bfloat16, device)
+    with choice.by_library():
+        out, *_ = torch.ops.fastvit.layer_norm_linear_forward(given["x"].flatten(0, 1), *list(given.values())[1:], 1e-6)
+    assert out.isfinite().all()
 
 
 def test_a_model_hands_on_unless_somebody_looks(device, monkeypatch):

@@ -225,7 +225,8 @@ class VisionTransformer(nn.Module):
         if attn_mask is None and not is_causal and not self.grad_checkpointing:
             # What one block knows of its output spares the next one a pass over it, if nobody comes between.
             alone = not traced(tokens) and dispatch.may_fuse_blocks(tokens) and not torch.compiler.is_compiling()
-            alone = alone and can_fuse(self.blocks, [(Block,)] * len(self.blocks))
+            roles = [(nn.Sequential,), *[(Block,)] * len(self.blocks)]
+            alone = alone and can_fuse((self.blocks, *self.blocks), roles)
             with ops.carrying() if alone else contextlib.nullcontext():
                 tokens = self.blocks(tokens)
         else:

@@ -13,6 +13,7 @@ from .attention import Attention, masks, operands
 from .layers import (
     DROP_PATH,
     DROPOUT,
+    FUSED_ACTIVATION,
     LAYER_NORM,
     LAYER_SCALE,
     LINEAR,
@@ -157,11 +158,22 @@ class Block(nn.Module):
         *_, norm, mlp, layer_scale, drop_path = submodules(self, _PARTS)
         return can_fuse((mlp, norm, layer_scale, drop_path), _MLP_ROLES) and norm_complete(norm) and mlp.can_fuse()
 
-    def can_fuse_block(self) -> bool:
-        """Whether the second line, too, runs on fused ops, and as one with the first."""
-        _, attn, *_, mlp, _, _ = submodules(self, _PARTS)
-        whole = type(mlp) is Mlp and attn.num_heads * attn.head_dim == self.dim and attn.dropout_p() == 0
-        return whole and self.can_fuse_mlp()
+    def can_fuse_block(self, x: torch.Tensor) -> bool:
+        """Whether both lines run as one op on x, that is, `can_fuse_attention`, `can_fuse_mlp`, and what it takes."""
+        norm1, attn, ls1, drop_path1, norm2, mlp, ls2, drop_path2 = submodules(self, _PARTS)
+        if type(attn) is not Attention or type(mlp) is not Mlp:
+            return False
+        qkv, proj, proj_drop = submodules(attn, _ATTENTION_PARTS)
+        fc1, act, fc2, drop1, drop2 = submodules(mlp, (*_MLP_PARTS, "drop1", "drop2"))
+        first = (attn, norm1, qkv, proj, proj_drop, ls1, drop_path1)
+        return (
+            can_fuse((*first, mlp, norm2, ls2, drop_path2, fc1, fc2, drop1, drop2, act), _BLOCK_ROLES)
+            and norm_complete(norm1)
+            and norm_complete(norm2)
+            and not (dropout_active(proj_drop) or dropout_active(drop1) or dropout_active(drop2) or attn.dropout_p())
+            and attn.num_heads * attn.head_dim == self.dim
+            and ops.takes_block(x, weights(qkv, proj, fc1, fc2)[::2])
+        )
 
     def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False) -> torch.Tensor:
         """x (B, N, D) -> (B, N, D). For attn_mask and is_causal, and what they raise, see `Attention.forward`."""
@@ -169,8 +181,7 @@ class Block(nn.Module):
         if not tracing:
             check_input(x, self.dim)
         norm1, attn, ls1, drop_path1, norm2, mlp, ls2, drop_path2 = submodules(self, _PARTS)
-        fused = not tracing and self.can_fuse_attention()
-        if fused and dispatch.may_fuse_blocks(x) and self.can_fuse_block():
+        if not tracing and dispatch.may_fuse_blocks(x) and self.can_fuse_block(x):
             batch, tokens, _ = x.shape
             key_padding_mask, attn_bias = masks(attn_mask, is_causal, batch, attn.num_heads, tokens, x)
             qkv, proj, _ = submodules(attn, _ATTENTION_PARTS)
@@ -188,7 +199,7 @@ class Block(nn.Module):
                 attn_bias=attn_bias,
                 **{f"{name}{i}": scale for i, scales in enumerate(of_branch, 1) for name, scale in scales.items()},
             )
-        if fused:
+        if not tracing and self.can_fuse_attention():
             qkv, proj, _ = submodules(attn, _ATTENTION_PARTS)
             packed = ops.layer_norm_linear(x, *weights(norm1, qkv), eps=norm1.eps)
             mixed = ops.attention(
@@ -213,3 +224,4 @@ _ATTENTION_PARTS = ("qkv", "proj", "proj_drop")
 _MLP_PARTS = ("fc1", "act", "fc2")
 _ATTENTION_ROLES = ((Attention,), LAYER_NORM, LINEAR, LINEAR, DROPOUT, LAYER_SCALE, DROP_PATH)
 _MLP_ROLES = ((Mlp, SwiGLU), LAYER_NORM, LAYER_SCALE, DROP_PATH)
+_BLOCK_ROLES = (*_ATTENTION_ROLES, *_MLP_ROLES, LINEAR, LINEAR, DROPOUT, DROPOUT, FUSED_ACTIVATION)

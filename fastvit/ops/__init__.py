@@ -20,7 +20,7 @@ from .layer_norm_linear import LayerNormLinearFunction, layer_norm_linear
 from .layer_norm_mlp import LayerNormMLPFunction, layer_norm_mlp
 from .linear_residual import LinearResidualFunction, linear_residual
 from .patch_embed import PatchEmbedFunction, patch_embed
-from .transformer_block import TransformerBlockFunction, carrying, transformer_block
+from .transformer_block import TransformerBlockFunction, carrying, takes_block, transformer_block
 
 OPS = tuple(sorted(dispatch.OPS))
 
@@ -73,5 +73,6 @@ __all__ = [
     "layer_norm_mlp",
     "linear_residual",
     "patch_embed",
+    "takes_block",
     "transformer_block",
 ]

@@ -52,7 +52,8 @@ class Operator:
         return self._launch
 
     def _run(self, *args):
-        found = (self._launch or self._resolve())(*args)
+        with torch.no_grad():  # an exported program calls it with gradients on
+            found = (self._launch or self._resolve())(*args)
         if isinstance(found, torch.Tensor):
             return found
         memory: set[int] = set()

@@ -32,8 +32,11 @@ class Carry:
     def __init__(self):
         self.x, self.stream = None, (None, None, None)
 
-    def take(self, x: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        stream = self.stream if self.x is x else (None, None, None)
+    def take(self, x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor | None, ...]:
+        """What was left for x, if it was for products in `dtype`, else None thrice."""
+        copy = self.stream[0]
+        fits = copy is not None and copy.dtype == dtype if _wide(x, dtype) else copy is None
+        stream = self.stream if self.x is x and fits else (None, None, None)
         self.x, self.stream = None, (None, None, None)
         return stream
 
@@ -88,7 +91,7 @@ def _fake_forward(x, copy, centre, stats, *others):
 def _backward(dout, read, *others):
     launch = _common.launchers("transformer_block").transformer_block_backward
     parameters, attn_bias = others[21:35], others[38]
-    *grads, dbias = launch(dout, read, *others)
+    *grads, dbias = _common.or_none(launch(dout, read, *others), others[-1])
     if dbias is not None:
         dbias = dbias.sum_to_size(attn_bias.shape)
     return _common.gradients((*grads, dbias), (dout, *parameters, attn_bias))
@@ -133,7 +136,7 @@ class TransformerBlockFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, *others):
         *given, num_heads, scale, eps1, eps2, activation, keep, dtype, carry = others
-        stream = (None, None, None) if carry is None else carry.take(x)
+        stream = (None, None, None) if carry is None else carry.take(x, dtype)
         out, *found = FORWARD.of(x, *given)(x, *stream, *given, num_heads, scale, eps1, eps2, activation, keep, dtype)
         if carry is not None:
             carry.stream = tuple([value if value is not None and value.numel() else None for value in found[:3]])
@@ -252,11 +255,20 @@ def _unsupported(x, *others):
     if attn_bias is not None:
         dtypes.append(attn_bias.dtype)
     reasons = [*dispatch.missing_requirements(x), *_common.unsupported_dtypes(*dtypes), *unsupported_norm(x)]
+    if dtypes[3] == torch.float16:
+        reasons.append("float16 products, whose range holds neither folded layer-scales nor 1 / sqrt(var) * gradient")
     if torch.promote_types(x.dtype, dtypes[3]) != x.dtype:
         reasons.append(f"x is {x.dtype}, and autocast's products are {dtypes[3]}")
     if x.shape[2] // num_heads > MAX_HEAD_DIM:
         reasons.append(f"head dimension {x.shape[2] // num_heads}, and the kernels take at most {MAX_HEAD_DIM}")
     return reasons
+
+
+def takes_block(x: torch.Tensor, weights: list[torch.Tensor]) -> bool:
+    """Whether these linear layers' weights are a block's whose dtypes the op takes, beside x."""
+    dtype = _common.compute_dtype(x, weights[0])
+    mixed = not dispatch.autocasting(x) and any(weight.dtype != dtype for weight in weights)
+    return dtype != torch.float16 and not mixed
 
 
 def _by_name(args: tuple) -> tuple[torch.Tensor, dict]:

@@ -101,19 +101,35 @@ def _listening() -> bool:
 def _bind(args: tuple, key: list) -> tuple[int, tuple]:
     """All addresses or-ed together, and args with an address in place of each tensor; what a compiled kernel depends on
     is appended to the key."""
-    bits, values = 0, []
+    bits, values, note = 0, [], key.append
     for arg in args:
         kind = type(arg)
-        if kind is int or arg is None:
-            key.append(arg)
+        if kind in _TENSORS:
+            note(arg.dtype)
+            arg = arg.data_ptr()
+            bits |= arg
+        elif kind is int or arg is None:
+            note(arg)
         elif kind is tuple:
-            inner, arg = _bind(arg, key)
-            bits |= inner
-        elif kind in _TENSORS or isinstance(arg, torch.Tensor):
-            key.append(arg.dtype)
+            parts = []
+            for part in arg:  # as above, without a call: most arguments are parts of tuples
+                kind = type(part)
+                if kind in _TENSORS:
+                    note(part.dtype)
+                    part = part.data_ptr()
+                    bits |= part
+                elif kind is int or part is None:
+                    note(part)
+                else:
+                    inner, (part,) = _bind((part,), key)
+                    bits |= inner
+                parts.append(part)
+            arg = tuple(parts)
+        elif isinstance(arg, torch.Tensor):
+            note(arg.dtype)
             arg = arg.data_ptr()
             bits |= arg
         else:
-            key.append(arg.value if kind is tl.constexpr else kind)
+            note(arg.value if kind is tl.constexpr else kind)
         values.append(arg)
     return bits, tuple(values)

@@ -29,8 +29,8 @@ class GemmConfig(NamedTuple):
 
 
 class TmaConfig(NamedTuple):
-    """As GemmConfig, of the persistent loop that loads whole tiles by TMA; SUBTILES: in how many parts, column after
-    column, its epilogue finishes a tile."""
+    """As GemmConfig, of the persistent loop that loads whole tiles by TMA. SUBTILES: in how many parts, column after
+    column, its epilogue finishes a tile; PROGRAMS: how many a multiprocessor is given."""
 
     BLOCK_M: int
     BLOCK_N: int
@@ -39,6 +39,7 @@ class TmaConfig(NamedTuple):
     num_stages: int
     GROUP_M: int = 8
     SUBTILES: int = 2
+    PROGRAMS: int = 2
     SPLIT_K = 1
 
 

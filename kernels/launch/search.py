@@ -63,7 +63,7 @@ def search_space(request: Request, arch: Arch, sms: int) -> list[Config]:
 
 def _gemm_candidates(request: Request, arch: Arch, sms: int) -> Iterator[Config]:
     m, n, _ = request.shape
-    if request.parts.tma:
+    if request.parts.tma and arch.has_tma:
         for block_m, block_n, warps, stages, parts in _TILES_TMA:
             yield TmaConfig(block_m, block_n, 64, warps, stages, SUBTILES=parts)
     first = pointer_heuristic(request, arch, sms)

@@ -31,7 +31,7 @@ def why_invalid(config: Config, request: Request, arch: Arch) -> list[str]:
     for field, value in config._asdict().items():
         if type(value) is not int or value < 1:
             reasons.append(f"{field} is {value!r}, expected a positive integer")
-        elif field not in ("num_stages", "GROUP_M", "SPLIT_K") and value & (value - 1):
+        elif field not in ("num_stages", "GROUP_M", "SPLIT_K", "PROGRAMS") and value & (value - 1):
             reasons.append(f"{field} is {value}, expected a power of two")
     if reasons:
         return reasons

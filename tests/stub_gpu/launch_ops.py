@@ -86,6 +86,8 @@ def passes(sample: samples.Sample, tensors: dict[str, torch.Tensor]) -> tuple[li
 def report_launches(dtype: str, wide: str | None = None) -> dict[str, dict]:
     found = {}
     for sample in samples.SAMPLES:
+        if (sample.op, dtype) == ("transformer_block", "float16"):
+            continue  # which the op refuses
         tensors = sample.tensors(getattr(torch, dtype))
         if wide is not None:
             wider = sample.tensors(getattr(torch, wide))
