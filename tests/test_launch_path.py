@@ -199,8 +199,8 @@ def launch_ops(triton_cache):
 @pytest.mark.parametrize(
     "dtypes, product",
     [
-        ("float32", "fp32"),
-        ("float16", "fp16"),
+        pytest.param("float32", "fp32", marks=pytest.mark.slow),
+        pytest.param("float16", "fp16", marks=pytest.mark.slow),
         ("bfloat16", "bf16"),
         ("bfloat16 float32", "bf16"),  # weights beside a wider stream
     ],

@@ -48,6 +48,7 @@ def archived(out):
         return {name: json.load(tar.extractfile(member)) for name, member in files.items()}
 
 
+@pytest.mark.slow
 def test_a_run_with_kernels_that_go_astray_and_a_second_call(environment, tmp_path):
     """One config of a product takes the GPU from its process, one of attention never ends: both are named, all else is
     measured, and the second call repeats nothing."""
@@ -87,6 +88,7 @@ def test_a_run_with_kernels_that_go_astray_and_a_second_call(environment, tmp_pa
     assert second.stdout.count("finished by an earlier run") == 2
 
 
+@pytest.mark.slow
 def test_models_in_small(environment, tmp_path):
     """Time is up before everything is measured: what there is comes back, and the summary says how to go on."""
     out = tmp_path / "out"
