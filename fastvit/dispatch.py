@@ -96,8 +96,7 @@ def missing_requirements(tensor: torch.Tensor) -> list[str]:
 @dataclass(frozen=True)
 class Explanation:
     """What `explain` found: the back end that would run `op`, and each reason why not the kernels alone; the candidate
-    of that back end ("triton", "torch" or, of PyTorch's, "sdpa flash"), and on what evidence it
-    was chosen."""
+    of that back end ("triton", "torch" or, of PyTorch's, "sdpa flash"), and on what evidence it was chosen."""
 
     op: str
     backend: str

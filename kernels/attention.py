@@ -464,7 +464,7 @@ def forward(qkv, scale: float, key_padding_mask=None, attn_bias=None):
 
 class BeforeNorm(NamedTuple):
     """What makes qkv = linear(layer_norm(x)) of a norm's rows: mean and rstd (B * N,); colsum and bias (3 * H * d,) of
-    the layer that it is folded into (see `block`)."""
+    the layer that it is folded into (see `transformer_block`)."""
 
     mean: torch.Tensor
     rstd: torch.Tensor

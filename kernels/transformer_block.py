@@ -93,12 +93,17 @@ def _empty(x: torch.Tensor, *shape: int, dtype: torch.dtype | None = None) -> to
     return torch.empty(shape, dtype=dtype or accumulator_dtype(x.dtype), device=x.device)
 
 
+def reads_copy(stream: torch.dtype, dtype: torch.dtype) -> bool:
+    """Whether products in `dtype` read a copy of a residual stream of dtype `stream`."""
+    return stream != dtype or dtype.itemsize > 2
+
+
 def stream_of(x: torch.Tensor, dtype: torch.dtype) -> Stream:
     """What the first of the blocks needs beside x (M, D), for products in `dtype`: one small launch."""
     rows, columns = x.shape
     stats = _empty(x, 2, groups_of(columns), rows)
     copy = centre = None
-    if x.dtype != dtype or dtype.itemsize > 2:
+    if reads_copy(x.dtype, dtype):
         copy, centre = _empty(x, rows, columns, dtype=dtype), _empty(x, rows)
     block = max(GROUP.value, next_power_of_2(columns))
     config = RowConfig(max(1, 4096 // block), block, 4)
@@ -275,7 +280,7 @@ def block_backward(
     drop_path_scales: tuple[torch.Tensor | None, torch.Tensor | None],
     needs: Needs,
 ) -> tuple[torch.Tensor | None, list[LayerGradients], torch.Tensor | None]:
-    """The gradients of `block_forward` for dout (M, D): of x in dout's dtype, of each of the four layers, and of the
+    """The gradients of the forward pass for dout (M, D): of x in dout's dtype, of each of the four layers, and of the
     broadcast attn_bias (B, H, N, N) in float32 (float64); None for each that is not needed.
 
     layers: as they are; folded: as the forward pass had them.

@@ -9,8 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from fastvit.kernels import gemm, twin
-from fastvit.kernels.launch import choice
+from fastvit.kernels.launch import choice, hardware
 from fastvit.kernels.launch.request import TmaConfig
+from fastvit.kernels.launch.search import search_space
 from samples import BATCHED, HALF, SAMPLES, B, every_op, gradients, results
 from torch.utils.checkpoint import checkpoint
 
@@ -27,11 +28,11 @@ def in_float64(sample, tensors):
     return results(sample, accuracy.precise(tensors), reference)
 
 
-def skip_where_the_kernels_refuse(sample, dtype):
-    if sample.op == "transformer_block" and dtype == torch.float16:
-        with pytest.raises(RuntimeError, match="float16 products"):
-            sample.run(sample.tensors(dtype))
-        pytest.skip("a block in float16 runs on the single ops")
+def with_dtypes(samples):
+    """Parametrizes sample and dtype: every one that the kernels take, which is not a block in float16."""
+    pairs = [(sample, dtype) for sample in samples for dtype in (torch.float32, *HALF)]
+    taken = [pair for pair in pairs if (pair[0].op, pair[1]) != ("transformer_block", torch.float16)]
+    return pytest.mark.parametrize("sample, dtype", taken, ids=str)
 
 
 def assert_as_good_as_torch(sample, tensors, got, dtype):
@@ -44,10 +45,8 @@ def assert_as_good_as_torch(sample, tensors, got, dtype):
         assert relative_rms(value, truth[name]) <= limit, name
 
 
-@every_op
-@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+@with_dtypes(SAMPLES)
 def test_matches_reference(sample, dtype, device):
-    skip_where_the_kernels_refuse(sample, dtype)
     tensors = sample.tensors(dtype, device)
     assert_as_good_as_torch(sample, tensors, results(sample, tensors), dtype)
 
@@ -205,12 +204,10 @@ def test_threads_take_turns_in_the_interpreter(device):
 WITH_WEIGHTS = [sample for sample in SAMPLES if sample.op not in ("layer_norm", "attention")]
 
 
-@pytest.mark.parametrize("sample", WITH_WEIGHTS, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+@with_dtypes(WITH_WEIGHTS)
 @pytest.mark.parametrize("batch", [0, B])
 def test_products_by_the_library(sample, dtype, batch, device, monkeypatch):
     """As accurate as the rest, without a product of ours."""
-    skip_where_the_kernels_refuse(sample, dtype)
     tensors = sample.tensors(dtype, device)
     for name in BATCHED:
         if name in tensors:
@@ -232,15 +229,23 @@ BY_TMA = [sample for sample in WITH_WEIGHTS if sample.op != "patch_embed"]
     "config", [TmaConfig(64, 64, 16, 4, 2, SUBTILES=1), TmaConfig(16, 256, 32, 4, 2, 2, SUBTILES=4)]
 )
 def test_products_by_tma(sample, config, device, monkeypatch):
-    """Of tiles that TMA loads, finished in parts: as accurate as the rest."""
-    if device != "cpu":
-        pytest.skip("a GPU has its own tiles, and `fastvit verify` for them")
+    """Of tiles that TMA loads, finished in parts: as accurate as the rest. A GPU takes a tile that fits it."""
+    arch = hardware.current_arch()
+    if not (interpreting() or arch.has_tma):
+        pytest.skip(f"{arch.name} has no loop over tiles that TMA loads")
     launched, original = [], gemm._launch_tma
     monkeypatch.setattr(
         gemm, "_launch_tma", lambda request, *rest: launched.append(request) or original(request, *rest)
     )
     tensors = sample.tensors(torch.bfloat16)
-    with choice.forcing(lambda request: config if getattr(request.parts, "tma", False) else None):
+
+    def forced(request):
+        if not getattr(request.parts, "tma", False):
+            return None
+        fitting = [tile for tile in search_space(request, arch, 132) if tile.__class__ is TmaConfig]
+        return config if interpreting() else min(fitting, key=lambda tile: tile.SUBTILES != config.SUBTILES)
+
+    with choice.forcing(forced):
         assert_as_good_as_torch(sample, tensors, results(sample, tensors), torch.bfloat16)
     epilogues = {request.parts.epilogue.name for request in launched}
     if sample.op == "transformer_block":

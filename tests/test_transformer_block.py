@@ -125,6 +125,9 @@ def test_blocks_whose_dtypes_the_op_does_not_take_run_on_the_single_ops(change, 
     x = torch.randn(2, 5, 48, device=device)
     if change == "float16":
         module, x = module.half(), x.half()
+        given = block(torch.float16, torch.float16, device)
+        with pytest.raises(RuntimeError, match="float16 products"):
+            ops.transformer_block(**given, num_heads=3)
     else:
         module.attn.bfloat16()
     monkeypatch.setattr(ops, "transformer_block", None)

@@ -35,15 +35,10 @@ class Carry:
     def take(self, x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor | None, ...]:
         """What was left for x, if it was for products in `dtype`, else None thrice."""
         copy = self.stream[0]
-        fits = copy is not None and copy.dtype == dtype if _wide(x, dtype) else copy is None
+        fits = dtype == (x.dtype if copy is None else copy.dtype)
         stream = self.stream if self.x is x and fits else (None, None, None)
         self.x, self.stream = None, (None, None, None)
         return stream
-
-
-def _wide(x: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Whether products in `dtype` read a copy of x."""
-    return x.dtype != dtype or dtype.itemsize > 2
 
 
 def _fake_forward(x, copy, centre, stats, *others):
@@ -59,7 +54,7 @@ def _fake_forward(x, copy, centre, stats, *others):
     def none():
         return x.new_empty(0)
 
-    wide = _wide(x, dtype)
+    wide = _common.launchers("transformer_block").reads_copy(x.dtype, dtype)
     stream = (made(rows, dim) if wide else none(), made(rows, dtype=acc) if wide else none())
     groups = _common.launchers("transformer_block").groups_of(dim)
     out = (torch.empty_like(x), *stream, made(2, groups, rows, dtype=acc))
@@ -142,10 +137,10 @@ class TransformerBlockFunction(torch.autograd.Function):
             carry.stream = tuple([value if value is not None and value.numel() else None for value in found[:3]])
         if keep:
             read, *saved = found[3:]
-            if not _wide(x, dtype):
-                read = x.flatten(0, 1)
-            elif stream[0] is not None:
+            if stream[0] is not None:
                 read = stream[0]
+            elif read is None or not read.numel():
+                read = x.flatten(0, 1)
             made = [value if value is not None and value.numel() else None for value in saved[9:]]
             ctx.save_for_backward(x, read, *saved[:9], *made, *given)
         ctx.how = (num_heads, scale, eps1, eps2, activation)

@@ -300,7 +300,7 @@ layer_norm_launch = partial(_rows_launch, ("x_ptr", "y_ptr"))
 
 
 def stream_launch(grid, metadata, args: dict) -> dict:
-    """`launch_metadata` of the small kernels of `block`."""
+    """`launch_metadata` of the small kernels of `transformer_block`."""
     rows, columns = args["rows"], args["columns"]
     moved = _matrix_bytes(args["x_ptr"], args["copy_ptr"])
     return _metrics(metadata, f"rows={rows} columns={columns}", Cost(0.0, moved), args["x_ptr"].element_size())

@@ -163,7 +163,8 @@ class Product(NamedTuple):
 
 class Scores(NamedTuple):
     """What is done with attention's scores: a key padding mask, a bias of this dtype, the bias's gradient stored;
-    before_norm: whether qkv's gradient is made for the norm before it (see `block`)."""
+    before_norm: whether qkv's gradient is made for the norm before it (see
+    `transformer_block`)."""
 
     mask: bool = False
     bias: torch.dtype | None = None
