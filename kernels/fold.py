@@ -24,7 +24,7 @@ from .launch.launcher import launch as launch_kernel
 from .launch.request import Request, RowConfig, Rows, ceil_div
 
 # Nothing here is worth a choice: together under a hundredth of a block.
-FOLD, SUM, UNFOLD = RowConfig(16, 128, 4), RowConfig(32, 64, 4), RowConfig(64, 32, 4)
+FOLD, SUM, UNFOLD = RowConfig(16, 128, 8), RowConfig(32, 64, 4), RowConfig(64, 32, 4)
 
 
 class Layer(NamedTuple):

@@ -15,8 +15,8 @@ Saved for backward: what the products read (x, x1 or their copies), qkv, attenti
 pre-activation, mean and rstd of each norm's rows: 10 D elements a token for an MLP of 4 D. Recomputed: the activated
 tensor, and attention's probabilities.
 A call must move, for M tokens of D channels, H hidden, elements of size s, beyond the weights: forward
-M (12 D + 2 H) s + M H s where a backward pass may come; backward M (35 D + 7 H) s, of which the gradients of weights
-read M (8 D + 2 H) s. Attention is counted as its own file does, but for its output, whose row sums come with dout.
+M (14 D + 2 H) s, and M H s more where a backward pass may come; backward M (33 D + 6 H) s, of which the gradients of
+weights read M (8 D + 2 H) s. Attention's kernels are 4 D and 11 D of these (row sums of the output come for free).
 """
 
 from __future__ import annotations

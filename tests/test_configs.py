@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from fastvit.kernels import attention, gemm, layer_norm, layer_norm_mlp, patch_embed, tiles
+from fastvit.kernels import attention, block_tiles, gemm, layer_norm, layer_norm_mlp, patch_embed, tiles
 from fastvit.kernels.launch import choice, hardware
 from fastvit.kernels.launch.absent import AbsentDriver, target_of
 from fastvit.kernels.launch.hardware import ARCHS
@@ -36,6 +36,7 @@ BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.flo
 SMS = 132
 # What products are made of: left and right operand, epilogue, activation.
 FORWARD = (tiles.NORMALISED, tiles.MATRIX, tiles.LINEAR)
+FOLDED = (tiles.MATRIX, tiles.MATRIX, block_tiles.FOLDED)
 RESIDUAL = (tiles.MATRIX, tiles.MATRIX, tiles.LINEAR_RESIDUAL)
 GRADIENT = (tiles.MATRIX, tiles.MATRIX, tiles.INPUT_GRADIENT)
 HEAVY = (tiles.MATRIX, tiles.MATRIX, layer_norm_mlp.ACTIVATION_GRADIENT, "gelu")
@@ -57,7 +58,7 @@ def product(m, n, k, made_of=FORWARD, dtype=BF16, out=None):
 
 
 def heads(kernel, head_dim, *masks, dtype=BF16, tokens=197):
-    scores = Scores("mask" in masks, dtype if "bias" in masks else None)
+    scores = Scores("mask" in masks, dtype if "bias" in masks else None, before_norm="norm" in masks)
     return Request(kernel, (64, tokens, 12, head_dim), dtype, scores)
 
 
@@ -81,8 +82,9 @@ CHOICES = [
     (("gfx942",), [product(12608, 768, 768, dtype=FP32)], (64, 64, 16, 8, 2)),
     (HOPPER, [product(768, 768, 12608, WEIGHT)], (64, 128, 64, 4, 3, 8, 1)),
     (HOPPER, [product(192, 192, 50432, WEIGHT)], (64, 128, 64, 4, 3, 8, 22)),
-    (("sm_90",), [product(768, 3072, 12608, PLAIN_WEIGHT)], (128, 128, 64, 4, 3, 8, 1)),
-    (("sm_100",), [product(768, 3072, 12608, PLAIN_WEIGHT)], (128, 128, 64, 8, 3, 8, 1)),
+    (HOPPER, [product(768, 3072, 12608, PLAIN_WEIGHT)], (128, 128, 64, 4, 3, 8, 1)),
+    (("sm_90",), [product(12608, 2304, 768, FOLDED)], (128, 128, 64, 8, 3)),
+    (("sm_100",), [product(12608, 2304, 768, FOLDED)], (128, 64, 64, 4, 3)),
     (("sm_90",), [product(12608, 768, 768, PIXELS, out=FP32)], (128, 64, 64, 8, 3)),
     (HOPPER, [product(12608, 768, 768, PIXELS)], (128, 128, 64, 8, 3)),
     (OLDER, [product(768, 768, 12608, WEIGHT)], (128, 64, 64, 8, 3, 8, 1)),
@@ -104,6 +106,9 @@ CHOICES = [
     (("gfx942", *OLDER), [heads(kernel, 80, "mask") for kernel in BACKWARD], (32, 16, 8, 1)),
     (("sm_120", "gfx942"), [heads(BACKWARD[1], 96)], (32, 16, 8, 1)),
     (("sm_80", "sm_89"), [heads(BACKWARD[1], 96)], (32, 32, 8, 1)),
+    (("sm_80",), [heads(BACKWARD[0], 64, "norm")], (64, 32, 4, 2)),
+    (OLDER, [heads(BACKWARD[1], 64, "norm")], (64, 32, 4, 1)),
+    (("gfx942",), [heads(BACKWARD[1], 64, "norm", dtype=FP32)], (32, 16, 8, 1)),
     (ARCHS, [heads(k, 64, dtype=FP32) for k in (*BACKWARD, "attention_forward")], (32, 32, 8, 1)),
     (ARCHS, [heads(k, 65, "mask", dtype=FP64) for k in (*BACKWARD, "attention_forward")], (16, 16, 8, 1)),
     (ARCHS, [rows(f"layer_norm_{kind}", (1576, 768), BF16) for kind in ("forward", "statistics")], (4, 1024, 4)),

@@ -66,12 +66,14 @@ def _gemm_tile(request: Request, arch: Arch, sms: int) -> GemmConfig:
     else:
         config = LARGE
         plain = left.plain and right.plain
-        if arch.name == "sm_90" and plain and request.parts.out_dtype.itemsize > request.dtype.itemsize:
-            # Triton 3.6 serializes the products of LARGE where these two epilogues store float32.
+        if plain and request.parts.out_dtype.itemsize > request.dtype.itemsize:
+            # Where these store float32, Triton 3.6 serializes the products of LARGE on sm_90 and spills on sm_100.
             if epilogue.bare:
                 config = LARGE._replace(num_warps=4)
-            elif epilogue.scatters:
+            elif epilogue.scatters and arch.name == "sm_90":
                 config = HEAVY
+        if epilogue.wide and arch.name == "sm_100":
+            config = HEAVY._replace(num_warps=4)  # of LARGE, Triton 3.6 spills
     # CDNA3 has 64 KiB of shared memory a block, room for two stages.
     return config._replace(num_stages=min(config.num_stages, 2)) if arch.backend == "hip" else config
 
@@ -111,13 +113,19 @@ def _attention_forward(request: Request, arch: Arch) -> AttentionConfig:
 def _attention_backward(request: Request, arch: Arch) -> AttentionConfig:
     """The tile of either backward kernel."""
     head_dim, masked = request.shape[3], request.parts.masked
+    queries = request.kernel == "attention_backward_dq"
     if request.dtype.itemsize > 2:
-        return FULL_PRECISION_ATTENTION[head_dim > 64]
+        config = FULL_PRECISION_ATTENTION[head_dim > 64]
+        # Wider steps spill where dk and dv are made for a norm.
+        spills = request.parts.before_norm and arch.name == "gfx942" and not queries
+        return config._replace(BLOCK_STEP=16) if spills else config
     if not arch.has_wgmma:
         if head_dim <= 64:
-            return AttentionConfig(BLOCK_ROWS=64, BLOCK_STEP=32, num_warps=4, num_stages=1)
+            # Not pipelined, dq for a norm spills.
+            stages = 2 if request.parts.before_norm and arch.name == "sm_80" and queries else 1
+            return AttentionConfig(BLOCK_ROWS=64, BLOCK_STEP=32, num_warps=4, num_stages=stages)
         # Wider steps of wide heads spill with these compilers.
-        spills = request.kernel == "attention_backward_dkdv" and head_dim > 80 and arch.name in ("sm_120", "gfx942")
+        spills = not queries and head_dim > 80 and arch.name in ("sm_120", "gfx942")
         return AttentionConfig(BLOCK_ROWS=32, BLOCK_STEP=16 if masked or spills else 32, num_warps=8, num_stages=1)
     if head_dim <= 64:
         return AttentionConfig(BLOCK_ROWS=64, BLOCK_STEP=64, num_warps=8 if masked else 4, num_stages=1)
