@@ -16,7 +16,7 @@ pre-activation, mean and rstd of each norm's rows: 10 D elements a token for an 
 tensor, and attention's probabilities.
 A call must move, for M tokens of D channels, H hidden, elements of size s, beyond the weights: forward
 M (14 D + 2 H) s, and M H s more where a backward pass may come; backward M (33 D + 6 H) s, of which the gradients of
-weights read M (8 D + 2 H) s. Attention's kernels are 4 D and 11 D of these (row sums of the output come for free).
+weights read M (8 D + 2 H) s. Attention's kernels are 4 D and 11 D of these.
 """
 
 from __future__ import annotations
