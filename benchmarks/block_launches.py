@@ -31,7 +31,10 @@ ARCH, BATCH, TOKENS = ARCHS["sm_90"], 256, 197
 MODELS = {"Ti": (192, 12), "S": (384, 12), "B": (768, 12), "L": (1024, 24)}  # embed_dim, depth
 PLAN = {("B", "inference"): 14.0, ("B", "training"): 44.0}  # milliseconds at batch 256, as planned
 LAUNCHERS = ((gemm, "launch_kernel"), (twin, "launch_kernel"), (attention, "launch_kernel"), (fold, "launch_kernel"),
-             (transformer_block, "launch_kernel"), (reduce, "launch"), (layer_norm, "launch"))  # fmt: skip
+             (transformer_block, "launch_kernel"), (reduce, "launch"), (layer_norm, "launch"), (gemm, "choose"),
+             (attention, "choose"))  # fmt: skip
+WITH_CHOICE = (gemm.gemm_kernel, gemm.tma_kernel, twin.apply_kernel, attention.attention_kernel,
+               attention.attention_backward_dq_kernel, attention.attention_backward_dkdv_kernel)  # fmt: skip
 
 
 # What a product is for, by its function and N / D, K / D, or of a weight gradient M / D, N / D.
@@ -96,16 +99,25 @@ def noting() -> Iterator[list[Launch]]:
     """Collects, in place of making them, the launches of the `with` body on `ARCH`, as "auto" would have them."""
     found: list[Launch] = []
 
-    def note(kernel, constants, request, config, device, grid, args) -> None:
-        given = constants(request, config)
-        function = next((given[key] for key in ("EPILOGUE", "SECTION") if key in given), kernel)
+    chosen: list[tuple] = []
+
+    def choose(request, device, repeat=None):
+        chosen[:] = request, choice.choose(request, device, repeat)
+        return chosen[1]
+
+    def note(kernel, grid, args, constants, device) -> None:
+        function = next((constants[key] for key in ("EPILOGUE", "SECTION") if key in constants), kernel)
         moved = cost._matrix_bytes(*_flat(args))
         flops, seconds = 0.0, cost.LAUNCH_SECONDS + moved / (cost.REACHED_BANDWIDTH * ARCH.bandwidth)
-        if request.kernel in ("gemm", *cost._ATTENTION):
-            flops = cost.request_cost(request).flops
-            seconds = max(seconds, cost.request_seconds(request, config, ARCH))
-        form = {TmaConfig: "ours, by TMA", LibraryConfig: "around the library's"}.get(type(config), "ours")
-        found.append(Launch(function.__name__, request.shape, _first(function), form, flops, moved, seconds))
+        shape, form = tuple(getattr(args[0], "shape", ())), "ours"
+        if kernel in WITH_CHOICE:
+            request, config = chosen
+            shape = request.shape
+            form = {TmaConfig: "ours, by TMA", LibraryConfig: "around the library's"}.get(type(config), "ours")
+            if kernel is not twin.apply_kernel:
+                flops = cost.request_cost(request).flops
+                seconds = max(seconds, cost.request_seconds(request, config, ARCH))
+        found.append(Launch(function.__name__, shape, _first(function), form, flops, moved, seconds))
 
     def product(x, y, dtype, out=None):
         m, k, n = *x.shape, y.shape[1]
@@ -124,7 +136,7 @@ def noting() -> Iterator[list[Launch]]:
     products = [(module, module.matrix_product) for module in (tiles, twin)]
     try:
         for module, name, _ in before:
-            setattr(module, name, note)
+            setattr(module, name, choose if name == "choose" else note)
         for module, _ in products:
             module.matrix_product = product
         with without_gpu(target_of(ARCH), run=lambda *a, **k: None), use_backend("auto"), torch.no_grad():

@@ -21,7 +21,7 @@ import triton.language as tl
 from ._math import TRITON_DTYPES, accumulator_dtype
 from .launch import cost
 from .launch.launcher import launch as launch_kernel
-from .launch.request import Request, RowConfig, Rows, ceil_div
+from .launch.request import RowConfig, ceil_div
 
 # Nothing here is worth a choice: together under a hundredth of a block.
 FOLD, SUM, UNFOLD = RowConfig(16, 128, 8), RowConfig(32, 64, 4), RowConfig(64, 32, 4)
@@ -169,20 +169,17 @@ def sections_kernel(
 def launch(function, sections: list[tuple], block: int, config: RowConfig, acc: torch.dtype, device) -> None:
     """Launch `function` on sections, programs of `block` of each one's size."""
 
-    def constants(request: Request, config: RowConfig) -> dict:
-        return dict(
-            COUNT=len(sections),
-            SECTION=function,
-            BLOCK=block,
-            ACC=TRITON_DTYPES[acc],
-            BLOCK_ROWS=config.BLOCK_ROWS,
-            BLOCK_COLUMNS=config.BLOCK_D,
-            num_warps=config.num_warps,
-        )
-
-    request = Request(function.__name__, (), acc, Rows())
+    constants = dict(
+        COUNT=len(sections),
+        SECTION=function,
+        BLOCK=block,
+        ACC=TRITON_DTYPES[acc],
+        BLOCK_ROWS=config.BLOCK_ROWS,
+        BLOCK_COLUMNS=config.BLOCK_D,
+        num_warps=config.num_warps,
+    )
     grid = (sum(ceil_div(section[0], block) for section in sections), 1, 1)
-    launch_kernel(sections_kernel, constants, request, config, device, grid, (tuple(sections),))
+    launch_kernel(sections_kernel, grid, (tuple(sections),), constants, device)
 
 
 def fold(layers: Sequence[Layer], dtype: torch.dtype) -> tuple[list[Folded], tuple | None]:

@@ -165,7 +165,7 @@ def _launch_tma(request: Request, config: TmaConfig, a: tuple, b: tuple, target:
         right = TensorDescriptor(b[0], [n, k], [b[2], 1], [config.BLOCK_N, config.BLOCK_K])
     programs = min(tiles, config.PROGRAMS * num_sms(device))
     args = (left, right, target, m, n, k, programs)
-    launch_kernel(tma_kernel, _tma_constants, request, config, device, (programs, 1, 1), args)
+    launch_kernel(tma_kernel, (programs, 1, 1), args, _tma_constants(request, config), device)
 
 
 def _constants(request: Request, config: GemmConfig) -> dict:
@@ -236,7 +236,8 @@ def launch(
         _launch_tma(request, config, a, b, filled, tiles_m * tiles_n)
         return *_tensors(target[:outputs]), *partial
     grid, all_of_k = (tiles_m * tiles_n, 1, 1), ceil_div(k, config.BLOCK_K) * config.BLOCK_K
-    launch_kernel(gemm_kernel, _constants, request, config, device, grid, (a, b, filled, m, None, n, k, all_of_k))
+    args = (a, b, filled, m, None, n, k, all_of_k)
+    launch_kernel(gemm_kernel, grid, args, _constants(request, config), device)
     return *_tensors(target[:outputs]), *partial
 
 
@@ -270,5 +271,5 @@ def weight_gradient(dy, right: Prologue, x, inputs: int, dtype: torch.dtype, wid
     tiles = ceil_div(outputs, config.BLOCK_M) * ceil_div(inputs, config.BLOCK_N)
     k_per_part = ceil_div(ceil_div(tokens, config.SPLIT_K), config.BLOCK_K) * config.BLOCK_K
     args = (transposed(dy), x, (partial,), tokens, outputs, inputs, None, k_per_part)
-    launch_kernel(gemm_kernel, _constants, request, config, dy.device, (tiles * config.SPLIT_K, 1, 1), args)
+    launch_kernel(gemm_kernel, (tiles * config.SPLIT_K, 1, 1), args, _constants(request, config), dy.device)
     return total(partial, config.SPLIT_K, out_dtype)

@@ -43,7 +43,7 @@ from .block_tiles import (
 from .fold import Folded, Layer, Unfolding, fold, sum_parts, unfold, unscale
 from .fold import launch as launch_sections
 from .launch.launcher import launch as launch_kernel
-from .launch.request import Request, RowConfig, Rows, ceil_div, next_power_of_2
+from .launch.request import ceil_div, next_power_of_2
 from .reduce import rows_per_sample
 from .tiles import INPUT_GRADIENT, MATRIX, plain, transposed
 
@@ -106,18 +106,11 @@ def stream_of(x: torch.Tensor, dtype: torch.dtype) -> Stream:
     if reads_copy(x.dtype, dtype):
         copy, centre = _empty(x, rows, columns, dtype=dtype), _empty(x, rows)
     block = max(GROUP.value, next_power_of_2(columns))
-    config = RowConfig(max(1, 4096 // block), block, 4)
-    request = Request("stream", (rows, columns), x.dtype, Rows(out_dtype=dtype))
-
-    def constants(request: Request, config: RowConfig) -> dict:
-        acc = TRITON_DTYPES[accumulator_dtype(request.dtype)]
-        return dict(ACC=acc, BLOCK_ROWS=config.BLOCK_ROWS, BLOCK_D=config.BLOCK_D, num_warps=config.num_warps)
-
-    if rows == 0:
-        return Stream(copy, centre, stats)
-    grid = (ceil_div(rows, config.BLOCK_ROWS), 1, 1)
-    args = (x, copy, centre, stats, rows, columns, x.stride(0))
-    launch_kernel(stream_kernel, constants, request, config, x.device, grid, args)
+    block_rows = max(1, 4096 // block)
+    constants = dict(ACC=TRITON_DTYPES[accumulator_dtype(x.dtype)], BLOCK_ROWS=block_rows, BLOCK_D=block, num_warps=4)
+    if rows:
+        args = (x, copy, centre, stats, rows, columns, x.stride(0))
+        launch_kernel(stream_kernel, (ceil_div(rows, block_rows), 1, 1), args, constants, x.device)
     return Stream(copy, centre, stats)
 
 
@@ -184,18 +177,12 @@ def _scaled_gradient(dout: torch.Tensor, drop_path_scale, dtype: torch.dtype, su
     if not (copied or sums):
         return dout, None
     copy = _empty(dout, rows, columns, dtype=dtype) if copied else None
-    config = RowConfig(64, 64, 4)
-    parts = ceil_div(rows, config.BLOCK_ROWS)
+    parts = ceil_div(rows, 64)
     partial = _empty(dout, parts, columns) if sums else None
-    request = Request("scaled_gradient", (rows, columns), dout.dtype, Rows(out_dtype=dtype))
-
-    def constants(request: Request, config: RowConfig) -> dict:
-        acc = TRITON_DTYPES[accumulator_dtype(request.dtype)]
-        return dict(ACC=acc, BLOCK_ROWS=config.BLOCK_ROWS, BLOCK_COLUMNS=config.BLOCK_D, num_warps=config.num_warps)
-
-    grid = (parts, ceil_div(columns, config.BLOCK_D), 1)
+    constants = dict(ACC=TRITON_DTYPES[accumulator_dtype(dout.dtype)], BLOCK_ROWS=64, BLOCK_COLUMNS=64, num_warps=4)
+    grid = (parts, ceil_div(columns, 64), 1)
     args = (dout, copy, drop_path_scale, partial, rows, columns, dout.stride(0), rows_per_sample(rows, drop_path_scale))
-    launch_kernel(scaled_gradient_kernel, constants, request, config, dout.device, grid, args)
+    launch_kernel(scaled_gradient_kernel, grid, args, constants, dout.device)
     return dout if copy is None else copy, partial
 
 

@@ -50,8 +50,8 @@ def launch(request: Request, config: LibraryConfig, a: tuple, b: tuple, target: 
     m, n, k = request.shape
     product = request.parts
     over_tokens = product.epilogue.sums
-    x = _operand("left", request, config, product.left, a, (m, k), 1 if over_tokens else 0)
-    y = _operand("right", request, config, product.right, b, (k, n), 0 if over_tokens else None)
+    x = _operand(request, config, product.left, a, (m, k), 1 if over_tokens else 0)
+    y = _operand(request, config, product.right, b, (k, n), 0 if over_tokens else None)
     # An autograd.Function's forward may run under autocast, where torch.mm would round its operands.
     kind = x.device.type
     rounding = kind != "meta" and torch.is_autocast_enabled(kind)
@@ -61,33 +61,30 @@ def launch(request: Request, config: LibraryConfig, a: tuple, b: tuple, target: 
         wide = product.epilogue.wide
         stored = matrix_product(x, y, accumulator_dtype(request.dtype) if wide else request.dtype)
     del x, y
-    _apply("epilogue", request, config, MATRIX, plain(stored), product.epilogue.store, target, (m, n), 0)
+    _apply(request, config, MATRIX, plain(stored), product.epilogue.store, target, (m, n), 0)
 
 
-def _operand(role: str, request: Request, config, prologue: Prologue, source: tuple, shape, axis) -> torch.Tensor:
+def _operand(request: Request, config, prologue: Prologue, source: tuple, shape, axis) -> torch.Tensor:
     """What `prologue` loads of `source`, as a matrix in the products' dtype. axis: the one that counts tokens."""
     matrix, *strides = source
     if prologue is MATRIX and matrix.dtype == request.dtype:
         return matrix.as_strided(shape, strides)
     out = torch.empty(shape, dtype=request.dtype, device=matrix.device)
-    _apply(role, request, config, prologue, source, INPUT_GRADIENT.store, (out,), shape, axis)
+    _apply(request, config, prologue, source, INPUT_GRADIENT.store, (out,), shape, axis)
     return out
 
 
-def _apply(role: str, request: Request, config, prologue, source, store, target, shape, axis: int | None) -> None:
-    def constants(request: Request, config: LibraryConfig) -> dict:
-        return dict(
-            LOAD=prologue.load,
-            EPILOGUE=store,
-            ACTIVATION=request.parts.activation,
-            ACC=TRITON_DTYPES[accumulator_dtype(request.dtype)],
-            BLOCK_M=config.BLOCK_M,
-            BLOCK_N=config.BLOCK_N,
-            num_warps=config.num_warps,
-        )
-
+def _apply(request: Request, config, prologue, source, store, target, shape, axis: int | None) -> None:
+    constants = dict(
+        LOAD=prologue.load,
+        EPILOGUE=store,
+        ACTIVATION=request.parts.activation,
+        ACC=TRITON_DTYPES[accumulator_dtype(request.dtype)],
+        BLOCK_M=config.BLOCK_M,
+        BLOCK_N=config.BLOCK_N,
+        num_warps=config.num_warps,
+    )
     rows, columns = shape
     sizes = {0: (rows, None, columns), 1: (columns, rows, None), None: (0, rows, columns)}[axis]
     grid = (ceil_div(rows, config.BLOCK_M) * ceil_div(columns, config.BLOCK_N), 1, 1)
-    request = request._replace(kernel=f"{role} of {request.kernel}")  # what is prepared is kept by it
-    launch_kernel(apply_kernel, constants, request, config, source[0].device, grid, (source, target, *sizes))
+    launch_kernel(apply_kernel, grid, (source, target, *sizes), constants, source[0].device)

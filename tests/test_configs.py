@@ -107,6 +107,7 @@ CHOICES = [
     (("sm_120", "gfx942"), [heads(BACKWARD[1], 96)], (32, 16, 8, 1)),
     (("sm_80", "sm_89"), [heads(BACKWARD[1], 96)], (32, 32, 8, 1)),
     (("sm_80",), [heads(BACKWARD[0], 64, "norm")], (64, 32, 4, 2)),
+    (("sm_89", "sm_120"), [heads(BACKWARD[0], 64, "norm")], (64, 32, 4, 1)),
     (OLDER, [heads(BACKWARD[1], 64, "norm")], (64, 32, 4, 1)),
     (("gfx942",), [heads(BACKWARD[1], 64, "norm", dtype=FP32)], (32, 16, 8, 1)),
     (ARCHS, [heads(k, 64, dtype=FP32) for k in (*BACKWARD, "attention_forward")], (32, 32, 8, 1)),

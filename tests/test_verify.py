@@ -75,6 +75,24 @@ def test_a_planted_fault_fails(monkeypatch, fault, wrong):
     json.dumps(result.as_dict(), allow_nan=False)
 
 
+def test_a_call_that_changes_when_it_is_repeated_fails():
+    """On a GPU, where the third call is a replay; here of a case that says so."""
+    truth = {"out": torch.ones(3, dtype=torch.float64), "d x": torch.ones(3, dtype=torch.float64)}
+    for off in (None, 1, 2):
+        calls = []
+
+        def ours(calls=calls, off=off):
+            calls.append(1)
+            changed = {"d x": torch.tensor([1, 1, 1 + 1.2e-7])} if len(calls) - 2 == off else {}
+            return {name: value.float() for name, value in truth.items()} | changed
+
+        case = verify.Case("op", "case", torch.float32, lambda device, ours=ours: (lambda: truth, ours, ours))
+        result = verify.run_case(case, "cuda")
+        assert len(calls) == 4  # plain PyTorch's, and ours
+        assert result.status == ("passed" if off is None else "failed"), off
+        assert result.status == "passed" or result.reason == "d x is not the same when the call is repeated"
+
+
 def test_a_wrong_dtype_or_shape_fails(monkeypatch):
     plant(monkeypatch, "layer_norm", lambda out: out.double())
     assert "torch.float64" in verify.run_case(SMALL, "cpu").reason

@@ -186,7 +186,7 @@ class Block(nn.Module):
             key_padding_mask, attn_bias = masks(attn_mask, is_causal, batch, attn.num_heads, tokens, x)
             qkv, proj, _ = submodules(attn, _ATTENTION_PARTS)
             fc1, act, fc2 = submodules(mlp, _MLP_PARTS)
-            of_branch = (branch_scales(ls1, drop_path1, x), branch_scales(ls2, drop_path2, x))
+            scales1, scales2 = branch_scales(ls1, drop_path1, x), branch_scales(ls2, drop_path2, x)
             return ops.transformer_block(
                 x,
                 *weights(norm1, qkv, proj, norm2, fc1, fc2),
@@ -197,7 +197,10 @@ class Block(nn.Module):
                 activation=activation_name(act),
                 key_padding_mask=key_padding_mask,
                 attn_bias=attn_bias,
-                **{f"{name}{i}": scale for i, scales in enumerate(of_branch, 1) for name, scale in scales.items()},
+                layer_scale1=scales1["layer_scale"],
+                layer_scale2=scales2["layer_scale"],
+                drop_path_scale1=scales1["drop_path_scale"],
+                drop_path_scale2=scales2["drop_path_scale"],
             )
         if not tracing and self.can_fuse_attention():
             qkv, proj, _ = submodules(attn, _ATTENTION_PARTS)

@@ -19,8 +19,8 @@ _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
 
 
 class Operator:
-    """A launcher of the kernels, called straight, or as an operator of torch's, `torch.ops.fastvit.<name>`, by what
-    traces: compilers, exports, modes that look at every operator.
+    """A launcher of the kernels, its calls replayed, called straight, or as an operator of torch's,
+    `torch.ops.fastvit.<name>`, by what traces: compilers, exports, modes that look at every operator.
 
     schema: the operator's, `name(arguments) -> results`. fake: its results without values. launch: the launcher;
     fastvit.kernels.<module>'s of the operator's name, if not said. As an operator it returns empty tensors, like its
@@ -45,15 +45,17 @@ class Operator:
             or tensors[0].is_neg()  # an upstream gradient's: dispatch sees to arguments
         ):
             return self.operator
-        return self._launch or self._resolve()
+        return self.replayed
 
-    def _resolve(self) -> Callable:
-        self._launch = getattr(launchers(self._module), self.name)
-        return self._launch
+    @functools.cached_property
+    def replayed(self) -> Callable:
+        """The launcher, its calls replayed."""
+        launch = self._launch or getattr(launchers(self._module), self.name)
+        return launchers("launch.replay").replaying(launch)
 
     def _run(self, *args):
         with torch.no_grad():  # an exported program calls it with gradients on
-            found = (self._launch or self._resolve())(*args)
+            found = self.replayed(*args)
         if isinstance(found, torch.Tensor):
             return found
         memory: set[int] = set()

@@ -149,7 +149,7 @@ class TransformerBlockFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout):
         x, *saved = ctx.saved_tensors
-        needs = [*ctx.needs_input_grad[:15], ctx.needs_input_grad[18]]
+        needs = (*ctx.needs_input_grad[:15], ctx.needs_input_grad[18])
         num_heads, scale, eps1, eps2, activation = ctx.how
         given = saved[22:]
         if _common.differentiating_again(dout):
@@ -261,9 +261,10 @@ def _unsupported(x, *others):
 
 def takes_block(x: torch.Tensor, weights: list[torch.Tensor]) -> bool:
     """Whether these linear layers' weights are a block's whose dtypes the op takes, beside x."""
-    dtype = _common.compute_dtype(x, weights[0])
-    mixed = not dispatch.autocasting(x) and any(weight.dtype != dtype for weight in weights)
-    return dtype != torch.float16 and not mixed
+    if dispatch.autocasting(x):
+        return _common.compute_dtype(x, weights[0]) != torch.float16
+    dtypes = {weight.dtype for weight in weights}
+    return len(dtypes) == 1 and torch.float16 not in dtypes
 
 
 def _by_name(args: tuple) -> tuple[torch.Tensor, dict]:
@@ -297,9 +298,9 @@ def _prepare(x, *others):
     scale1, scale2, drop1, drop2, key_padding_mask, attn_bias = others[17:]
     keep = dispatch.needs_grad(x, *parameters, scale1, scale2, attn_bias)
     scale = float((x.shape[2] // num_heads) ** -0.5 if scale is None else scale)
-    vectors = [dense(value) for value in (scale1, scale2, drop1, drop2)]
+    vectors = (*parameters, scale1, scale2, drop1, drop2)
     how = (num_heads, scale, float(eps1), float(eps2), activation, keep, _common.compute_dtype(x, parameters[2]), None)
-    return x.contiguous(), *map(dense, parameters), *vectors, key_padding_mask, attn_bias, *how
+    return x.contiguous(), *map(dense, vectors), key_padding_mask, attn_bias, *how
 
 
 def _product(x, *others):

@@ -10,7 +10,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from . import launcher  # noqa: F401, which has to see Triton's own method before it is replaced
+from . import replay  # noqa: F401, which has to see Triton's own method before it is replaced
 from .hardware import ARCHS, Arch
 
 

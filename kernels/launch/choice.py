@@ -22,7 +22,7 @@ Lookup = Callable[[Request, torch.device], Config | None]
 Repeat = Callable[[Config], tuple[torch.Tensor, ...]]
 Watcher = Callable[[Request, Repeat], None]
 
-REMEMBERED = 4096  # choices, and prepared launches, that are kept; then all are forgotten
+REMEMBERED = 4096  # choices that are kept; then all are forgotten
 
 EXPECTED_GAIN = 1.1  # of our product over the library's form, for ours to run unmeasured
 
@@ -31,6 +31,25 @@ _library = False
 _forced: Callable[[Request], Config | None] | None = None
 _watcher: Watcher | None = None
 _chosen: dict[tuple, Config] = {}
+_followers: list[Callable[[], None]] = []
+
+
+def on_change(callback: Callable[[], None]) -> None:
+    """Have callback() called whenever other configs may be chosen than before."""
+    _followers.append(callback)
+
+
+def _changed() -> None:
+    for follower in _followers:
+        follower()
+
+
+on_change(_chosen.clear)
+
+
+def watched() -> bool:
+    """Whether somebody is shown each launch that has a choice."""
+    return _watcher is not None
 
 
 def set_table(lookup: Lookup | None, library: bool = False) -> None:
@@ -38,7 +57,7 @@ def set_table(lookup: Lookup | None, library: bool = False) -> None:
     whether a product may be the library's."""
     global _lookup, _library
     _lookup, _library = lookup, library
-    _chosen.clear()
+    _changed()
 
 
 def choose(request: Request, device: torch.device, repeat: Repeat | None = None) -> Config:
@@ -89,12 +108,12 @@ def forcing(config_of: Callable[[Request], Config | None]) -> Iterator[None]:
     """In the `with` body a launch gets config_of(request), valid or not, whatever would be chosen; None: that."""
     global _forced
     before, _forced = _forced, config_of
-    _chosen.clear()
+    _changed()
     try:
         yield
     finally:
         _forced = before
-        _chosen.clear()
+        _changed()
 
 
 def by_library() -> contextlib.AbstractContextManager[None]:

@@ -5,8 +5,8 @@ the kernels. The tensors are on the CPU, the driver does nothing (see stub_gpu.p
                                        to train, and of one with each input alone; a second DTYPE: of the wide tensors
     launch_ops.py variants BATCH...    of each sample, how many kernels were compiled once it had run, forward and
                                        backward, at this and all earlier batch sizes
-    launch_ops.py replays              of each sample, the launches of a second pass that are handed what Triton's own
-                                       launches of the first were, and those that Triton makes itself
+    launch_ops.py replays              of each sample, the launches of a third pass that are handed what Triton's own
+                                       launches of the second were, and those that are replayed
     launch_ops.py tuning               what `tune.tune_call` has compiled ahead, in threads, and what it compiles itself
     launch_ops.py frozen               of a frozen model of three blocks, for each step on the kernels, the launches
     launch_ops.py hops                 of each launch of a block's forward pass, the functions of ours on the way there
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import importlib
 import json
 import statistics
 import sys
@@ -33,6 +34,7 @@ import stub_gpu
 import torch
 from fastvit.kernels import layer_norm
 from fastvit.kernels.launch.hardware import ARCHS
+from triton.compiler import CompiledKernel
 
 from fastvit import create_model, dispatch, nn, use_backend
 from fastvit.environment import environment
@@ -117,102 +119,107 @@ def report_variants(*batches: str) -> dict[str, list[int]]:
     return found
 
 
-def addresses(value):
-    """What a launcher was given, a tensor as its address."""
+def told(value, names: dict[int, object]):
+    """What a launcher was given, each address as its name; a new one gets the number of those before as its name."""
     if isinstance(value, torch.Tensor):
-        return value.data_ptr()
+        return names.setdefault(value.data_ptr(), len(names))
     if isinstance(value, tuple):
-        return tuple(map(addresses, value))
+        return tuple(told(part, names) for part in value)
+    if isinstance(value, int) and value > MOST:
+        return names.setdefault(value, len(names))
     return getattr(value, "value", value)  # of a tl.constexpr
+
+
+MOST = 1 << 32  # no size or stride of a sample is, every address is
 
 
 def has_tensors(value) -> bool:
     return isinstance(value, torch.Tensor) or isinstance(value, tuple) and any(map(has_tensors, value))
 
 
-def kept_alive(sample: samples.Sample, tensors: dict[str, torch.Tensor]) -> bool:
-    """Whether a prepared kernel outlives Triton's caches: the newest Triton unloads those that nobody holds."""
-    from fastvit.kernels.launch import launcher
+def operators(op: str):
+    """The module of an op, whose name in `fastvit.ops` is the op's."""
+    return importlib.import_module(f"fastvit.ops.{op}")
 
-    launcher._prepared.clear()
-    passes(sample, tensors)
-    ((compiled, *_), *_) = launcher._prepared.values()
-    alive = weakref.ref(compiled)
-    del compiled
+
+def program_alive(sample: samples.Sample, tensors: dict[str, torch.Tensor]) -> bool:
+    """Whether a program's kernels outlive Triton's caches: the newest Triton unloads those that nobody holds."""
+    for _ in range(2):
+        passes(sample, tensors)
+    (program,) = operators("layer_norm").FORWARD.replayed.programs.values()
+    (alive,) = [weakref.ref(value) for value in program.__globals__.values() if type(value) is CompiledKernel]
     launched.clear()
     layer_norm.layer_norm_kernel.device_caches.clear()
-    layer_norm.layer_norm_backward_kernel.device_caches.clear()
     gc.collect()
     return alive() is not None
 
 
 def told_apart() -> list[int]:
-    """How many launches are prepared for calls of the same shape, dtype and config that are not the same, then for the
-    first of them once more."""
-    from fastvit.kernels.launch import launcher
-
-    from fastvit import ops
-
+    """How many programs there are for calls of the same shapes that are not alike, then for the first once more."""
+    op = operators("layer_norm_linear")
     x, norm, weight, bias = (torch.randn(*shape, dtype=torch.bfloat16) for shape in ((42, 32), (32,), (48, 32), (48,)))
     calls = [
         (x, norm, norm, weight, bias),
         (x, norm.float(), norm, weight, bias),  # a vector's dtype
         (torch.randn(42, 64, dtype=torch.bfloat16)[:, :32], norm, norm, weight, bias),  # a stride
-        (x, norm, norm, weight, None),  # a pointer that is none
+        (x, norm, norm, weight, None),  # a tensor that is none
+        (x, norm, norm.clone(), weight, bias),  # what shares memory
         (x, norm, norm, weight, bias),
     ]
-    launcher._prepared.clear()
-    counts = []
+    counts, programs = [], op.FORWARD.replayed.programs
+    programs.clear()
     for call in calls:
-        before = len(launcher._prepared)
-        ops.layer_norm_linear(*call)
-        counts.append(len(launcher._prepared) - before)
+        before = len(programs)
+        op.layer_norm_linear(*call)
+        counts.append(len(programs) - before)
     return counts
 
 
 def report_replays() -> dict[str, list[int]]:
-    """[launches, those of the second pass with the same arguments, those of them without a tensor], and of a second
-    pass under other conditions."""
-    from fastvit.kernels.launch import launcher
+    """Of each sample, and under other conditions from the third pass on: [launches of a pass; how many of the third are
+    handed what the second's were; how many of the third are replayed]."""
+    from fastvit.kernels.launch import choice, replay
 
-    given, made = [], []
+    given, held = [], []
 
     def note(self, *args) -> None:
         *grid, stream, function, metadata, _, _, _ = args[:9]
-        given.append((grid, stream, function, metadata, addresses(args[9:]), has_tensors(args[9:])))
+        given.append(((grid, stream, function, metadata, told(args[9:], names)), has_tensors(args[9:])))
 
-    def same_memory(make, again):
-        """torch's function, giving the same tensors in the same order the second time."""
-        return lambda *args, **how: again.pop(0) if again else made.append(make(*args, **how)) or made[-1]
+    def holding(make):
+        """torch's function, whose tensors are kept, so that no other has the same address."""
+        return lambda *args, **how: held.append(make(*args, **how)) or held[-1]
 
-    def both_passes(sample, tensors, between=lambda: None) -> list[int]:
-        launcher._prepared.clear()
-        makers, seen, again = (torch.empty, torch.empty_like), [], []
-        made.clear()
-        torch.empty, torch.empty_like = (same_memory(make, again) for make in makers)
-        for _ in range(2):
+    def three_passes(sample, tensors, between=lambda: None) -> list[int]:
+        choice._changed()
+        seen = []
+        for number in range(3):
+            names.clear()
+            names.update((tensor.data_ptr(), name) for name, tensor in tensors.items())
             given.clear()
+            if number == 2:
+                between()
             out = sample.run(tensors)
-            samples.gradients(out, tensors, upstream.setdefault(sample.name, makers[1](out).fill_(1)))
+            samples.gradients(out, tensors, upstream.setdefault(sample.name, torch.ones_like(out)))
             seen.append(given.copy())
-            again[:] = made
-            between()
-        torch.empty, torch.empty_like = makers
-        first, second = seen
-        alike = sum(one[:5] == other[:5] for one, other in zip(first, second, strict=True))
-        assert all(tensors for *_, tensors in first)
-        return [len(first), alike, sum(not tensors for *_, tensors in second)]
+        first, second, third = seen
+        assert [one for one, _ in first] == [one for one, _ in second] and all(own for _, own in (*first, *second))
+        alike = sum(one == other for (one, _), (other, _) in zip(second, third, strict=True))
+        return [len(second), alike, sum(not own for _, own in third)]
 
     Recorder.__call__ = note
-    upstream, found = {}, {}
+    for where, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty_strided")):
+        setattr(where, name, holding(getattr(where, name)))
+    names, upstream, found = {}, {}, {}
     for sample in samples.SAMPLES:
-        found[sample.name] = both_passes(sample, sample.tensors(torch.bfloat16))
+        found[sample.name] = three_passes(sample, sample.tensors(torch.bfloat16))
+        held.clear()
     (norm,) = (sample for sample in samples.SAMPLES if sample.name == "layer_norm")
     tensors = norm.tensors(torch.bfloat16)
     odd = torch.empty(25, dtype=torch.bfloat16)[1:].copy_(tensors["weight"].detach()).requires_grad_()
-    runtime, compilation, heard = launcher.knobs.runtime, launcher.knobs.compilation, []
+    runtime, compilation, heard = replay.knobs.runtime, replay.knobs.compilation, []
     chain = runtime.launch_enter_hook
-    # What happens after the first pass, and what undoes it: launches have to be replayed again.
+    # What happens after the second pass, and what undoes it: launches have to be replayed again.
     for name, given_tensors, begin, end in (
         ("a profiler", tensors, lambda: chain.add(heard.append), chain.calls.clear),
         ("a hook", tensors, lambda: runtime.__setattr__("launch_enter_hook", heard.append),
@@ -220,11 +227,12 @@ def report_replays() -> dict[str, list[int]]:
         ("a knob", tensors, lambda: compilation.__setattr__("instrumentation_mode", "gsan"),
          lambda: compilation.__setattr__("instrumentation_mode", "")),
         ("an address that 16 does not divide", {**tensors, "weight": odd}, lambda: None, lambda: None),
-        ("a Triton that is not known", tensors, lambda: vars(launcher).update(_KNOWN=False),
-         lambda: vars(launcher).update(_KNOWN=True)),
+        ("a Triton that is not known", tensors, lambda: vars(replay).update(_KNOWN=False),
+         lambda: vars(replay).update(_KNOWN=True)),
+        ("other tables", tensors, choice._changed, lambda: None),
     ):  # fmt: skip
-        found[name] = [*both_passes(norm, given_tensors, begin), end(), *both_passes(norm, tensors)]
-    found["still alive"] = kept_alive(norm, tensors)
+        found[name] = [*three_passes(norm, given_tensors, begin), end(), *three_passes(norm, tensors)]
+    found["still alive"] = program_alive(norm, tensors)
     found["apart"] = told_apart()
     return found
 
@@ -284,10 +292,11 @@ def report_frozen() -> list[list]:
     return found
 
 
-def report_hops() -> list[list[str]]:
-    """Each way from `nn.Block.forward`, in training, to a kernel: the functions that call each other, then it."""
+def report_hops() -> list[list[list[str]]]:
+    """Each way from `nn.Block.forward`, in training, to a kernel: the functions that call each other, then it. Of the
+    first call, and of the third, a replay."""
     block = nn.Block(192, 3, qkv_bias=True, init_values=1e-5).bfloat16()
-    ways = []
+    calls = []
 
     def way(self, *args) -> None:
         found, frame = [], sys._getframe(1)
@@ -295,12 +304,16 @@ def report_hops() -> list[list[str]]:
             path = Path(frame.f_code.co_filename)
             if path.is_relative_to(ROOT) and path.relative_to(ROOT).parts[0] in ("fastvit", "kernels"):
                 found.append(f"{path.relative_to(ROOT)}: {frame.f_code.co_name}")
+            elif path.name.endswith("replayed>"):
+                found.append(path.name)
             frame = frame.f_back
-        ways.append([*found[::-1], str(self)])
+        calls[-1].append([*found[::-1], str(self)])
 
     Recorder.__call__ = way
-    block(torch.randn(2, 21, 192, dtype=torch.bfloat16, requires_grad=True))
-    return ways
+    for _ in range(3):
+        calls.append([])
+        block(torch.randn(2, 21, 192, dtype=torch.bfloat16, requires_grad=True))
+    return [calls[0], calls[2]]
 
 
 def report_host(*file: str) -> list[dict]:
