@@ -116,6 +116,14 @@ def test_calls_that_are_not_alike_have_programs_of_their_own(other):
     assert len(own) == 4 and len(call.programs) == 2
 
 
+def test_strides_tell_calls_apart():
+    call, own = counted(lambda x: (x + 1,))
+    for _ in range(3):
+        for x in (matrix(4, 8)[:, :4], matrix(4, 4).t()):
+            compare(call(x), (x + 1,))
+    assert len(own) == 4 and len(call.programs) == 2
+
+
 def test_a_part_of_a_larger_tensor_is_one_at_any_offset():
     """As the parameters are that a flat buffer holds: several arguments in one storage."""
     call, own = counted(lambda x, y: (x + 1, y[1:].mul(2), x.t().contiguous()))

@@ -35,6 +35,7 @@ import torch
 from fastvit.kernels import layer_norm
 from fastvit.kernels.launch.hardware import ARCHS
 from triton.compiler import CompiledKernel
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastvit import create_model, dispatch, nn, use_backend
 from fastvit.environment import environment
@@ -125,6 +126,8 @@ def told(value, names: dict[int, object]):
         return names.setdefault(value.data_ptr(), len(names))
     if isinstance(value, tuple):
         return tuple(told(part, names) for part in value)
+    if isinstance(value, TensorDescriptor):
+        return told(value.base.data_ptr(), names), {**vars(value), "base": None}
     if isinstance(value, int) and value > MOST:
         return names.setdefault(value, len(names))
     return getattr(value, "value", value)  # of a tl.constexpr
@@ -134,6 +137,7 @@ MOST = 1 << 32  # no size or stride of a sample is, every address is
 
 
 def has_tensors(value) -> bool:
+    value = getattr(value, "base", value)  # of a descriptor
     return isinstance(value, torch.Tensor) or isinstance(value, tuple) and any(map(has_tensors, value))
 
 
@@ -179,6 +183,7 @@ def report_replays() -> dict[str, list[int]]:
     """Of each sample, and under other conditions from the third pass on: [launches of a pass; how many of the third are
     handed what the second's were; how many of the third are replayed]."""
     from fastvit.kernels.launch import choice, replay
+    from fastvit.kernels.launch.request import TmaConfig
 
     given, held = [], []
 
@@ -214,7 +219,11 @@ def report_replays() -> dict[str, list[int]]:
     for sample in samples.SAMPLES:
         found[sample.name] = three_passes(sample, sample.tensors(torch.bfloat16))
         held.clear()
-    (norm,) = (sample for sample in samples.SAMPLES if sample.name == "layer_norm")
+    by_tma = TmaConfig(64, 64, 16, 4, 2, SUBTILES=1)
+    with choice.forcing(lambda request: by_tma if getattr(request.parts, "tma", False) else None):
+        block = samples.BY_NAME["transformer_block"]
+        found["by TMA"] = three_passes(block, block.tensors(torch.bfloat16))
+    norm = samples.BY_NAME["layer_norm"]
     tensors = norm.tensors(torch.bfloat16)
     odd = torch.empty(25, dtype=torch.bfloat16)[1:].copy_(tensors["weight"].detach()).requires_grad_()
     runtime, compilation, heard = replay.knobs.runtime, replay.knobs.compilation, []
