@@ -152,6 +152,26 @@ def test_an_odd_address_is_not_replayed():
     assert len(own) == 2 + 3  # two of the even ones, all of the odd ones
 
 
+def test_a_launch_is_handed_the_address_of_a_part():
+    x = matrix(64)
+    recorder = replay._Recorder([x])
+    assert recorder._argument((x, x[4:], 3, None)) == "(px0, px0 + 16, 3, None, )" and recorder.known
+    recorder._argument(x[1:])  # Triton compiles another kernel for it
+    assert not recorder.known
+
+
+def test_the_precision_of_float32_products_is_part_of_a_call():
+    call, own = counted(lambda x: (x + 1,))
+    products = torch.backends.cuda.matmul
+    before = products.fp32_precision
+    try:
+        for products.fp32_precision in ("ieee", "tf32") * 3:
+            call(torch.ones(4))
+    finally:
+        products.fp32_precision = before
+    assert len(own) == 4 and len(call.programs) == 2
+
+
 def test_memory_is_freed_where_it_is_read_last():
     def launcher(x):
         y = torch.empty_like(x)

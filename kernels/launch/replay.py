@@ -199,7 +199,6 @@ class _Recorder(TorchDispatchMode):
             how = "" if dtype == self._like.dtype else f", dtype={self._constant(dtype)}"
             call = f"x0.new_empty_strided({shape}, {strides}{how})"  # the quickest way
         else:
-            self.known = self.known and any(new) == all(new)
             given = [*map(self._value, args), *[f"{name}={self._value(value)}" for name, value in kwargs.items()]]
             # What is noted is past autocast, which a replay may be under.
             call = f"{self._constant(_past_autocast(function))}({', '.join(given)})"
