@@ -272,7 +272,7 @@ def block_backward(
 
     layers: as they are; folded: as the forward pass had them.
     """
-    batch, tokens, _, heads, head_dim = saved.qkv.shape
+    batch, tokens, _, heads, _ = saved.qkv.shape
     dtype, rows = saved.qkv.dtype, batch * tokens
     products, sums, dx, dbias = {}, {}, None, None
 
