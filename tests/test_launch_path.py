@@ -245,6 +245,7 @@ def test_replayed_launches_are_handed_what_tritons_own_were(launch_ops):
     backward = {name: len(table["forward"]) + len(table["backward"]) for name, table in LAUNCHES.items()}
     assert {name: found.pop(name) for name in LAUNCHES} == {name: [n, n, n] for name, n in backward.items()}
     assert found.pop("by TMA") == 3 * [backward["transformer_block"]]
+    assert found.pop("a hook of the forward kernel") == [2, 2, 1, None]
     assert found.pop("still alive"), "the newest Triton unloads a kernel that nobody holds"
     assert found.pop("apart") == [1, 1, 1, 1, 1, 0]
     others = ("a profiler", "a hook", "a knob", "an address that 16 does not divide", "a Triton that is not known")

@@ -3,8 +3,12 @@ the arguments of Triton's own is in test_launch_path.py."""
 
 from __future__ import annotations
 
+import ctypes
+import random
+import types
 import weakref
 
+import numpy
 import pytest
 import torch
 from fastvit.kernels.launch import absent, choice, replay
@@ -206,6 +210,89 @@ def test_memory_is_freed_where_it_is_read_last():
     assert torch.equal(z, x) and len(own) == 2
 
 
+class AddingKernel:
+    """In place of a compiled kernel: out = 1 + the sum of what it is given, of as many float32, at addresses."""
+
+    class metadata:
+        class target:
+            backend = "cuda"
+
+    function = packed_metadata = None
+
+    def run(self, x, y, z, stream, function, metadata, *rest):
+        out, given, count = rest[3:]
+        at = [numpy.ctypeslib.as_array((ctypes.c_float * count).from_address(address)) for address in (out, *given)]
+        at[0][:] = 1 + sum(at[1:])
+
+
+def test_small_tensors_that_only_launches_see_share_memory(monkeypatch):
+    """Chains of launches drawn at random, each of some of what the ones before it made; some of it is returned, some
+    goes through an operator of PyTorch's."""
+    kernel = AddingKernel()
+    monkeypatch.setattr(replay, "CompiledKernel", AddingKernel)
+    monkeypatch.setattr(replay, "SMALL", 4096)
+    plain = types.SimpleNamespace(pre_run_hooks=[], arg_names=["out", "given", "count"])
+
+    def launcher(x, seed):
+        draw = random.Random(seed)
+        made = [x]
+        for _ in range(12):
+            given = draw.sample(made, min(len(made), draw.randint(1, 3)))
+            count = min(tensor.numel() for tensor in given)
+            out = x.new_empty_strided((draw.randint(1, count),), (1,))  # which is not filled with NaN here
+            args = (out, tuple(given), out.numel())
+            address = [tensor.data_ptr() for tensor in given]
+            kernel.run(1, 1, 1, 0, None, None, None, None, None, out.data_ptr(), address, out.numel())
+            recorder = getattr(replay.launcher.here, "recorder", None)
+            if recorder:
+                recorder(plain, kernel, (1, 1, 1), args, {})
+            if draw.random() < 0.1:
+                out = out + 1
+            made.append(out)
+            if len(made) > 4:
+                made.pop(draw.randrange(4))
+        return draw.sample(made, 2)
+
+    shared = 0
+    for seed in range(60):
+        call, own = counted(launcher)
+        for _ in range(4):
+            x = matrix(2000)
+            compare(call(x, seed), launcher(x, seed))
+        (program,) = call.programs.values()
+        assert len(own) == 2
+        shared += "workspace" in program.__code__.co_varnames
+    assert shared > 40
+
+
+def test_places_in_the_workspace():
+    """Never two tensors in one place at a time, and no more bytes than a chain needs."""
+
+    def places(lines, sizes):
+        recorder = replay._Recorder([matrix(1)])
+        recorder._empty = {line: (number, sizes[line]) for number, line in enumerate(lines) if line in sizes}
+        last = {name: max([n for n, line in enumerate(lines) if f"p{name}" in line.split()] or [0]) for name in sizes}
+        return *recorder._workspace(lines, last), last
+
+    draw = random.Random(0)
+    for _ in range(200):
+        sizes = {f"t{number}": 256 * draw.randint(1, 40) for number in range(draw.randint(1, 25))}
+        lines = []
+        for number, name in enumerate(sizes):
+            known = list(sizes)[: number + 1]
+            lines += [name, " ".join(f"p{one}" for one in {name, *draw.sample(known, min(number, 2))})]
+        found, total, last = places(lines, sizes)
+        assert found.keys() == sizes.keys() and total <= sum(sizes.values())
+        for number, one in enumerate(sizes):
+            assert found[one] % 256 == 0 and found[one] + sizes[one] <= total
+            for other in list(sizes)[:number]:
+                apart = found[one] + sizes[one] <= found[other] or found[other] + sizes[other] <= found[one]
+                assert apart or last[other] < lines.index(one)
+    lines = [part for number in range(9) for part in (f"t{number}", f"pt{number} pt{max(0, number - 1)}")]
+    assert places(lines, {f"t{number}": 512 for number in range(9)})[1] == 2 * 512
+    assert places(["t0", "t0"], {"t0": 512})[0] == {}  # something else than a launch has it
+
+
 def test_a_replay_under_autocast_rounds_no_product():
     def launcher(x):
         with torch.autocast("cpu", enabled=False):
@@ -228,6 +315,14 @@ def test_what_was_there_before_is_held_as_a_constant():
         compare(call(x), (x + torch.arange(4.0),))
     tables.clear()
     assert len(own) == 2 and held() is not None
+
+
+def test_a_result_of_another_dtype_in_the_same_memory_is_not_replayed():
+    call, own = counted(lambda x: (x.exp().view(torch.int32),))
+    for _ in range(4):
+        x = matrix(4)
+        compare(call(x), (x.exp().view(torch.int32),))
+    assert len(own) == 4
 
 
 def test_a_call_that_reads_a_number_is_not_replayed():

@@ -4,7 +4,8 @@ A launcher (of tensors, numbers and None) chooses configs, allocates and launche
 each allocation, and tens for each launch, where Triton binds and specialises anew. All of it follows from the dtypes,
 shapes, strides and alignment of the tensors, and from the numbers. So of the second call that is alike in these, it is
 noted what is done with memory (allocations, launches, PyTorch's operators), and written down as a Python function
-without a branch, which later calls run. That relies on three things in Triton:
+without a branch, which later calls run; small tensors that only launches see share one allocation there. That relies on
+three things in Triton:
 
 - `JITFunction.run` returns the compiled kernel that it launched, and launches it by the very call that is written here;
 - a kernel is specialised on nothing but what the key holds: of a pointer the dtype and whether 16 divides it (only such
@@ -53,9 +54,12 @@ _KNOWN = _KNOWN and not knobs.runtime.interpret
 
 _TENSORS = frozenset((torch.Tensor, torch.nn.Parameter))
 REMEMBERED = 512  # programs of a launcher that are kept; then all are forgotten
+SMALL = 8 << 20  # bytes of a tensor that is not worth an allocation of its own
 _CALLED, _UNKNOWN = "called once", "does what is not known"  # in place of a program
 
-_EMPTY = (torch.ops.aten.empty, torch.ops.aten.empty_like, torch.ops.aten.empty_strided, torch.ops.aten.new_empty)
+_EMPTY = [
+    getattr(torch.ops.aten, name) for name in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
+]
 
 
 def replaying(function: Callable) -> Callable:
@@ -141,6 +145,7 @@ class _Recorder(TorchDispatchMode):
         self._like = given[0]
         self._constants: dict[str, object] = {"descriptor": _descriptor}
         self._named: dict[int, str] = {}
+        self._empty: dict[str, tuple[int, int]] = {}  # made without values: on which line, and bytes
         self._owners: dict[int, list[_Owner]] = {}  # by the identity of their storage
         self._storages: list[StorageWeakRef] = []  # while these are held, no other storage has such an identity
         for number, tensor in enumerate(given):
@@ -162,9 +167,15 @@ class _Recorder(TorchDispatchMode):
         results = ", ".join(map(self._value, [found] if one else found))
         lines = [*self._lines, f"return {results}" + ("" if one else ",")]
         last = {made: number for number, line in enumerate(lines) for made in re.findall(r"\bp?(t\d+)\b", line)}
+        places, size = self._workspace(lines, last)
         for made, number in last.items():
-            if number < len(lines) - 1:
+            if made in places:
+                lines[self._empty[made][0]] = f"p{made} = workspace + {places[made]}"
+            elif number < len(lines) - 1:
                 lines[number] += f"; del {made}"
+        if places:
+            whole = f"x0.new_empty_strided(({size},), (1,), dtype={self._constant(torch.uint8)})"
+            lines.insert(0, f"whole = {whole}; workspace = whole.data_ptr()")
         inputs = [f"x{number}" for number in range(given)]
         body = [f"[{', '.join(inputs)}] = tensors", f"[{', '.join('p' + name for name in inputs)}] = addresses", *lines]
         source = "\n    ".join(["def program(tensors, addresses, stream):", *body])
@@ -172,6 +183,23 @@ class _Recorder(TorchDispatchMode):
             return None
         exec(compile(source, f"<{name}, replayed>", "exec"), self._constants)
         return self._constants["program"]
+
+    def _workspace(self, lines: list[str], last: dict[str, int]) -> tuple[dict[str, int], int]:
+        """Where in one workspace the small tensors are that only launches see, and its bytes. last: the line on which
+        each is read last; before a tensor that is made after it may have its place."""
+        placed: list[tuple[int, int, int]] = []  # from byte to byte, until line
+        places = {}
+        for name, (number, size) in self._empty.items():
+            others = lines[:number] + lines[number + 1 :]
+            if size > SMALL or any(re.search(rf"\b{name}\b", line) for line in others):
+                continue
+            at = 0
+            for start, end, until in sorted(placed):
+                if until >= number and start < at + size:
+                    at = end
+            placed.append((at, at + size, last[name]))
+            places[name] = at
+        return places, max((end for _, end, _ in placed), default=0)
 
     def _launched(self, kernel: JITFunction, compiled, grid: tuple, args: tuple, constants: dict) -> None:
         if type(compiled) is not CompiledKernel or compiled.metadata.target.backend != "cuda" or kernel.pre_run_hooks:
@@ -198,6 +226,7 @@ class _Recorder(TorchDispatchMode):
             self.known = self.known and found.device == self._like.device
             how = "" if dtype == self._like.dtype else f", dtype={self._constant(dtype)}"
             call = f"x0.new_empty_strided({shape}, {strides}{how})"  # the quickest way
+            self._empty[f"t{len(self._owners)}"] = len(self._lines), -(-found.untyped_storage().nbytes() // 256) * 256
         else:
             given = [*map(self._value, args), *[f"{name}={self._value(value)}" for name, value in kwargs.items()]]
             # What is noted is past autocast, which a replay may be under.
