@@ -107,8 +107,7 @@ def noting() -> Iterator[list[Launch]]:
 
     def note(kernel, grid, args, constants, device) -> None:
         function = next((constants[key] for key in ("EPILOGUE", "SECTION") if key in constants), kernel)
-        moved = cost._matrix_bytes(*_flat(args))
-        flops, seconds = 0.0, cost.LAUNCH_SECONDS + moved / (cost.REACHED_BANDWIDTH * ARCH.bandwidth)
+        moved, flops, seconds = cost._matrix_bytes(*_flat(args)), 0.0, 0.0
         shape, form = tuple(getattr(args[0], "shape", ())), "ours"
         if kernel in WITH_CHOICE:
             request, config = chosen
@@ -116,7 +115,10 @@ def noting() -> Iterator[list[Launch]]:
             form = {TmaConfig: "ours, by TMA", LibraryConfig: "around the library's"}.get(type(config), "ours")
             if kernel is not twin.apply_kernel:
                 flops = cost.request_cost(request).flops
-                seconds = max(seconds, cost.request_seconds(request, config, ARCH))
+                seconds = cost.request_seconds(request, config, ARCH)
+            if request.kernel in cost._ATTENTION:
+                moved = cost.request_cost(request).bytes  # of the gradient of q, k and v each kernel writes a part
+        seconds = max(seconds, cost.LAUNCH_SECONDS + moved / (cost.REACHED_BANDWIDTH * ARCH.bandwidth))
         found.append(Launch(function.__name__, shape, _first(function), form, flops, moved, seconds))
 
     def product(x, y, dtype, out=None):

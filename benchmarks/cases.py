@@ -18,7 +18,10 @@ from fastvit.models.registry import model_entry
 from fastvit.verify import SHORT
 
 MODES = ("inference", "training")
-OPS = ("patch_embed", "attention", "layer_norm", "layer_norm_linear", "linear_residual", "layer_norm_mlp")
+OPS = (
+    *("patch_embed", "attention", "layer_norm", "layer_norm_linear", "linear_residual", "layer_norm_mlp"),
+    "transformer_block",
+)
 
 
 @dataclass(frozen=True)

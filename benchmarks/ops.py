@@ -24,11 +24,12 @@ def inputs(case: Case, device: str) -> dict:
     config, dim = case.config, case.config.embed_dim
     if not case.op:
         raise ValueError(f"{case.id} is of a whole model, expected a case of one op")
-    if case.op == "layer_norm_mlp" and config.mlp != "mlp":
-        raise ValueError(f"{case.model} has no layer_norm_mlp: its MLP is {config.mlp!r}")
+    if case.op in ("layer_norm_mlp", "transformer_block") and config.mlp != "mlp":
+        raise ValueError(f"{case.model} has no {case.op}: its MLP is {config.mlp!r}")
     batch, heads = {"batch": case.batch}, config.num_heads
     shape = {**batch, "tokens": case.tokens, "dim": dim}
-    scale = [] if config.init_values is None else ["layer_scale"]
+    scaled, hidden = config.init_values is not None, int(dim * config.mlp_ratio)
+    scale = ["layer_scale"] if scaled else []
     eps, prefix = {"eps": config.norm_eps}, config.num_prefix_tokens
     image = {"size": config.img_size, "patch": config.patch_size, "dim": dim, "channels": config.in_chans}
     image |= {"prefix": prefix, "prefix_has_positions": not config.no_embed_class}
@@ -38,9 +39,10 @@ def inputs(case: Case, device: str) -> dict:
         "layer_norm": (shape, eps),
         "layer_norm_linear": (shape | {"out": 3 * dim}, eps),
         "linear_residual": (shape | {"out": dim, "also": scale}, {}),
-        "layer_norm_mlp": (
-            shape | {"hidden": int(dim * config.mlp_ratio), "also": scale},
-            eps | {"activation": config.activation},
+        "layer_norm_mlp": (shape | {"hidden": hidden, "also": scale}, eps | {"activation": config.activation}),
+        "transformer_block": (
+            shape | {"heads": heads, "hidden": hidden, "also": examples.BLOCK_SCALES[:2] if scaled else []},
+            {"num_heads": heads, "eps1": config.norm_eps, "eps2": config.norm_eps, "activation": config.activation},
         ),
     }[case.op]
     generator = torch.Generator().manual_seed(SEED)

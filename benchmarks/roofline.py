@@ -37,43 +37,50 @@ def model_cost(case: Case) -> list[tuple[str, Cost]]:
     runs every block for every token. In training the pre-activation is saved, the image needs no gradient, and weights'
     gradients are float32.
     """
-    config, size, batch = case.config, case.dtype.itemsize, case.batch
-    dim, rows, training = config.embed_dim, case.batch * case.tokens, case.mode == "training"
-    attention = (batch, case.tokens, config.num_heads, dim // config.num_heads, size)
-    hidden, gated = _mlp(case)
-    packed = hidden * (1 + gated)
-    block = [
-        ("LN + QKV", cost.layer_norm_linear_forward(rows, dim, 3 * dim, size)),
-        ("attention", cost.attention_forward(*attention)),
-        ("proj + residual", cost.linear_residual_forward(rows, dim, dim, size)),
-        ("LN + fc1 + activation", cost.fc1_forward(rows, dim, hidden, size, gated, saved=training)),
-        ("fc2 + residual", cost.linear_residual_forward(rows, hidden, dim, size)),
-    ]
-    if training:
-        # The kernel that makes attention's dout reads its output as well, for the row sums of their product.
-        delta = Cost(0.0, rows * dim * size)
-        block += [
-            ("fc2 input gradient", cost.fc2_input_gradient(rows, hidden, dim, size, gated)),
-            ("fc2 weight gradient", cost.weight_gradient(rows, hidden, dim, size)),
-            ("fc1 weight gradient", cost.weight_gradient(rows, dim, packed, size)),
-            ("fc1 + LN input gradient", cost.layer_norm_linear_input_gradient(rows, dim, packed, size, residual=True)),
-            ("proj input gradient", cost.gemm(rows, dim, dim, size) + delta),
-            ("proj weight gradient", cost.weight_gradient(rows, dim, dim, size)),
-            ("attention backward", cost.attention_backward(*attention, delta=False)),
-            ("QKV weight gradient", cost.weight_gradient(rows, dim, 3 * dim, size)),
-            ("QKV + LN input gradient", cost.layer_norm_linear_input_gradient(rows, dim, 3 * dim, size, residual=True)),
-        ]
+    config, size, batch, training = case.config, case.dtype.itemsize, case.batch, case.mode == "training"
+    forward, backward = _block(case)
+    block = forward + backward if training else forward
     kernels = [("patch embedding", cost.patch_embed_forward(*_patches(case), pixel_size=1))]
     kernels += [(name, kernel * config.depth) for name, kernel in block]
     if training:
         kernels.append(("patch embedding backward", cost.patch_embed_backward(*_patches(case), pixel_size=1)))
     if config.num_classes:
         # The two heads of a distilled model read a token each.
-        head = (batch, dim, config.num_classes, size)
+        head = (batch, config.embed_dim, config.num_classes, size)
         kernels.append(("LN + head", cost.layer_norm_linear_forward(*head) * (1 + config.distilled)))
         if training:
             kernels.append(("LN + head backward", cost.layer_norm_linear_backward(*head) * (1 + config.distilled)))
     return kernels
+
+
+def _block(case: Case) -> tuple[list[tuple[str, Cost]], list[tuple[str, Cost]]]:
+    """`model_cost` of one block, forward and backward."""
+    config, size = case.config, case.dtype.itemsize
+    dim, rows, training = config.embed_dim, case.batch * case.tokens, case.mode == "training"
+    attention = (case.batch, case.tokens, config.num_heads, dim // config.num_heads, size)
+    hidden, gated = _mlp(case)
+    packed = hidden * (1 + gated)
+    forward = [
+        ("LN + QKV", cost.layer_norm_linear_forward(rows, dim, 3 * dim, size)),
+        ("attention", cost.attention_forward(*attention)),
+        ("proj + residual", cost.linear_residual_forward(rows, dim, dim, size)),
+        ("LN + fc1 + activation", cost.fc1_forward(rows, dim, hidden, size, gated, saved=training)),
+        ("fc2 + residual", cost.linear_residual_forward(rows, hidden, dim, size)),
+    ]
+    # The kernel that makes attention's dout reads its output as well, for the row sums of their product.
+    delta = Cost(0.0, rows * dim * size)
+    backward = [
+        ("fc2 input gradient", cost.fc2_input_gradient(rows, hidden, dim, size, gated)),
+        ("fc2 weight gradient", cost.weight_gradient(rows, hidden, dim, size)),
+        ("fc1 weight gradient", cost.weight_gradient(rows, dim, packed, size)),
+        ("fc1 + LN input gradient", cost.layer_norm_linear_input_gradient(rows, dim, packed, size, residual=True)),
+        ("proj input gradient", cost.gemm(rows, dim, dim, size) + delta),
+        ("proj weight gradient", cost.weight_gradient(rows, dim, dim, size)),
+        ("attention backward", cost.attention_backward(*attention, delta=False)),
+        ("QKV weight gradient", cost.weight_gradient(rows, dim, 3 * dim, size)),
+        ("QKV + LN input gradient", cost.layer_norm_linear_input_gradient(rows, dim, 3 * dim, size, residual=True)),
+    ]
+    return forward, backward
 
 
 def op_cost(case: Case) -> Cost:
@@ -122,6 +129,9 @@ def _op_directions(case: Case) -> tuple[Cost, Cost]:
         hidden, gated = _mlp(case)
         shape = (rows, dim, hidden, dim, size, gated)
         return cost.layer_norm_mlp_forward(*shape, saved=training), cost.layer_norm_mlp_backward(*shape)
+    if case.op == "transformer_block":
+        forward, backward = (sum((kernel for _, kernel in part), Cost()) for part in _block(case))
+        return forward, backward
     raise ValueError(f"{case.id} is of a whole model, expected a case of one op")
 
 
