@@ -12,8 +12,8 @@ Fused, backward: the activation's derivative, LayerNorm's gradient, the residual
 every sum over tokens into the epilogues of the products that make them. With s = rstd * dy, of a product y after a
 norm, dx = s W' - rstd * (mean_D(dy colsum) + normalised * mean_D(dy (y - b'))), and dW' = s^T x - sum(s * mean).
 Saved for backward: what the products read (x, x1 or their copies), qkv, attention's output and log-sum-exp, the
-pre-activation, mean and rstd of each norm's rows: 10 D elements a token for an MLP of 4 D. Recomputed: the activated
-tensor, and attention's probabilities.
+pre-activation, mean and rstd of each norm's rows: 10 D elements a token for an MLP of 4 D; of a wider stream x itself
+as well, for second derivatives; and the folded weights. Recomputed: the activated tensor, attention's probabilities.
 A call must move, for M tokens of D channels, H hidden, elements of size s, beyond the weights: forward
 M (14 D + 2 H) s, and M H s more where a backward pass may come; backward M (33 D + 6 H) s, of which the gradients of
 weights read M (8 D + 2 H) s. Attention's kernels are 4 D and 11 D of these.

@@ -381,6 +381,22 @@ def test_autocast_follows_torch(sample, device):
 
 
 @every_op
+def test_the_output_may_be_changed_in_place(sample, device):
+    """But where backward reads it, as PyTorch's own attention does. On a GPU the third pass is a replay."""
+    tensors = sample.tensors(device=device)
+    for _ in range(3):
+        out = sample.run(tensors)
+        expected = 2 * out.detach()
+        assert torch.equal(out.mul_(2), expected)
+        needed = contextlib.nullcontext()
+        if sample.op == "attention":
+            needed = pytest.raises(RuntimeError, match="modified by an inplace operation")
+        with needed:
+            for name, gradient in gradients(out, tensors, torch.ones_like(out)).items():
+                assert gradient.isfinite().all(), name
+
+
+@every_op
 def test_each_tensor_trained_alone_gets_its_gradient(sample, device):
     tensors = sample.tensors(device=device)
     expected = results(sample, tensors)

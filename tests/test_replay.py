@@ -4,6 +4,7 @@ the arguments of Triton's own is in test_launch_path.py."""
 from __future__ import annotations
 
 import ctypes
+import gc
 import random
 import types
 import weakref
@@ -13,6 +14,7 @@ import pytest
 import torch
 from fastvit.kernels.launch import absent, choice, replay
 from fastvit.kernels.launch.hardware import ARCHS
+from fastvit.kernels.layer_norm import row_statistics
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -146,6 +148,22 @@ def test_a_part_of_one_of_two_arguments_that_overlap_is_not_replayed():
         x, y = flat[:64].view(8, 8), flat[32:].view(8, 8)
         assert torch.equal(call(x, y), y[1:] + x[1:])
     assert len(own) == 4
+
+
+def test_a_part_that_two_arguments_have_is_not_replayed():
+    """The next call's two may not share it."""
+    call, own = counted(lambda x, y: x[32:] + 1)
+    flat = matrix(128)
+    for x, y in 2 * [(matrix(64), matrix(64)), (flat[:64], flat[32:96])]:  # the second is noted
+        assert torch.equal(call(x, y), x[32:] + 1)
+    assert len(own) == 4
+
+
+def test_an_empty_argument_is_not_taken_for_the_one_at_its_place():
+    call, _ = counted(lambda x, y: (y + 1, x))
+    for _ in range(4):
+        flat = matrix(64)
+        compare(call(flat[:0], flat), (flat + 1, flat[:0]))
 
 
 def test_an_odd_address_is_not_replayed():
@@ -317,6 +335,15 @@ def test_what_was_there_before_is_held_as_a_constant():
     assert len(own) == 2 and held() is not None
 
 
+def test_a_part_of_a_constant_has_a_name_of_its_own():
+    table = torch.arange(8.0)
+    call, own = counted(lambda x: (x + 1) * table[4:] + x)
+    for _ in range(4):
+        x = matrix(4)
+        assert torch.equal(call(x), (x + 1) * table[4:] + x)
+    assert len(own) == 2
+
+
 def test_a_result_of_another_dtype_in_the_same_memory_is_not_replayed():
     call, own = counted(lambda x: (x.exp().view(torch.int32),))
     for _ in range(4):
@@ -342,6 +369,62 @@ def test_programs_are_forgotten_when_other_configs_may_be_chosen():
         call(x)
         assert len(own) == 3
     call(x)
+    assert len(own) == 4
+
+
+def test_what_was_noted_while_configs_changed_is_not_kept():
+    """By another thread, which does not wait."""
+    changing, x = [], matrix(4)
+
+    def launcher(x):
+        if changing:
+            choice._changed()
+        return (x + 1,)
+
+    call, own = counted(launcher)
+    call(x)
+    changing.append(1)
+    call(x)  # noted
+    changing.clear()
+    call(x)
+    assert len(own) == 3 and not any(map(callable, call.programs.values()))
+
+
+def test_a_program_that_is_forgotten_is_free():
+    table = [torch.arange(4.0)]
+    held = weakref.ref(table[0])
+    call, _ = counted(lambda x: (x + table[0],))
+    for _ in range(3):
+        call(matrix(4))
+    table.clear()
+    gc.disable()
+    try:
+        choice._changed()
+        assert held() is None
+    finally:
+        gc.enable()
+
+
+def test_nothing_is_replayed_while_triton_is_told_to_compile_otherwise(monkeypatch):
+    call, own = counted(lambda x: (x + 1,))
+    x = matrix(4)
+    for _ in range(3):
+        call(x)
+    monkeypatch.setattr(replay.knobs.runtime, "add_stages_inspection_hook", lambda *stages: ("", ""))
+    call(x)
+    assert len(own) == 3
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU kernels are not interpreted")
+def test_a_launch_of_the_interpreter_is_not_replayed():
+    def launcher(x):
+        return row_statistics(x, 1e-6)
+
+    call, own = counted(launcher)
+    for _ in range(4):
+        x = matrix(4, 8)
+        mean, _ = call(x)
+        torch.testing.assert_close(mean, x.mean(1))
     assert len(own) == 4
 
 

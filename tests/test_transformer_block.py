@@ -7,7 +7,7 @@ import contextlib
 import pytest
 import torch
 from fastvit.kernels import transformer_block as kernels
-from fastvit.kernels.launch import choice
+from fastvit.kernels.launch import choice, replay
 from samples import BY_NAME
 
 import fastvit
@@ -76,6 +76,7 @@ def test_a_constant_row_is_finite_and_right(device):
 
 def count_streams(monkeypatch) -> list:
     made, original = [], kernels.stream_of
+    monkeypatch.setattr(replay, "_KNOWN", False)  # a replay calls nothing by name
     monkeypatch.setattr(kernels, "stream_of", lambda *args: made.append(1) or original(*args))
     return made
 
@@ -105,6 +106,28 @@ def test_blocks_hand_on_what_they_know(dtype, stream, device, monkeypatch):
         assert relative_rms(got, want) <= 4 * accuracy.floor(dtype)
 
 
+@streams
+def test_what_is_changed_in_place_is_not_taken_for_what_was_left(dtype, stream, device, monkeypatch):
+    made, given = count_streams(monkeypatch), block(dtype, stream, device)
+    given = {name: value.detach() for name, value in given.items()}
+    x, found = given.pop("x"), []
+    for hand_on in (contextlib.nullcontext(), ops.carrying()):
+        with hand_on:
+            y = ops.transformer_block(x, **given, num_heads=3)
+            y[:, 0].mul_(-3)
+            found.append(ops.transformer_block(y, **given, num_heads=3))
+    assert torch.equal(*found) and len(made) == 4
+
+
+def test_an_mlp_of_no_hidden_units(device):
+    given = block(torch.float32, torch.float32, device, hidden=0)
+    with pytest.raises(RuntimeError, match="no hidden units"):
+        ops.transformer_block(**given, num_heads=3)
+    with fastvit.use_backend("auto"):
+        out = ops.transformer_block(**given, num_heads=3)
+    assert out.isfinite().all()
+
+
 def test_a_copy_for_other_products_is_not_taken(device):
     """A float32 block after a bfloat16 one, beside a float32 stream."""
     low, high = block(torch.bfloat16, torch.float32, device), block(torch.float32, torch.float32, device)
@@ -119,7 +142,7 @@ def test_a_copy_for_other_products_is_not_taken(device):
     assert torch.equal(*found)
 
 
-@pytest.mark.parametrize("change", ["float16", "mixed"])
+@pytest.mark.parametrize("change", ["float16", "mixed", "autocast"])
 def test_blocks_whose_dtypes_the_op_does_not_take_run_on_the_single_ops(change, device, monkeypatch):
     module = fastvit.nn.Block(48, 3, qkv_bias=True, init_values=1e-5).to(device)
     x = torch.randn(2, 5, 48, device=device)
@@ -128,12 +151,15 @@ def test_blocks_whose_dtypes_the_op_does_not_take_run_on_the_single_ops(change, 
         given = block(torch.float16, torch.float16, device)
         with pytest.raises(RuntimeError, match="float16 products"):
             ops.transformer_block(**given, num_heads=3)
-    else:
+    elif change == "mixed":
         module.attn.bfloat16()
+    else:
+        module, x = module.half(), x.half()  # and no product of float16 x is bfloat16's
     monkeypatch.setattr(ops, "transformer_block", None)
-    got = module(x)
-    with fastvit.use_backend("torch"):
-        assert relative_rms(got, module(x)) < 1e-2
+    with torch.autocast(device, torch.bfloat16, enabled=change == "autocast"):
+        got = module(x)
+        with fastvit.use_backend("torch"):
+            assert relative_rms(got, module(x)) < 1e-2
 
 
 def test_the_library_in_an_operator_called_with_gradients_on(device):

@@ -180,6 +180,12 @@ def rows(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
+def shaped(y: torch.Tensor, *shape: int) -> torch.Tensor:
+    """What a Function's forward returns for y: of that shape, and to autograd no view, or it could not be changed in
+    place."""
+    return y.view(shape).detach()
+
+
 def dense(tensor: torch.Tensor | None) -> torch.Tensor | None:
     """A parameter in the layout that the kernels read: contiguous."""
     return None if tensor is None else tensor.contiguous()

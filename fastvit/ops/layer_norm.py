@@ -10,7 +10,7 @@ from fastvit import dispatch, reference
 from fastvit.dispatch import Op
 
 from . import _common
-from ._common import Operator, dense, launchers, or_none, rows, statistics_dtype
+from ._common import Operator, dense, launchers, or_none, rows, shaped, statistics_dtype
 
 MAX_COLUMNS = 8192  # the kernels hold whole rows in registers
 
@@ -51,7 +51,7 @@ class LayerNormFunction(torch.autograd.Function):
         y, mean, rstd = FORWARD.of(x, weight, bias)(rows(x), weight, bias, eps)
         ctx.save_for_backward(x, mean, rstd, weight, bias)
         ctx.eps = eps
-        return y.view(x.shape)
+        return shaped(y, *x.shape)
 
     @staticmethod
     def backward(ctx, dy):

@@ -11,7 +11,7 @@ from fastvit import dispatch, onednn, reference
 from fastvit.dispatch import Op
 
 from . import _common
-from ._common import Operator, dense, launchers, or_none, rows, statistics_dtype
+from ._common import Operator, dense, launchers, or_none, rows, shaped, statistics_dtype
 from .layer_norm import check_norm, unsupported_norm
 
 
@@ -57,7 +57,7 @@ class LayerNormLinearFunction(torch.autograd.Function):
         )
         ctx.save_for_backward(x, mean, rstd, norm_weight, norm_bias, weight, bias)
         ctx.eps = eps
-        return y.view(*x.shape[:-1], weight.shape[0])
+        return shaped(y, *x.shape[:-1], weight.shape[0])
 
     @staticmethod
     def backward(ctx, dy):

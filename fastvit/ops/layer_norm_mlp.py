@@ -9,7 +9,7 @@ from fastvit import dispatch, onednn, reference
 from fastvit.dispatch import Op
 
 from . import _common
-from ._common import Operator, dense, launchers, or_none, rows, statistics_dtype
+from ._common import Operator, dense, launchers, or_none, rows, shaped, statistics_dtype
 from .layer_norm import check_norm, unsupported_norm
 from .linear_residual import by_onednn, sum_dtype
 
@@ -96,7 +96,7 @@ class LayerNormMLPFunction(torch.autograd.Function):
         ctx.save_for_backward(x, mean, rstd, preactivation, *parameters, layer_scale, drop_path_scale)
         ctx.eps, ctx.activation, ctx.residual_is_x = eps, activation, residual_is_x
         ctx.residual_dtype = None if residual is None else residual.dtype
-        return out.view(*x.shape[:-1], out.shape[-1])
+        return shaped(out, *x.shape[:-1], out.shape[-1])
 
     @staticmethod
     def backward(ctx, dout):

@@ -9,7 +9,7 @@ from fastvit import dispatch, onednn, reference
 from fastvit.dispatch import Op
 
 from . import _common
-from ._common import Operator, dense, launchers, or_none, rows
+from ._common import Operator, dense, launchers, or_none, rows, shaped
 
 
 def sum_dtype(residual: torch.Tensor | None, weight: torch.Tensor) -> torch.dtype:
@@ -57,7 +57,7 @@ class LinearResidualFunction(torch.autograd.Function):
         out = launch(rows(x), weight, bias, rows(residual), *scales, out_dtype)
         ctx.save_for_backward(x, weight, bias, layer_scale, drop_path_scale)
         ctx.residual_dtype = residual.dtype
-        return out.view(residual.shape)
+        return shaped(out, *residual.shape)
 
     @staticmethod
     def backward(ctx, dout):

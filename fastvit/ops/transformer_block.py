@@ -25,20 +25,30 @@ LAYERS = 12  # tensors that the forward operator makes of the four layers
 
 class Carry:
     """What one block knows of its output and the next one needs. Of the calls that are handed it one after the other,
-    each takes it where its x is the last one's output, and leaves its own."""
+    each takes it where its x is the last one's output, as it was returned, and leaves its own."""
 
-    __slots__ = ("stream", "x")
+    __slots__ = ("stream", "version", "x")
 
     def __init__(self):
-        self.x, self.stream = None, (None, None, None)
+        self.leave(None, (None, None, None))
+
+    def leave(self, x: torch.Tensor | None, stream: tuple[torch.Tensor | None, ...]) -> None:
+        """What the next call may take for x."""
+        self.x, self.version, self.stream = x, _version(x), stream
 
     def take(self, x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor | None, ...]:
         """What was left for x, if it was for products in `dtype`, else None thrice."""
         copy = self.stream[0]
         fits = dtype == (x.dtype if copy is None else copy.dtype)
-        stream = self.stream if self.x is x and fits else (None, None, None)
-        self.x, self.stream = None, (None, None, None)
+        same = self.x is x and self.version == _version(x)
+        stream = self.stream if same and fits else (None, None, None)
+        self.leave(None, (None, None, None))
         return stream
+
+
+def _version(x: torch.Tensor | None) -> int | None:
+    """How often x was changed in place; of an inference tensor nobody counts it."""
+    return None if x is None or x.is_inference() else x._version
 
 
 def _fake_forward(x, copy, centre, stats, *others):
@@ -144,7 +154,7 @@ class TransformerBlockFunction(torch.autograd.Function):
             made = [value if value is not None and value.numel() else None for value in saved[9:]]
             ctx.save_for_backward(x, read, *saved[:9], *made, *given)
         ctx.how = (num_heads, scale, eps1, eps2, activation)
-        return out
+        return _common.shaped(out, *x.shape)
 
     @staticmethod
     def backward(ctx, dout):
@@ -254,6 +264,8 @@ def _unsupported(x, *others):
         reasons.append("float16 products, whose range holds neither folded layer-scales nor 1 / sqrt(var) * gradient")
     if torch.promote_types(x.dtype, dtypes[3]) != x.dtype:
         reasons.append(f"x is {x.dtype}, and autocast's products are {dtypes[3]}")
+    if not parameters[8].numel():
+        reasons.append("an MLP of no hidden units")
     if x.shape[2] // num_heads > MAX_HEAD_DIM:
         reasons.append(f"head dimension {x.shape[2] // num_heads}, and the kernels take at most {MAX_HEAD_DIM}")
     return reasons
@@ -262,7 +274,8 @@ def _unsupported(x, *others):
 def takes_block(x: torch.Tensor, weights: list[torch.Tensor]) -> bool:
     """Whether these linear layers' weights are a block's whose dtypes the op takes, beside x."""
     if dispatch.autocasting(x):
-        return _common.compute_dtype(x, weights[0]) != torch.float16
+        dtype = _common.compute_dtype(x, weights[0])
+        return dtype != torch.float16 and torch.promote_types(x.dtype, dtype) == x.dtype
     dtypes = {weight.dtype for weight in weights}
     return len(dtypes) == 1 and torch.float16 not in dtypes
 
@@ -337,7 +350,7 @@ def transformer_block(
     key_padding_mask: torch.Tensor | None = None,
     attn_bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """A pre-norm transformer block (arXiv 2010.11929, eqs. 2 and 3), in five launches after the first's two small ones.
+    """A pre-norm transformer block (arXiv 2010.11929, eqs. 2 and 3): one small launch for the weights, and five.
 
         x1 = x + drop_path_scale1 * layer_scale1 * proj(attention(qkv(norm1(x))))
         out = x1 + drop_path_scale2 * layer_scale2 * fc2(activation(fc1(norm2(x1))))
@@ -354,10 +367,13 @@ def transformer_block(
     scales = (layer_scale1, layer_scale2, drop_path_scale1, drop_path_scale2)
     run, args = dispatch.choose(OP, (x, *layers, *how, *scales, key_padding_mask, attn_bias))
     carry = None if torch.compiler.is_compiling() else getattr(_here, "carry", None)
-    if carry is None or run is OP.torch:
+    if carry is None:
+        return run(*args)
+    if run is OP.torch:
+        carry.leave(None, (None, None, None))
         return run(*args)
     out = run(*args[:-1], carry)
-    carry.x = out
+    carry.leave(out, carry.stream)
     return out
 
 
@@ -367,7 +383,8 @@ _here = threading.local()
 @contextlib.contextmanager
 def carrying() -> Iterator[None]:
     """In the `with` body, a call of `transformer_block` with what the last one returned begins with the row statistics,
-    and the copy, that the last one left. Nothing may change in place what a block returned."""
+    and the copy, that the last one left. In inference mode, where nobody notices, nothing may change in place what a
+    block returned."""
     before = getattr(_here, "carry", None)
     _here.carry = Carry()
     try:

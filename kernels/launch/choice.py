@@ -32,6 +32,7 @@ _forced: Callable[[Request], Config | None] | None = None
 _watcher: Watcher | None = None
 _chosen: dict[tuple, Config] = {}
 _followers: list[Callable[[], None]] = []
+_changes = 0
 
 
 def on_change(callback: Callable[[], None]) -> None:
@@ -39,7 +40,14 @@ def on_change(callback: Callable[[], None]) -> None:
     _followers.append(callback)
 
 
+def changes() -> int:
+    """How many changes there were: what was begun before one is not to be kept after it."""
+    return _changes
+
+
 def _changed() -> None:
+    global _changes
+    _changes += 1
     for follower in _followers:
         follower()
 
@@ -71,7 +79,10 @@ def choose(request: Request, device: torch.device, repeat: Repeat | None = None)
     if config is None:
         if len(_chosen) >= REMEMBERED:
             _chosen.clear()
-        config = _chosen[key] = _decide(request, device)
+        before = _changes
+        config = _decide(request, device)
+        if _changes == before:
+            _chosen[key] = config
     return config
 
 

@@ -25,12 +25,12 @@ def launch(kernel: JITFunction, grid: tuple[int, int, int], args: tuple, constan
     """
     if not isinstance(kernel, JITFunction):
         with _one_at_a_time:  # the interpreter knows one launch only
-            kernel[grid](*args, **constants)
-        return
-    if device.index not in (None, triton.runtime.driver.active.get_current_device()):
+            compiled = kernel[grid](*args, **constants)
+    elif device.index not in (None, triton.runtime.driver.active.get_current_device()):
         with torch.cuda.device(device):
             return launch(kernel, grid, args, constants, device)
-    compiled = kernel[grid](*args, **constants)
+    else:
+        compiled = kernel[grid](*args, **constants)
     recorder: Recorder | None = getattr(here, "recorder", None)
     if recorder is not None:
         recorder(kernel, compiled, grid, args, constants)

@@ -1,9 +1,9 @@
 """Calls of a launcher that are alike are replayed.
 
-A launcher (of tensors, numbers and None) chooses configs, allocates and launches: several microseconds of Python for
-each allocation, and tens for each launch, where Triton binds and specialises anew. All of it follows from the dtypes,
-shapes, strides and alignment of the tensors, and from the numbers. So of the second call that is alike in these, it is
-noted what is done with memory (allocations, launches, PyTorch's operators), and written down as a Python function
+A launcher chooses configs, allocates and launches: several microseconds of Python for each allocation, and tens for
+each launch, where Triton binds and specialises anew. All of it follows from the dtypes, shapes, strides and alignment
+of its tensors, and from its other arguments. So of the second call that is alike in these, it is noted what is done
+with memory (allocations, launches, PyTorch's operators), and written down as a Python function
 without a branch, which later calls run; small tensors that only launches see share one allocation there. That relies on
 three things in Triton:
 
@@ -44,13 +44,14 @@ _CALL = (
     "knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook, *bound_args.values()) return kernel"
 )
 _RUN = JITFunction.run
+_kernel_hooks: list[list] = []  # of each kernel that was noted
 _SET = knobs.runtime.__dict__, knobs.compilation.__dict__  # knobs that the program set
 _HOOKS = [getattr(type(knobs.runtime), name, None) for name in ("launch_enter_hook", "launch_exit_hook")]
 try:
     _KNOWN = _CALL in " ".join(inspect.getsource(_RUN).split()) and all(hasattr(hook, "calls") for hook in _HOOKS)
 except (OSError, TypeError):  # Triton without its source
     _KNOWN = False
-_KNOWN = _KNOWN and not knobs.runtime.interpret
+_KNOWN = _KNOWN and inspect.unwrap(_RUN) is _RUN and not knobs.runtime.interpret
 
 _TENSORS = frozenset((torch.Tensor, torch.nn.Parameter))
 REMEMBERED = 512  # programs of a launcher that are kept; then all are forgotten
@@ -93,9 +94,11 @@ def replaying(function: Callable) -> Callable:
         if callable(program):
             return program(tensors, addresses, driver.get_current_stream(current))
         if program == _CALLED:
-            recorder = _Recorder(tensors)
+            recorder, before = _Recorder(tensors), choice.changes()
             found = recorder.record(function, args)
-            programs[key] = recorder.program(found, len(tensors), function.__name__) or _UNKNOWN
+            program = recorder.program(found, len(tensors), function.__name__) or _UNKNOWN
+            if choice.changes() == before and not _listening():
+                programs[key] = program
             return found
         if program is None:
             if len(programs) >= REMEMBERED:
@@ -110,11 +113,12 @@ def replaying(function: Callable) -> Callable:
 def _listening() -> bool:
     """Whether a profiler wants to be told of launches, or the program has told Triton to compile otherwise."""
     if not (_SET[0] or _SET[1]):  # reading knobs takes longer
-        return bool(_HOOKS[0].calls or _HOOKS[1].calls)
+        return bool(_HOOKS[0].calls or _HOOKS[1].calls or any(_kernel_hooks))
     runtime = knobs.runtime
     hooks = (runtime.launch_enter_hook, runtime.launch_exit_hook)  # each a chain of hooks, one hook, or None
-    heard = any(getattr(hook, "calls", hook) for hook in hooks)
-    return bool(heard or runtime.debug or knobs.compilation.instrumentation_mode)
+    heard = any(getattr(hook, "calls", hook) for hook in hooks) or any(_kernel_hooks)
+    stages = getattr(runtime, "add_stages_inspection_hook", None)
+    return bool(heard or stages or runtime.debug or knobs.compilation.instrumentation_mode)
 
 
 class _Owner(NamedTuple):
@@ -145,6 +149,7 @@ class _Recorder(TorchDispatchMode):
         self._like = given[0]
         self._constants: dict[str, object] = {"descriptor": _descriptor}
         self._named: dict[int, str] = {}
+        self._numbers = 0  # tensors that have a name
         self._empty: dict[str, tuple[int, int]] = {}  # made without values: on which line, and bytes
         self._owners: dict[int, list[_Owner]] = {}  # by the identity of their storage
         self._storages: list[StorageWeakRef] = []  # while these are held, no other storage has such an identity
@@ -182,7 +187,7 @@ class _Recorder(TorchDispatchMode):
         if not self.known:
             return None
         exec(compile(source, f"<{name}, replayed>", "exec"), self._constants)
-        return self._constants["program"]
+        return self._constants.pop("program")  # no circle: what is forgotten is free
 
     def _workspace(self, lines: list[str], last: dict[str, int]) -> tuple[dict[str, int], int]:
         """Where in one workspace the small tensors are that only launches see, and its bytes. last: the line on which
@@ -202,9 +207,11 @@ class _Recorder(TorchDispatchMode):
         return places, max((end for _, end, _ in placed), default=0)
 
     def _launched(self, kernel: JITFunction, compiled, grid: tuple, args: tuple, constants: dict) -> None:
-        if type(compiled) is not CompiledKernel or compiled.metadata.target.backend != "cuda" or kernel.pre_run_hooks:
+        if type(compiled) is not CompiledKernel or compiled.metadata.target.backend != "cuda":
             self.known = False
             return
+        if not any(kernel.pre_run_hooks is hooks for hooks in _kernel_hooks):
+            _kernel_hooks.append(kernel.pre_run_hooks)
         self._constant(compiled)  # the newest Triton unloads one that nobody holds
         how = map(self._constant, (compiled.function, compiled.packed_metadata, None, None, None))
         tail = [self._constant(constants[name]) for name in kernel.arg_names[len(args) :]]
@@ -213,6 +220,10 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        for value in (*args, *kwargs.values()):
+            for part in value if isinstance(value, (tuple, list)) else (value,):
+                if isinstance(part, torch.Tensor):
+                    self._owners_of(part)
         found = function(*args, **kwargs)
         values = (found,) if isinstance(found, torch.Tensor) else found
         if not isinstance(values, (tuple, list)) or not all(isinstance(value, torch.Tensor) for value in values):
@@ -226,41 +237,47 @@ class _Recorder(TorchDispatchMode):
             self.known = self.known and found.device == self._like.device
             how = "" if dtype == self._like.dtype else f", dtype={self._constant(dtype)}"
             call = f"x0.new_empty_strided({shape}, {strides}{how})"  # the quickest way
-            self._empty[f"t{len(self._owners)}"] = len(self._lines), -(-found.untyped_storage().nbytes() // 256) * 256
+            self._empty[f"t{self._numbers}"] = len(self._lines), -(-found.untyped_storage().nbytes() // 256) * 256
         else:
             given = [*map(self._value, args), *[f"{name}={self._value(value)}" for name, value in kwargs.items()]]
             # What is noted is past autocast, which a replay may be under.
             call = f"{self._constant(_past_autocast(function))}({', '.join(given)})"
         if any(new):
-            made = [self._own(value, f"t{len(self._owners)}") for value in values]
+            made = [self._own(value, f"t{self._numbers}") for value in values]
             left = made[0] if isinstance(found, torch.Tensor) else f"[{', '.join(made)}]"
             call = "; ".join([f"{left} = {call}", *[f"p{name} = {name}.data_ptr()" for name in made]])
         self._lines.append(call)
         return found
 
     def _own(self, tensor: torch.Tensor, name: str) -> str:
+        self._numbers += 1
         storage = tensor.untyped_storage()
         self._storages.append(StorageWeakRef(storage))
         dtype, shape, strides = _geometry(tensor)
         last = sum([(size - 1) * stride for size, stride in zip(shape, strides, strict=True)])
-        at, size = _first_byte(tensor), max(1, (1 + last) * dtype.itemsize)  # of an empty one too there is an address
+        at, size = _first_byte(tensor), (1 + last) * dtype.itemsize if tensor.numel() else 0
         owner = _Owner(name, at, at + size, (dtype, shape, strides), tensor.is_contiguous())
         self._owners.setdefault(storage._cdata, []).append(owner)
         return name
 
-    def _owner(self, tensor: torch.Tensor) -> tuple[_Owner, int]:
-        """Of what a tensor is a part, and from which byte on. Memory that was neither given nor made was there before:
-        a constant, which the program holds."""
-        storage, at = tensor.untyped_storage()._cdata, _first_byte(tensor)
+    def _owners_of(self, tensor: torch.Tensor) -> list[_Owner]:
+        """The tensors that share memory with this one. Memory that was neither given nor made was there before: a
+        constant, which the program holds."""
+        storage = tensor.untyped_storage()._cdata
         if storage not in self._owners:
-            name = self._own(tensor, f"k{len(self._owners)}")
+            name = self._own(tensor, f"k{self._numbers}")
             self._constants |= {name: tensor, f"p{name}": tensor.data_ptr()}
-        owners = [owner for owner in self._owners[storage] if owner.at <= at < owner.end]
-        found = next((owner for owner in owners if owner.at == at), owners[0] if len(owners) == 1 else None)
-        if found is None:  # a part of which of several that overlap?
+        return self._owners[storage]
+
+    def _owner(self, tensor: torch.Tensor) -> tuple[_Owner, int]:
+        """Of what a tensor is a part, and from which byte on."""
+        at, sharing = _first_byte(tensor), self._owners_of(tensor)
+        owners = [owner for owner in sharing if owner.at <= at < owner.end]
+        owners = owners or [owner for owner in sharing if owner.at == at]  # empty ones, of which nothing is read
+        if not owners or any(owner.at != owners[0].at for owner in owners):  # a part of which of several that overlap?
             self.known = False
             return _Owner("x0", 0, 0, (), False), 0
-        return found, at - found.at
+        return owners[0], at - owners[0].at
 
     def _constant(self, value) -> str:
         if value is None or type(value) in (int, bool):

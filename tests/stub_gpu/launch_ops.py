@@ -180,12 +180,47 @@ def told_apart() -> list[int]:
     return counts
 
 
+def workspaces() -> list[int]:
+    """Of the programs of all samples: how many there are, how many calls have none though they were noted, and how
+    often two tensors had the same bytes at a time."""
+    from fastvit.kernels.launch import replay
+
+    plan, plans, clashes = replay._Recorder._workspace, [], []
+
+    def noting(self, lines, last):
+        places, size = plan(self, lines, last)
+        plans.append(size)
+        for one in places:
+            for other in places:
+                (made, count), start = self._empty[one], places[one]
+                before = self._empty[other][0] < made <= last[other]
+                shared = start < places[other] + self._empty[other][1] and places[other] < start + count
+                if start + count > size or (before and shared):
+                    clashes.append((one, other))
+        return places, size
+
+    replay._Recorder._workspace = noting
+    for sample in samples.SAMPLES:
+        tensors = sample.tensors(torch.bfloat16)
+        for _ in range(2):
+            passes(sample, tensors)
+    replay._Recorder._workspace = plan
+    known = [
+        callable(program)
+        for sample in samples.SAMPLES
+        for operator in (operators(sample.op).FORWARD, operators(sample.op).BACKWARD)
+        for program in operator.replayed.programs.values()
+    ]
+    return [len(plans), known.count(False), len(clashes), max(plans)]
+
+
 def report_replays() -> dict[str, list[int]]:
     """Of each sample, and under other conditions from the third pass on: [launches of a pass; how many of the third are
     handed what the second's were; how many of the third are replayed]."""
     from fastvit.kernels.launch import choice, replay
     from fastvit.kernels.launch.request import TmaConfig
 
+    found = {"workspaces": workspaces()}
     given, held = [], []
 
     def note(self, *args) -> None:
@@ -196,19 +231,19 @@ def report_replays() -> dict[str, list[int]]:
         """torch's function, whose tensors are kept, so that no other has the same address."""
         return lambda *args, **how: held.append(make(*args, **how)) or held[-1]
 
+    def one_pass(sample, tensors) -> list[tuple]:
+        names.clear()
+        names.update((tensor.data_ptr(), name) for name, tensor in tensors.items())
+        given.clear()
+        out = sample.run(tensors)
+        samples.gradients(out, tensors, upstream.setdefault(sample.name, torch.ones_like(out)))
+        return given.copy()
+
     def three_passes(sample, tensors, between=lambda: None) -> list[int]:
         choice._changed()
-        seen = []
-        for number in range(3):
-            names.clear()
-            names.update((tensor.data_ptr(), name) for name, tensor in tensors.items())
-            given.clear()
-            if number == 2:
-                between()
-            out = sample.run(tensors)
-            samples.gradients(out, tensors, upstream.setdefault(sample.name, torch.ones_like(out)))
-            seen.append(given.copy())
-        first, second, third = seen
+        first, second = one_pass(sample, tensors), one_pass(sample, tensors)
+        between()
+        third = one_pass(sample, tensors)
         assert [one for one, _ in first] == [one for one, _ in second] and all(own for _, own in (*first, *second))
         alike = sum(one == other for (one, _), (other, _) in zip(second, third, strict=True))
         return [len(second), alike, sum(not own for _, own in third)]
@@ -216,8 +251,8 @@ def report_replays() -> dict[str, list[int]]:
     Recorder.__call__ = note
     for where, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty_strided")):
         setattr(where, name, holding(getattr(where, name)))
-    replay.SMALL = -1  # memory that is used twice would be told as one: test_replay.py has how it is shared
-    names, upstream, found = {}, {}, {}
+    replay.SMALL = -1  # memory that is used twice would be told as one
+    names, upstream = {}, {}
     for sample in samples.SAMPLES:
         found[sample.name] = three_passes(sample, sample.tensors(torch.bfloat16))
         held.clear()
@@ -229,8 +264,8 @@ def report_replays() -> dict[str, list[int]]:
     tensors = norm.tensors(torch.bfloat16)
     odd = torch.empty(25, dtype=torch.bfloat16)[1:].copy_(tensors["weight"].detach()).requires_grad_()
     runtime, compilation, heard = replay.knobs.runtime, replay.knobs.compilation, []
-    chain = runtime.launch_enter_hook
-    # What happens after the second pass, and what undoes it: launches have to be replayed again.
+    chain, hooks = runtime.launch_enter_hook, layer_norm.layer_norm_kernel.pre_run_hooks
+    # What happens after the second pass, and what undoes it; the last number is of the pass that follows.
     for name, given_tensors, begin, end in (
         ("a profiler", tensors, lambda: chain.add(heard.append), chain.calls.clear),
         ("a hook", tensors, lambda: runtime.__setattr__("launch_enter_hook", heard.append),
@@ -240,12 +275,11 @@ def report_replays() -> dict[str, list[int]]:
         ("an address that 16 does not divide", {**tensors, "weight": odd}, lambda: None, lambda: None),
         ("a Triton that is not known", tensors, lambda: vars(replay).update(_KNOWN=False),
          lambda: vars(replay).update(_KNOWN=True)),
+        ("a kernel's own hook", tensors, lambda: hooks.append(lambda *args, **how: None), hooks.clear),
         ("other tables", tensors, choice._changed, lambda: None),
     ):  # fmt: skip
-        found[name] = [*three_passes(norm, given_tensors, begin), end(), *three_passes(norm, tensors)]
-    kernel = layer_norm.layer_norm_kernel
-    kernel.pre_run_hooks.append(lambda *args, **how: None)
-    found["a hook of the forward kernel"] = [*three_passes(norm, tensors), kernel.pre_run_hooks.clear()]
+        found[name] = [*three_passes(norm, given_tensors, begin), end()]
+        found[name].append(sum(not own for _, own in one_pass(norm, tensors)))
     found["still alive"] = program_alive(norm, tensors)
     found["apart"] = told_apart()
     return found
