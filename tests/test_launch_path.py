@@ -202,7 +202,7 @@ def launch_ops(triton_cache):
         pytest.param("float32", "fp32", marks=pytest.mark.slow),
         pytest.param("float16", "fp16", marks=pytest.mark.slow),
         ("bfloat16", "bf16"),
-        ("bfloat16 float32", "bf16"),  # weights beside a wider stream
+        pytest.param("bfloat16 float32", "bf16", marks=pytest.mark.slow),  # weights beside a wider stream
     ],
 )
 def test_every_launch(dtypes, product, launch_ops, triton_cache):

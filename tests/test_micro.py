@@ -190,6 +190,7 @@ def run(folder, deadline=math.inf, batch=2, clock=None):
     return micro.run(folder, deadline, MODEL, batch, RATES, CPU, clock or Clock())
 
 
+@pytest.mark.slow
 def test_the_file_is_what_the_static_report_reads_and_a_second_call_goes_on(calls, tmp_path, table, capsys):
     folder = tmp_path / "some-gpu" / "abc"
     folder.mkdir(parents=True)

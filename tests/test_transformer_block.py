@@ -46,7 +46,7 @@ def errors(given: dict, upstream, **options) -> dict[str, tuple[float, float]]:
 
 
 @streams
-@pytest.mark.parametrize("shift", [1.0, 8.0])
+@pytest.mark.parametrize("shift", [pytest.param(1.0, marks=pytest.mark.slow), 8.0])
 def test_rows_with_a_mean_and_with_outliers(dtype, stream, shift, device):
     """Means of up to 8 sigma, and channels of 60 and 30. Rms errors of eight draws: one channel makes most of a norm's
     gradient, and the ratio of two such errors of one draw is luck."""

@@ -119,6 +119,7 @@ def kept(path: Path) -> list[str]:
         return file["files"].tolist()
 
 
+@pytest.mark.slow
 def test_embed_a_folder_that_changes_between_interruptions(trained, tmp_path):
     """Ctrl-C twice, an image overwritten, one deleted, one more; then every row is of timm's features."""
     folder, output, partial = tmp_path / "my photos", tmp_path / "f.npz", tmp_path / "f.npz.partial"
@@ -196,6 +197,7 @@ def test_compare_with_last_weeks_bench(factors, status, text, tmp_path):
     assert ("faster" in last) == (status == 0)
 
 
+@pytest.mark.slow
 def test_bench_shows_the_interval_of_each_verdict(tmp_path):
     command = ["bench", "--device", "cpu", "--models", NAME, "--img-sizes", "32", "--batches", "1", "--dtypes", "fp32"]
     command += ["--modes", "inference", "--peers", "timm,transformers", "--seconds", "0.05", "-o", tmp_path]
@@ -267,6 +269,7 @@ def test_a_pipe_among_the_photos(trained, tmp_path):
     assert kept(tmp_path / "f.npz") == ["chelsea.jpg"]
 
 
+@pytest.mark.slow
 def test_the_interpreter_by_its_environment_variable(trained):
     """What the error under FASTVIT_BACKEND=triton says is missing, TRITON_INTERPRET, is enough."""
     arguments = ["classify", PHOTOS / "chelsea.jpg", *small_images(trained), "--json"]
