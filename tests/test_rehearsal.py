@@ -105,6 +105,7 @@ def test_models_in_small(environment, tmp_path):
     assert f"models: {MODEL}/bf16/b256/inference" in summary and "call again to go on with models" in summary
 
 
+@pytest.mark.slow
 def test_verify_names_the_kernel_that_takes_the_gpu_and_goes_on(environment, tmp_path):
     """In processes: the case fails with the error, no other does, and a second call repeats just that one."""
     command = [sys.executable, "-m", "fastvit", "verify", "--ops", "layer_norm", "--dtypes", "bf16", "--jobs", "2"]

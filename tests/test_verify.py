@@ -210,15 +210,19 @@ def test_command_keeps_what_it_has_when_interrupted(monkeypatch, tmp_path, capsy
 
 @needs_interpreter
 def test_processes_verify_what_one_does(capsys):
-    """The same cases, the same errors to the last digit, in whatever order they come."""
+    """The same cases and errors, in whatever order they come; MKL's sums depend a little on where their memory is."""
 
-    def rows(jobs):
+    def rows(jobs) -> dict[str, list[float]]:
         chosen = ["--device", "cpu", "--ops", "layer_norm,attention", "--dtypes", "bf16,fp32", "--jobs", jobs]
         assert cli.main(["verify", *chosen]) == 0
-        lines = capsys.readouterr().out.splitlines()[2:-1]
-        return sorted(re.sub(r" +\d+\.\d+  ok$", "", line) for line in lines)
+        lines = [re.split(r"  +", line) for line in capsys.readouterr().out.splitlines()[2:-1]]
+        assert {line[-1] for line in lines} == {"ok"}
+        return {case: [float(ours), float(plain)] for case, _, ours, plain, *_ in lines}
 
-    assert rows("2") == rows("1") != []
+    several, one = rows("2"), rows("1")
+    assert several.keys() == one.keys() != set()
+    for case, errors in one.items():
+        assert several[case] == pytest.approx(errors, rel=0.05), case
 
 
 def test_what_found_no_memory_beside_others_runs_again_alone(monkeypatch):

@@ -261,6 +261,7 @@ def test_a_full_disk_costs_no_row(checkpoint, folder, tmp_path, capsys, monkeypa
     assert "Resuming: 3 of 3" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_ctrl_c_again_and_again_loses_no_row(checkpoint, tmp_path):
     """With real signals: a bad image among good ones tells when to send them."""
     Image = pytest.importorskip("PIL.Image")
