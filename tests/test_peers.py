@@ -29,7 +29,6 @@ TIGHT = {torch.float32: 3e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}  # rela
 VIT, DISTILLED, DINOV2 = "vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "vit_small_patch14_dinov2"
 REGISTERS, GIANT, HEADLESS = "vit_small_patch14_reg4_dinov2", "vit_giant_patch14_reg4_dinov2", "vit_small_patch8_224"
 FAMILIES = (VIT, DISTILLED, DINOV2, REGISTERS, GIANT, HEADLESS)
-EXPORTED = ("onnxruntime", "openvino")
 # Of the models, those that a CPU runs.
 MODELS = [name for name, peer in PEERS.items() if peer.kind != "op" and "cpu" in peer.devices]
 EAGER = [name for name in MODELS if name != "timm compiled" and "training" in PEERS[name].modes]
@@ -56,7 +55,7 @@ def cases(names, families=FAMILIES, dtypes=tuple(SHORT), mode="inference") -> li
         case = Case(model, dtype, 3, mode)
         reason = absent(PEERS[name], case, "cpu")
         if reason is None or reason.startswith("not installed"):
-            slow = name == "timm compiled" or name in EXPORTED and (model, dtype) != (VIT, torch.float32)
+            slow = PEERS[name].compiles and (name == "timm compiled" or (model, dtype) != (VIT, torch.float32))
             marks = [pytest.mark.slow] if slow else []
             found.append(pytest.param(name, case, id=f"{name}-{case.id}".replace(" ", "-"), marks=marks))
     return found
