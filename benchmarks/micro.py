@@ -18,6 +18,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TextIO
@@ -384,13 +385,15 @@ def lesser_products(request: Request, device: torch.device) -> dict[str, Callabl
     if left not in loads or epilogue not in stores:
         return {}
     weight = tiles.plain(draw(k, n)) if epilogue.input_gradient else tiles.transposed(draw(n, k))
-    # The store of an input's gradient is the one that does nothing else.
+    # The store of an input's gradient is the one that does nothing else; the right operand stays as it is.
+    bare = tiles.INPUT_GRADIENT if epilogue.input_gradient else replace(tiles.INPUT_GRADIENT, input_gradient=False)
+    stores[bare] = (out,)
     plain_load, plain_store = left is tiles.MATRIX, epilogue is tiles.INPUT_GRADIENT
     found = {}
     for name, load, store in (
         ("no prologue", tiles.MATRIX, epilogue),
-        ("no epilogue", left, tiles.INPUT_GRADIENT),
-        ("plain", tiles.MATRIX, tiles.INPUT_GRADIENT),
+        ("no epilogue", left, bare),
+        ("plain", tiles.MATRIX, bare),
     ):
         if (load, store) != (left, epilogue) and not (name == "plain" and (plain_load or plain_store)):
             product = (load, loads[load], tiles.MATRIX, weight, store, stores[store], request.shape, request.dtype)

@@ -13,7 +13,7 @@ from fastvit.kernels import tiles
 from fastvit.kernels.launch import choice, cost
 from fastvit.kernels.launch.absent import target_of, without_gpu
 from fastvit.kernels.launch.hardware import ARCHS
-from fastvit.kernels.launch.request import GemmConfig, Product, Request
+from fastvit.kernels.launch.request import GemmConfig, Product, Request, TmaConfig
 from fastvit.kernels.launch.search import search_space
 
 from fastvit import dispatch, ops, tune, tuned  # noqa: F401, the ops register themselves
@@ -119,6 +119,20 @@ def test_the_best_config_is_tried_without_its_parts(table):
     del rows["gemm 70x72x64 bfloat16 normalised matrix linear"]["without"]
     with pytest.raises(tune.OutOfTime):
         explained(small_call(), rows, time.monotonic() - 1)
+
+
+def test_the_loop_by_tma_takes_products_without_their_parts(table):
+    """Forward, and of an input's gradient, whose right operand lies the other way."""
+    for parts, names in (
+        ((tiles.NORMALISED, tiles.MATRIX, tiles.LINEAR), {"no prologue", "plain"}),
+        ((tiles.SCALED, tiles.MATRIX, tiles.INPUT_GRADIENT), {"no prologue"}),
+    ):
+        product = Product(*parts, None, *[torch.bfloat16] * 3)
+        found = micro.lesser_products(Request("gemm", (70, 72, 64), torch.bfloat16, product), CPU)
+        found.pop("no epilogue", None)  # whose prologue computes, which is no loop's by TMA
+        assert found.keys() == names
+        for launch in found.values():
+            assert launch(TmaConfig(64, 64, 16, 4, 2, SUBTILES=1))[0].isfinite().all()
 
 
 def test_attention_is_tried_at_other_lengths(table):
