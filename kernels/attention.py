@@ -437,7 +437,7 @@ def launch(kernel, name: str, qkv, scores: Scores, args, written, config=None, b
     partial = ()
     if by_tile is not None:
         partial, args = by_tile(tiles)
-    launch_kernel(kernel, (tiles * batch * heads, 1, 1), args, _constants(request, config), qkv.device)
+    launch_kernel(kernel, (tiles * batch * heads, 1, 1), qkv.device)(*args, **_constants(request, config))
     return *written, *partial
 
 

@@ -179,7 +179,7 @@ def launch(function, sections: list[tuple], block: int, config: RowConfig, acc: 
         num_warps=config.num_warps,
     )
     grid = (sum(ceil_div(section[0], block) for section in sections), 1, 1)
-    launch_kernel(sections_kernel, grid, (tuple(sections),), constants, device)
+    launch_kernel(sections_kernel, grid, device)(tuple(sections), **constants)
 
 
 def fold(layers: Sequence[Layer], dtype: torch.dtype) -> tuple[list[Folded], tuple | None]:

@@ -165,7 +165,7 @@ def _launch_tma(request: Request, config: TmaConfig, a: tuple, b: tuple, target:
         right = TensorDescriptor(b[0], [n, k], [b[2], 1], [config.BLOCK_N, config.BLOCK_K])
     programs = min(tiles, config.PROGRAMS * num_sms(device))
     args = (left, right, target, m, n, k, programs)
-    launch_kernel(tma_kernel, (programs, 1, 1), args, _tma_constants(request, config), device)
+    launch_kernel(tma_kernel, (programs, 1, 1), device)(*args, **_tma_constants(request, config))
 
 
 def _constants(request: Request, config: GemmConfig) -> dict:
@@ -237,7 +237,7 @@ def launch(
         return *_tensors(target[:outputs]), *partial
     grid, all_of_k = (tiles_m * tiles_n, 1, 1), ceil_div(k, config.BLOCK_K) * config.BLOCK_K
     args = (a, b, filled, m, None, n, k, all_of_k)
-    launch_kernel(gemm_kernel, grid, args, _constants(request, config), device)
+    launch_kernel(gemm_kernel, grid, device)(*args, **_constants(request, config))
     return *_tensors(target[:outputs]), *partial
 
 
@@ -271,5 +271,5 @@ def weight_gradient(dy, right: Prologue, x, inputs: int, dtype: torch.dtype, wid
     tiles = ceil_div(outputs, config.BLOCK_M) * ceil_div(inputs, config.BLOCK_N)
     k_per_part = ceil_div(ceil_div(tokens, config.SPLIT_K), config.BLOCK_K) * config.BLOCK_K
     args = (transposed(dy), x, (partial,), tokens, outputs, inputs, None, k_per_part)
-    launch_kernel(gemm_kernel, (tiles * config.SPLIT_K, 1, 1), args, _constants(request, config), dy.device)
+    launch_kernel(gemm_kernel, (tiles * config.SPLIT_K, 1, 1), dy.device)(*args, **_constants(request, config))
     return total(partial, config.SPLIT_K, out_dtype)

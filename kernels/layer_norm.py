@@ -139,7 +139,7 @@ def row_statistics(
         config = choose(request, x.device, repeat)
     grid = (ceil_div(rows, config.BLOCK_ROWS), 1, 1)
     args = (x, weight, bias, y, mean, rstd, rows, columns, x.stride(0), eps)
-    launch(layer_norm_kernel, grid, args, _constants(request, config), x.device)
+    launch(layer_norm_kernel, grid, x.device)(*args, **_constants(request, config))
     return mean, rstd
 
 
@@ -168,7 +168,7 @@ def layer_norm_backward(dy, x, mean, rstd, weight, bias, dresidual=None):
         strides = (dy.stride(0), x.stride(0), 0 if dresidual is None else dresidual.stride(0))
         matrices = (dy, x, mean, rstd, weight, dresidual, dx, *sums)
         args = (*matrices, rows, columns, *strides, stretch)
-        launch(layer_norm_backward_kernel, (parts, 1, 1), args, _constants(request, config), x.device)
+        launch(layer_norm_backward_kernel, (parts, 1, 1), x.device)(*args, **_constants(request, config))
         return dx, total(sums[0], parts, weight.dtype), total(sums[1], parts, bias.dtype)
 
     return start(choose(request, x.device, start))

@@ -109,4 +109,4 @@ def _launch(x, row_scale, partial, stretch: int, request: Request, config: RowCo
     rows, columns = x.shape
     grid = (ceil_div(columns, config.BLOCK_D), ceil_div(rows, stretch), 1)
     args = (x, row_scale, partial, rows, columns, x.stride(0), rows_per_sample(rows, row_scale), stretch)
-    launch(column_sum_kernel, grid, args, _constants(request, config), x.device)
+    launch(column_sum_kernel, grid, x.device)(*args, **_constants(request, config))

@@ -110,7 +110,7 @@ def stream_of(x: torch.Tensor, dtype: torch.dtype) -> Stream:
     constants = dict(ACC=TRITON_DTYPES[accumulator_dtype(x.dtype)], BLOCK_ROWS=block_rows, BLOCK_D=block, num_warps=4)
     if rows:
         args = (x, copy, centre, stats, rows, columns, x.stride(0))
-        launch_kernel(stream_kernel, (ceil_div(rows, block_rows), 1, 1), args, constants, x.device)
+        launch_kernel(stream_kernel, (ceil_div(rows, block_rows), 1, 1), x.device)(*args, **constants)
     return Stream(copy, centre, stats)
 
 
@@ -182,7 +182,7 @@ def _scaled_gradient(dout: torch.Tensor, drop_path_scale, dtype: torch.dtype, su
     constants = dict(ACC=TRITON_DTYPES[accumulator_dtype(dout.dtype)], BLOCK_ROWS=64, BLOCK_COLUMNS=64, num_warps=4)
     grid = (parts, ceil_div(columns, 64), 1)
     args = (dout, copy, drop_path_scale, partial, rows, columns, dout.stride(0), rows_per_sample(rows, drop_path_scale))
-    launch_kernel(scaled_gradient_kernel, grid, args, constants, dout.device)
+    launch_kernel(scaled_gradient_kernel, grid, dout.device)(*args, **constants)
     return dout if copy is None else copy, partial
 
 

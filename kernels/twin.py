@@ -87,4 +87,4 @@ def _apply(request: Request, config, prologue, source, store, target, shape, axi
     rows, columns = shape
     sizes = {0: (rows, None, columns), 1: (columns, rows, None), None: (0, rows, columns)}[axis]
     grid = (ceil_div(rows, config.BLOCK_M) * ceil_div(columns, config.BLOCK_N), 1, 1)
-    launch_kernel(apply_kernel, grid, (source, target, *sizes), constants, source[0].device)
+    launch_kernel(apply_kernel, grid, source[0].device)(source, target, *sizes, **constants)
