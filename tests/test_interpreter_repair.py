@@ -7,10 +7,12 @@ import subprocess
 import sys
 import warnings
 
+import numpy as np
 import pytest
 import torch
 import triton
 import triton.language as tl
+from triton.runtime import interpreter
 
 from fastvit.dispatch import interpreting
 
@@ -318,3 +320,19 @@ def test_install_twice_changes_nothing_and_keeps_its_sanitizer():
         "install: sanitizer 'bounds' is installed already, cannot change it to 'race'",
         "install: unknown sanitizer 'nonsense', expected one of off, bounds, race",
     ], done.stderr
+
+
+@triton.jit
+def masked_by_scalars_kernel(ptr, n, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    tl.store(ptr + i, i, mask=(i < n) & (tl.min(i, axis=0) == 0))
+
+
+def test_the_comparison_of_two_scalars_is_a_mask():
+    builder, number = interpreter.interpreter_builder, interpreter.TensorHandle(np.array([5], np.int32), tl.int32)
+    equal = builder.create_icmpEQ(number, number)
+    assert equal.dtype == tl.int1
+    assert builder.create_splat(tl.block_type(tl.int1, [4]), equal).data.dtype == np.bool_
+    out = torch.full((8,), -1, dtype=torch.int32)
+    masked_by_scalars_kernel[(1,)](out, 5, BLOCK=8)
+    assert out.tolist() == [0, 1, 2, 3, 4, -1, -1, -1]

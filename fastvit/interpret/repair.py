@@ -3,7 +3,7 @@
 Stock, in Triton 3.6 to 3.9: arithmetic, comparisons, reductions and `tl.dot` on bfloat16 and float8 work on the raw
 bit patterns; float32 to bfloat16 truncates; casts to float8 lose the rounding carry and wrap; TF32 is not simulated;
 `tl.erf` is evaluated element by element in Python; sums run from the first to the last, which rounds more than a GPU's
-trees. Here 16- and 8-bit floats are decoded to float32, computed on and
+trees; the comparison of two scalars is no mask. Here 16- and 8-bit floats are decoded to float32, computed on and
 rounded back, to nearest even, and to float8 saturating, as the compiler has NVIDIA GPUs do it.
 """
 
@@ -184,7 +184,9 @@ def _on_decoded(original, count: int):
         operands, rest = args[:count], args[count:]
         dtypes = [operand.dtype.scalar for operand in operands]
         if not any(_is_encoded(dtype) for dtype in dtypes):
-            return original(self, *args)
+            result = original(self, *args)
+            # A comparison's is of its operands' dtype: spread to a block it would be no mask.
+            return interpreter.TensorHandle(result.data, tl.int1) if result.data.dtype == np.bool_ else result
         decoded = [
             interpreter.TensorHandle(_decode(operand.data, dtype), tl.float32) if _is_encoded(dtype) else operand
             for operand, dtype in zip(operands, dtypes, strict=True)
