@@ -11,16 +11,10 @@ _SPILLS = (
     ("3.6.0", "sm_100", "attention_backward_dkdv_kernel", "attention d=80 bf16, masked"),
     ("3.6.0", "sm_120", "gemm_kernel load_matrix load_patches store", "patch embedding B/32 *"),
     ("3.6.0", "gfx942", "gemm_kernel load_matrix load_normalised store", "block B/16 bf16, float32 stream, scaled"),
-    ("3.7.1", "sm_8[09]", "gemm_kernel load_matrix load_matrix store_norm_gradient", "whole block B/16 fp32"),
-    ("3.7.1", "sm_1[02]0", "gemm_kernel load_matrix load_matrix store_folded", "whole block B/16 fp32"),
-    ("3.7.1", "sm_120", "attention_backward_dkdv_kernel", "whole block B/16 fp32"),
-    ("3.7.1", "sm_120", "attention_backward_dq_kernel", "attention d=64 bf16, masked"),
     ("3.9.0", "sm_80", "gemm_kernel load_matrix load_patches store", "patch embedding L/14 fp16"),
-    ("3.9.0", "sm_89", "attention_backward_dq_kernel", "attention d=64 bf16, masked"),
     ("3.9.0", "sm_80", "attention_backward_dkdv_kernel", "attention d=64 fp32"),
     ("3.9.0", "sm_80", "attention_backward_dkdv_kernel", "attention d=128 fp32"),
     ("3.9.0", "sm_120", "gemm_kernel load_matrix load_patches store", "patch embedding B/32 *"),
-    ("3.9.0", "sm_120", "attention_backward_dq_kernel", "attention d=64 bf16, masked"),
 )
 
 ALLOWED: tuple[Allowed, ...] = (

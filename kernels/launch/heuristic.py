@@ -54,9 +54,9 @@ def _gemm_tile(request: Request, arch: Arch, sms: int) -> GemmConfig:
     left, right, epilogue, *_ = request.parts
     if request.dtype.itemsize > 2:
         config = FULL_PRECISION
-        if arch.name == "sm_100" and not (left.plain or left.transforms):
-            # Addresses of patches for a third stage spill with Triton 3.6.
-            config = FULL_PRECISION._replace(num_stages=2)
+        patches = not (left.plain or left.transforms)
+        if epilogue.wide or epilogue.tiles > 2 or (patches and arch.name == "sm_100"):
+            config = FULL_PRECISION._replace(num_stages=2)  # of three, some spill with Triton 3.6 or 3.7
     elif request.parts.gathers:
         config = GATHERED
     elif epilogue.tiles > 2 or not arch.has_wgmma:
@@ -117,13 +117,15 @@ def _attention_backward(request: Request, arch: Arch) -> AttentionConfig:
     if request.dtype.itemsize > 2:
         config = FULL_PRECISION_ATTENTION[head_dim > 64]
         # Wider steps spill where dk and dv are made for a norm.
-        spills = request.parts.before_norm and arch.name == "gfx942" and not queries
+        spills = request.parts.before_norm and arch.name in ("gfx942", "sm_120") and not queries
         return config._replace(BLOCK_STEP=16) if spills else config
     if not arch.has_wgmma:
         if head_dim <= 64:
             # Not pipelined, dq for a norm spills.
             stages = 2 if request.parts.before_norm and arch.name == "sm_80" and queries else 1
-            return AttentionConfig(BLOCK_ROWS=64, BLOCK_STEP=32, num_warps=4, num_stages=stages)
+            # Of a mask, four warps' dq spills with Triton 3.7 and later.
+            warps = 8 if masked and queries and arch.name in ("sm_89", "sm_120") else 4
+            return AttentionConfig(BLOCK_ROWS=64, BLOCK_STEP=32, num_warps=warps, num_stages=stages)
         # Wider steps of wide heads spill with these compilers.
         spills = not queries and head_dim > 80 and arch.name in ("sm_120", "gfx942")
         return AttentionConfig(BLOCK_ROWS=32, BLOCK_STEP=16 if masked or spills else 32, num_warps=8, num_stages=1)
