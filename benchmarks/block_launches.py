@@ -13,6 +13,7 @@ import contextlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -105,7 +106,7 @@ def noting() -> Iterator[list[Launch]]:
         chosen[:] = request, choice.choose(request, device, repeat)
         return chosen[1]
 
-    def note(kernel, args, constants) -> None:
+    def note(kernel, *args, **constants) -> None:
         function = next((constants[key] for key in ("EPILOGUE", "SECTION") if key in constants), kernel)
         moved, flops, seconds = cost._matrix_bytes(*_flat(args)), 0.0, 0.0
         shape, form = tuple(getattr(args[0], "shape", ())), "ours"
@@ -121,8 +122,8 @@ def noting() -> Iterator[list[Launch]]:
         seconds = max(seconds, cost.LAUNCH_SECONDS + moved / (cost.REACHED_BANDWIDTH * ARCH.bandwidth))
         found.append(Launch(function.__name__, shape, _first(function), form, flops, moved, seconds))
 
-    def noting_of(kernel, grid, device):
-        return lambda *args, **constants: note(kernel, args, constants)
+    def launch(kernel, grid, device):
+        return partial(note, kernel)
 
     def product(x, y, dtype, out=None):
         m, k, n = *x.shape, y.shape[1]
@@ -141,7 +142,7 @@ def noting() -> Iterator[list[Launch]]:
     products = [(module, module.matrix_product) for module in (tiles, twin)]
     try:
         for module, name, _ in before:
-            setattr(module, name, choose if name == "choose" else noting_of)
+            setattr(module, name, choose if name == "choose" else launch)
         for module, _ in products:
             module.matrix_product = product
         with without_gpu(target_of(ARCH), run=lambda *a, **k: None), use_backend("auto"), torch.no_grad():
