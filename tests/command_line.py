@@ -27,6 +27,11 @@ def one_line(capsys) -> str:
     return error
 
 
+def complaints(error: str) -> str:
+    """stderr without the line that says whether the model is frozen."""
+    return "".join(line for line in error.splitlines(keepends=True) if not line.startswith("The model "))
+
+
 def weights(checkpoint: Path) -> list[str]:
     return ["--device", "cpu", "--model", MODEL, "--checkpoint", str(checkpoint)]
 

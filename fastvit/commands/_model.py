@@ -49,21 +49,21 @@ def build(arguments: argparse.Namespace, device: str, num_classes: int) -> Visio
     return model.to(device, getattr(torch, DTYPES[arguments.dtype])).eval()
 
 
-SOME, MANY = 32, 500  # images that pay for freezing, and for measuring which runtime is the fastest
+MANY = 500  # images that pay for measuring which runtime is the fastest
 
 
 def served(
     model: VisionTransformer, output: str, batch_size: int, count: int
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """What gives this output of `model`: on a CPU the model frozen, which is faster and the same within rounding, where
-    the images to come, `count`, pay for it; else, and where it cannot be frozen, itself."""
+    """What gives this output of `model` for `count` images: on a CPU the model frozen, which is faster and the same
+    within rounding; on a GPU, and where it cannot be frozen, itself."""
     from ..frozen import freeze
     from ..report import first_line, note
 
-    if next(model.parameters()).device.type == "cpu" and count >= SOME:
+    if next(model.parameters()).device.type == "cpu":
         runtime = "auto" if count >= MANY else "torch"
         try:
-            frozen = freeze(model, output=output, runtime=runtime, batch_sizes=(batch_size,))
+            frozen = freeze(model, output=output, runtime=runtime, batch_sizes=(min(batch_size, count),))
         except (ValueError, RuntimeError) as error:
             note(f"The model runs as it is, not frozen: {first_line(error)}.")
         else:

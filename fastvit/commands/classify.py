@@ -32,7 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
     model = build(arguments, device, num_classes)
     import torch
 
-    logits_of = served(model, "logits", min(arguments.batch_size, len(arguments.images)), len(arguments.images))
+    logits_of = served(model, "logits", arguments.batch_size, len(arguments.images))
     labels = imagenet_classes() if num_classes == 1000 else range(num_classes)
     skip = Skipped()
     results = []

@@ -49,16 +49,16 @@ def wrong(outputs, truth, plain, dtype: torch.dtype) -> str:
     """Why outputs are not accurate enough; empty if they are.
 
     outputs: tensors of any number of images that are all the same; truth: by name, what the unfrozen model makes of one
-    in float64; plain: what it does in `dtype`. Allowed are TOLERANCE, and so many times the unfrozen model's own error
-    as `accuracy.limit` says, with three standard deviations of the ratio of two errors over n numbers, 1 / sqrt(n): a
-    classifier may have only two.
+    in float64; plain(): what it does in `dtype`. Allowed are TOLERANCE, and so many times the unfrozen model's own
+    error as `accuracy.limit` says, with three standard deviations of the ratio of two errors over n numbers,
+    1 / sqrt(n): a classifier may have only two.
     """
-    for (name, want), got, theirs in zip(truth.items(), outputs, plain.values(), strict=True):
+    for (name, want), got in zip(truth.items(), outputs, strict=True):
         if got.shape[1:] != want.shape[1:]:
             return f"{name} is {tuple(got.shape[1:])}, expected {tuple(want.shape[1:])}"
         error, most = accuracy.relative_rms(got, want.expand_as(got)), TOLERANCE.get(dtype, 0.0)
-        if dtype in accuracy.FACTOR:
-            limit = accuracy.limit(dtype, accuracy.relative_rms(theirs, want))
+        if error > most and dtype in accuracy.FACTOR:
+            limit = accuracy.limit(dtype, accuracy.relative_rms(plain()[name].to(want.device), want))
             most = max(most, limit * (1 + 3 / math.sqrt(want.numel())))
         if not error <= most:
             return f"{name} is wrong: error {error:.1e}, at most {most:.1e} is allowed"

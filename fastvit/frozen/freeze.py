@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -75,8 +77,7 @@ def freeze(
     dtype, device = dtype or first.dtype, torch.device(first.device if device is None else device)
     with undisturbed(device), torch.device("cpu"):
         start = plan_of(ours, outputs)
-        plan, changes = simplify(start, without)
-        frozen = Frozen(plan.rounded(dtype, copy=True).on(device), changes, runtime, isinstance(output, str))
+        frozen = Frozen(*_simplified(start, without, dtype, device), runtime, isinstance(output, str))
         frozen._settle(batch_sizes, _truth(model, start, dtype, device))
     return frozen
 
@@ -241,7 +242,7 @@ class Frozen:
         """An image of noise, what the plan makes of it in float64, and what in its own dtype, in plain PyTorch."""
         images = noise(plan, 1)
         images = pixels(images) if uint8 else images
-        return images, plan.run(images, torch.float64), plan.run(images)
+        return images, plan.run(images, torch.float64), lambda: plan.run(images)
 
     def _for_size(self, size: tuple[int, int]) -> Plan:
         if size not in self._resized:
@@ -304,17 +305,27 @@ def _checked_batches(batch_sizes: Sequence[int] | None) -> tuple[int, ...]:
     return sizes
 
 
+def _simplified(start: Plan, without: Iterable[str], dtype: torch.dtype, device: torch.device) -> tuple:
+    """The plan after all rewrites but some, rounded, and what each did. Its float64 constants are gone on return: they
+    are twice a float32 model."""
+    plan, changes = simplify(start, without)
+    return plan.rounded(dtype, copy=True).on(device), changes
+
+
 def _truth(model: nn.Module, start: Plan, dtype: torch.dtype, device: torch.device) -> tuple:
-    """An image of noise, what the model makes of it in float64, and what it does in `dtype`. Raises
+    """An image of noise, what the model makes of it in float64, and what gives what it does in `dtype`. Raises
     RuntimeError where the plan from before any rewrite is not what the model itself computes."""
     images = noise(start, 1)
-    truth, plain = start.run(images, torch.float64), start.run(images)
+    truth = start.run(images, torch.float64)
+
+    @functools.cache
+    def plain(dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        return start.rounded(dtype).run(images)
+
     theirs = _outputs(model, images.to(start.dtype), start.outputs)
-    if reason := choice.wrong(theirs.values(), truth, plain, start.dtype):
+    if reason := choice.wrong(theirs.values(), truth, partial(plain, start.dtype), start.dtype):
         raise RuntimeError(f"the model does something that a frozen model would not: {reason}")
-    plain = start.rounded(dtype).run(images) if dtype != start.dtype else plain
-    truth, plain = ({name: value.to(device) for name, value in values.items()} for values in (truth, plain))
-    return images.to(device), truth, plain
+    return images.to(device), {name: value.to(device) for name, value in truth.items()}, partial(plain, dtype)
 
 
 def _wrong(run: Run, batch: int, plan: Plan, images, truth, plain) -> str:

@@ -149,13 +149,14 @@ class Plan:
         """The plan with its constants on the device."""
         return replace(self, constants={name: tensor.to(device) for name, tensor in self.constants.items()})
 
-    def shapes(self, batch: int, uint8: bool = False) -> dict[str, tuple[int, ...]]:
+    def shapes(self, batch: int) -> dict[str, tuple[int, ...]]:
         """The shape of every value for a batch of images of the plan's size, found without computing."""
-        size = (batch, self.config.in_chans, *self.config.img_size)
-        images = torch.empty(size, dtype=torch.uint8 if uint8 else torch.float32, device="meta")
-        empty = {name: torch.empty(tensor.shape, device="meta") for name, tensor in self.constants.items()}
-        values = replace(self, constants=empty).values(images, torch.float32, every=True)
-        return {name: tuple(value.shape) for name, value in values.items()}
+        found = {IMAGES: (batch, self.config.in_chans, *self.config.img_size)}
+        for step in self.steps:
+            weight = step.constants.get("weight")
+            weight = () if weight is None else tuple(self.constants[weight].shape)
+            found[step.out] = _shape(step, found[step.inputs[0]], weight)
+        return found
 
     def costs(self, batch: int = 1) -> list[tuple[Step, int, int]]:
         """(step, FLOPs, bytes) of each step: the multiply-adds of products, twice; bytes of its inputs, constants and
@@ -285,6 +286,26 @@ def _pool(x, kind):
     if kind == "avg":
         return x.mean(dim=1)
     return x.amax(dim=1) if kind == "max" else 0.5 * (x.amax(dim=1) + x.mean(dim=1))
+
+
+def _shape(step: Step, x: tuple[int, ...], weight: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of what a step makes, by those of its first input and its weight. PyTorch's meta tensors would say it
+    too, but import its compiler for that, which takes two seconds."""
+    if step.op == "patch_embed":
+        return x[0], math.prod(-(-side // patch) for side, patch in zip(x[2:], weight[2:], strict=True)), weight[0]
+    if step.op == "assemble":
+        return x[0], step.options["prefix_tokens"] + x[1], x[2]
+    if step.op == "linear":
+        return *x[:-1], weight[0]
+    if step.op == "swiglu":
+        return *x[:-1], x[-1] // 2
+    if step.op == "attention":
+        return *x[:-1], x[-1] // (3 if len(step.inputs) == 1 else 1)
+    if step.op == "rows":
+        return x[0], len(range(x[1])[step.options["start"] : step.options["stop"]]), x[2]
+    if step.op == "flatten":
+        return x[0], math.prod(x[1:])
+    return (x[0], x[2]) if step.op == "pool" else x
 
 
 OPERATIONS: dict[str, Callable[..., torch.Tensor]] = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -44,11 +44,16 @@ def pixels(images: torch.Tensor) -> torch.Tensor:
 
 def simplify(plan: Plan, without: Iterable[str]) -> tuple[Plan, tuple[Change, ...]]:
     """The plan after all rewrites but some, and what each did."""
-    images = noise(plan, 2, _SAMPLE)
+    images = noise(plan, 1, _SAMPLE)
     samples = {"float": images, "uint8": pixels(images)}
+    rounded: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # constants, and what they are in float32
 
     def outputs(plan: Plan, kinds: Iterable[str]) -> dict[str, list[torch.Tensor]]:
-        return {kind: list(plan.run(samples[kind], torch.float32).values()) for kind in kinds}
+        for name, tensor in plan.constants.items():
+            if name not in rounded or rounded[name][0] is not tensor:
+                rounded[name] = tensor, tensor.float()
+        narrow = replace(plan, constants={name: rounded[name][1] for name in plan.constants})
+        return {kind: list(narrow.run(samples[kind], torch.float32).values()) for kind in kinds}
 
     changes, before, values = [], plan.totals(), outputs(plan, {"float"})
     for name, rewrite in REWRITES.items():

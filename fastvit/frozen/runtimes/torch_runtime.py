@@ -44,7 +44,7 @@ class _Program:
 
     def __init__(self, plan: Plan, batch: int, uint8: bool):
         self.outputs = tuple(plan.outputs.values())
-        shapes = plan.shapes(batch, uint8)
+        shapes = plan.shapes(batch)
         last = {name: i for i, step in enumerate(plan.steps) for name in step.inputs}
         self.calls, attentions = [], {}
         for i, step in enumerate(plan.steps):
