@@ -96,17 +96,20 @@ def missing_requirements(tensor: torch.Tensor) -> list[str]:
 @dataclass(frozen=True)
 class Explanation:
     """What `explain` found: the back end that would run `op`, and each reason why not the kernels alone; the candidate
-    of that back end ("triton", "torch" or, of PyTorch's, "sdpa flash"), and on what evidence it was chosen."""
+    of that back end ("triton", "torch" or, of PyTorch's, "sdpa flash"), and on what evidence it was chosen; on the
+    kernels a line for each launch."""
 
     op: str
     backend: str
     reasons: tuple[str, ...]
     candidate: str
     evidence: tuple[str, ...]
+    launches: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         head = f"{self.op}: {self.candidate}" + (", because" if self.reasons else "")
-        return "\n  - ".join([head, *self.reasons]) + "".join(f"\n  measured: {line}" for line in self.evidence)
+        lines = [f"\n  measured: {line}" for line in self.evidence] + [f"\n  launch: {line}" for line in self.launches]
+        return "\n  - ".join([head, *self.reasons]) + "".join(lines)
 
 
 _ON_CPU = "the tensors are on the CPU, where kernels run only in the interpreter, when back end 'triton' is asked for"

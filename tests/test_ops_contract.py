@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import inspect
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
 from fastvit.kernels import gemm, twin
-from fastvit.kernels.launch import choice, hardware
+from fastvit.kernels.launch import choice, hardware, launcher
 from fastvit.kernels.launch.request import TmaConfig
 from fastvit.kernels.launch.search import search_space
 from samples import BATCHED, HALF, SAMPLES, B, every_op, gradients, results
@@ -442,6 +443,43 @@ def test_explain_names_the_back_end(sample, device):
         explanation = fastvit.explain(sample.op, **tensors, **sample.options)
     assert explanation.backend == "torch"
     assert "asked for" in str(explanation)
+
+
+@every_op
+@pytest.mark.parametrize("gradient", [False, True])
+def test_explain_lists_the_launches(sample, gradient, device, monkeypatch):
+    """As many as the call makes, forward and backward, those with a choice by their key; and makes none."""
+    tensors = sample.tensors(device=device)
+    if not gradient:
+        tensors = {name: tensor.detach() for name, tensor in tensors.items()}
+    made, keys = [], []
+    # Of every thread: on a GPU backward passes have their own.
+    monkeypatch.setattr(launcher, "here", SimpleNamespace(recorder=lambda kernel, *_: made.append(kernel)))
+    launches = fastvit.explain(sample.op, **tensors, **sample.options).launches
+    assert not made
+    with choice.watching(lambda request, repeat: keys.append(request.key)):
+        out = sample.run(tensors)
+        if gradient:
+            gradients(out, tensors, torch.ones_like(out))
+    assert len(launches) == len(made)
+    listed = [line.partition(":")[0] for line in launches if "Config(" in line]
+    assert [key for key in listed if key in keys] == keys
+    with fastvit.use_backend("torch"):
+        assert fastvit.explain(sample.op, **tensors, **sample.options).launches == ()
+
+
+def test_explain_lists_what_is_the_librarys(device, monkeypatch):
+    """Gradients of weights, where nothing was measured; and none of a call that keeps no gradient."""
+    monkeypatch.setattr(dispatch, "torch_without_question", lambda device_type: None)
+    sample = next(sample for sample in SAMPLES if sample.op == "transformer_block")
+    tensors = sample.tensors(torch.bfloat16, device)
+    with fastvit.use_backend("auto"):
+        found = fastvit.explain(sample.op, **tensors, **sample.options)
+        with torch.inference_mode():
+            forward = fastvit.explain(sample.op, **tensors, **sample.options)
+    assert sum("sums" in line and line.endswith(": the library") for line in found.launches) == 4
+    assert not any("sums" in line for line in forward.launches)
+    assert f"\n  launch: {found.launches[-1]}" in str(found)
 
 
 @every_op

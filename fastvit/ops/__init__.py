@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from dataclasses import replace
 
 import torch
 
 from fastvit import dispatch
 
+from . import _common
 from .attention import AttentionFunction, attention
 from .layer_norm import LayerNormFunction, layer_norm
 from .layer_norm_linear import LayerNormLinearFunction, layer_norm_linear
@@ -35,14 +37,18 @@ def _bound(name: str, args: tuple, kwargs: dict) -> tuple[dispatch.Op, tuple]:
 
 def explain(op: str, *args, **kwargs) -> dispatch.Explanation:
     """The back end that `fastvit.ops.<op>(*args, **kwargs)` would run on, and every reason why not another. A backward
-    pass with create_graph=True, or with a batch of upstream gradients, is PyTorch's whatever the forward pass was.
+    pass with create_graph=True, or with a batch of upstream gradients, is PyTorch's whatever the forward pass was. On
+    the kernels also every launch, forward and backward, with what was chosen for it (not under autocast).
 
     Raises ValueError for an unknown op, and whatever the op itself raises for bad arguments; launches nothing.
     """
     if op not in dispatch.OPS:
         raise ValueError(f"explain: unknown op {op!r}, expected one of {', '.join(OPS)}")
     found, given = _bound(op, args, kwargs)
-    return found.explain(*given)
+    explanation = found.explain(*given)
+    if explanation.candidate != dispatch.KERNELS:
+        return explanation
+    return replace(explanation, launches=_common.launches(found, given))
 
 
 def run_candidate(name: str, candidate: str, *args, **kwargs) -> torch.Tensor:

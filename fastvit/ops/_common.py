@@ -88,6 +88,25 @@ def _connect() -> None:
         importlib.import_module("fastvit.interpret").repaired()
 
 
+def launches(op: dispatch.Op, args: tuple) -> tuple[str, ...]:
+    """A line for each launch of a call on the kernels, and of its backward pass where one can come, found on tensors
+    without memory; none under autocast, which such tensors do not know."""
+    if autocasting(args[0]):
+        return ()
+    empty: dict[int, torch.Tensor] = {}
+    for value in args:
+        if isinstance(value, torch.Tensor):
+            like = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+            empty.setdefault(id(value), like.requires_grad_(value.requires_grad))
+    given = [empty.get(id(value), value) for value in args]
+    with launchers("launch.rehearsal").rehearsing(args[0].device) as rehearsal:
+        out = op.kernels(*given)
+        wanted = [tensor for tensor in empty.values() if tensor.requires_grad]
+        if wanted and out.requires_grad:
+            torch.autograd.grad(out, wanted, torch.empty_like(out), allow_unused=True)
+    return tuple(rehearsal.launches)
+
+
 def check_tensors(op: str, optional: tuple[str, ...] = (), **tensors: torch.Tensor | None) -> None:
     """Raise TypeError unless each is a floating-point tensor (or None, those that are optional), ValueError unless all
     are on one device."""

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 import torch
 import triton
 
-from . import cost, hardware
+from . import cost, hardware, rehearsal
 from .heuristic import heuristic
 from .request import Config, LibraryConfig, Request
 from .validity import why_invalid
@@ -56,8 +56,8 @@ on_change(_chosen.clear)
 
 
 def watched() -> bool:
-    """Whether somebody is shown each launch that has a choice."""
-    return _watcher is not None
+    """Whether somebody is shown each launch that has a choice, or none is made."""
+    return _watcher is not None or rehearsal.current() is not None
 
 
 def set_table(lookup: Lookup | None, library: bool = False) -> None:
@@ -71,7 +71,10 @@ def set_table(lookup: Lookup | None, library: bool = False) -> None:
 def choose(request: Request, device: torch.device, repeat: Repeat | None = None) -> Config:
     """The config to launch `request` with on `device`. repeat: what makes this very launch with a config, for a watcher
     (see `watching`), who is shown both first."""
-    if _watcher is not None and repeat is not None:
+    going = rehearsal.current()
+    if going is not None:
+        device = going.device
+    elif _watcher is not None and repeat is not None:
         _watcher(request, repeat)
     # Compiled ahead of time, one process serves several architectures, each with a driver of its own.
     key = request, device, triton.runtime.driver.active
@@ -83,6 +86,10 @@ def choose(request: Request, device: torch.device, repeat: Repeat | None = None)
         config = _decide(request, device)
         if _changes == before:
             _chosen[key] = config
+    if going is not None:
+        library = type(config) is LibraryConfig
+        measured = ", measured" if _lookup is not None and _lookup(request, device) == config else ""
+        going.choice(f"{request.key}: {'the library' if library else config}{measured}", launches=not library)
     return config
 
 

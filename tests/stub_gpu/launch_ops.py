@@ -37,7 +37,7 @@ from fastvit.kernels.launch.hardware import ARCHS
 from triton.compiler import CompiledKernel
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastvit import create_model, dispatch, nn, use_backend
+from fastvit import create_model, dispatch, nn, ops, use_backend
 from fastvit.environment import environment
 from fastvit.report import write_json
 
@@ -96,6 +96,9 @@ def report_launches(dtype: str, wide: str | None = None) -> dict[str, dict]:
             wider = sample.tensors(getattr(torch, wide))
             tensors |= {name: wider[name] for name in WIDE if name in wider}
         forward, backward = passes(sample, tensors)
+        explained = ops.explain(sample.op, **tensors, **sample.options).launches
+        ours = [line for line in explained if ": the library" not in line]
+        assert len(ours) == len(forward) + len(backward), explained
         report = found[sample.name] = {"forward": forward, "backward": backward}
         for name in [name for name, tensor in tensors.items() if tensor.requires_grad]:
             alone = {n: t.detach().requires_grad_(n == name) for n, t in tensors.items()}
