@@ -27,9 +27,13 @@ def one_line(capsys) -> str:
     return error
 
 
-def complaints(error: str) -> str:
-    """stderr without the line that says whether the model is frozen."""
-    return "".join(line for line in error.splitlines(keepends=True) if not line.startswith("The model "))
+def complaints(error: str, frozen: bool = True) -> str:
+    """stderr without the line that says that the model is frozen, or that it is not, which must be there once."""
+    start = "The model is frozen, on torch: " if frozen else "The model runs as it is, not frozen: "
+    lines = error.splitlines(keepends=True)
+    assert [line.startswith("The model ") for line in lines].count(True) == 1, error
+    assert any(line.startswith(start) for line in lines), error
+    return "".join(line for line in lines if not line.startswith(start))
 
 
 def weights(checkpoint: Path) -> list[str]:

@@ -206,9 +206,10 @@ def test_the_plan_is_readable():
 @pytest.mark.parametrize("name", VARIANTS)
 def test_shapes_are_those_of_the_values(name):
     """Before the rewrites and after; of an image of another size, too."""
-    model = model_of(name)
+    model, every = model_of(name), recognise.OUTPUTS
+    frozen = [freeze(model, output=output, runtime="torch").plan.dense() for output in (every, "logits")]
     with torch.inference_mode():
-        for found in (recognise.plan_of(model, recognise.OUTPUTS), freeze(model, output=recognise.OUTPUTS).plan):
+        for found in (recognise.plan_of(model, every), *frozen):
             found = found.resized(24, 40) if model.config.dynamic_img_size else found
             values = found.values(torch.randn(2, model.config.in_chans, *found.config.img_size), every=True)
             assert found.shapes(2) == {name: tuple(value.shape) for name, value in values.items()}

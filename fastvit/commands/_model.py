@@ -60,7 +60,7 @@ def served(
     from ..frozen import freeze
     from ..report import first_line, note
 
-    if next(model.parameters()).device.type == "cpu":
+    if count and next(model.parameters()).device.type == "cpu":
         runtime = "auto" if count >= MANY else "torch"
         try:
             frozen = freeze(model, output=output, runtime=runtime, batch_sizes=(min(batch_size, count),))

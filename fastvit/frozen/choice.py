@@ -57,7 +57,7 @@ def wrong(outputs, truth, plain, dtype: torch.dtype) -> str:
         if got.shape[1:] != want.shape[1:]:
             return f"{name} is {tuple(got.shape[1:])}, expected {tuple(want.shape[1:])}"
         error, most = accuracy.relative_rms(got, want.expand_as(got)), TOLERANCE.get(dtype, 0.0)
-        if error > most and dtype in accuracy.FACTOR:
+        if not error <= most and dtype in accuracy.FACTOR:
             limit = accuracy.limit(dtype, accuracy.relative_rms(plain()[name].to(want.device), want))
             most = max(most, limit * (1 + 3 / math.sqrt(want.numel())))
         if not error <= most:

@@ -202,8 +202,8 @@ class Frozen:
             raise ValueError(f"images is on {images.device}, expected {self.device}")
 
     def _settle(self, batch_sizes: tuple[int, ...], truth: tuple) -> None:
-        """Find the runtime for each of the batch sizes. truth: images, what is right for them, and what the unfrozen
-        model in this dtype makes of them. Raises RuntimeError where none gives that."""
+        """Find the runtime for each of the batch sizes. truth: images, what is right for them, and what gives what the
+        unfrozen model in this dtype makes of them. Raises RuntimeError where none gives that."""
         size = self.plan.config.img_size
 
         def judge(run: Run, batch: int) -> str:
@@ -239,10 +239,11 @@ class Frozen:
         return F.pad(OPERATIONS["normalise"](images, config.mean, config.std), (0, right, 0, below))
 
     def _right(self, plan: Plan, uint8: bool) -> tuple:
-        """An image of noise, what the plan makes of it in float64, and what in its own dtype, in plain PyTorch."""
+        """An image of noise, what the plan makes of it in float64, and what gives what it does in its own dtype, in
+        plain PyTorch."""
         images = noise(plan, 1)
         images = pixels(images) if uint8 else images
-        return images, plan.run(images, torch.float64), lambda: plan.run(images)
+        return images, plan.run(images, torch.float64), functools.cache(lambda: plan.run(images))
 
     def _for_size(self, size: tuple[int, int]) -> Plan:
         if size not in self._resized:
