@@ -13,14 +13,13 @@ import contextlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
 from fastvit.benchmarks.report.summary import between
 from fastvit.benchmarks.static.cases import whole_block
-from fastvit.kernels import attention, fold, gemm, layer_norm, reduce, tiles, transformer_block, twin
-from fastvit.kernels.launch import choice, cost
+from fastvit.kernels import attention, gemm, tiles, twin
+from fastvit.kernels.launch import choice, cost, rehearsal
 from fastvit.kernels.launch.absent import target_of, without_gpu
 from fastvit.kernels.launch.hardware import ARCHS
 from fastvit.kernels.launch.request import LibraryConfig, TmaConfig
@@ -31,9 +30,6 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "kernels.md"
 ARCH, BATCH, TOKENS = ARCHS["sm_90"], 256, 197
 MODELS = {"Ti": (192, 12), "S": (384, 12), "B": (768, 12), "L": (1024, 24)}  # embed_dim, depth
 PLAN = {("B", "inference"): 14.0, ("B", "training"): 44.0}  # milliseconds at batch 256, as planned
-LAUNCHERS = ((gemm, "launch_kernel"), (twin, "launch_kernel"), (attention, "launch_kernel"), (fold, "launch_kernel"),
-             (transformer_block, "launch_kernel"), (reduce, "launch"), (layer_norm, "launch"), (gemm, "choose"),
-             (attention, "choose"))  # fmt: skip
 WITH_CHOICE = (gemm.gemm_kernel, gemm.tma_kernel, twin.apply_kernel, attention.attention_kernel,
                attention.attention_backward_dq_kernel, attention.attention_backward_dkdv_kernel)  # fmt: skip
 
@@ -99,19 +95,14 @@ class Launch:
 def noting() -> Iterator[list[Launch]]:
     """Collects, in place of making them, the launches of the `with` body on `ARCH`, as "auto" would have them."""
     found: list[Launch] = []
-
     chosen: list[tuple] = []
 
-    def choose(request, device, repeat=None):
-        chosen[:] = request, choice.choose(request, device, repeat)
-        return chosen[1]
-
-    def note(kernel, *args, **constants) -> None:
+    def note(kernel, args, constants) -> None:
         function = next((constants[key] for key in ("EPILOGUE", "SECTION") if key in constants), kernel)
         moved, flops, seconds = cost._matrix_bytes(*_flat(args)), 0.0, 0.0
         shape, form = tuple(getattr(args[0], "shape", ())), "ours"
         if kernel in WITH_CHOICE:
-            request, config = chosen
+            request, config, _ = chosen[-1]
             shape = request.shape
             form = {TmaConfig: "ours, by TMA", LibraryConfig: "around the library's"}.get(type(config), "ours")
             if kernel is not twin.apply_kernel:
@@ -121,9 +112,6 @@ def noting() -> Iterator[list[Launch]]:
                 moved = cost.request_cost(request).bytes  # of the gradient of q, k and v each kernel writes a part
         seconds = max(seconds, cost.LAUNCH_SECONDS + moved / (cost.REACHED_BANDWIDTH * ARCH.bandwidth))
         found.append(Launch(function.__name__, shape, _first(function), form, flops, moved, seconds))
-
-    def launch(kernel, grid, device):
-        return partial(note, kernel)
 
     def product(x, y, dtype, out=None):
         m, k, n = *x.shape, y.shape[1]
@@ -138,19 +126,15 @@ def noting() -> Iterator[list[Launch]]:
         )
         return torch.empty(m, n, dtype=dtype, device=x.device) if out is None else out
 
-    before = [(module, name, getattr(module, name)) for module, name in LAUNCHERS]
+    going = rehearsal.Rehearsal(torch.device("meta"), lambda *choice: chosen.append(choice), note)
     products = [(module, module.matrix_product) for module in (tiles, twin)]
     try:
-        for module, name, _ in before:
-            setattr(module, name, choose if name == "choose" else launch)
         for module, _ in products:
             module.matrix_product = product
-        with without_gpu(target_of(ARCH), run=lambda *a, **k: None), use_backend("auto"), torch.no_grad():
+        with without_gpu(target_of(ARCH)), use_backend("auto"), torch.no_grad(), rehearsal.rehearsing(going):
             choice.set_table(None, library=True)
             yield found
     finally:
-        for module, name, original in before:
-            setattr(module, name, original)
         for module, original in products:
             module.matrix_product = original
         choice.set_table(None)

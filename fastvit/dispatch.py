@@ -16,6 +16,7 @@ import contextlib
 import importlib.util
 import inspect
 import os
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -411,9 +412,28 @@ def watching(callback: Callable[[Op, tuple], None]) -> Iterator[None]:
 _AUTOCAST = frozenset(("cuda", "cpu", "mps", "xpu"))
 
 
+_stood_for = threading.local()  # .device_type, if any
+
+
+@contextlib.contextmanager
+def standing_for(device_type: str) -> Iterator[None]:
+    """In the `with` body this thread's tensors without memory follow the autocast of a type of device."""
+    _stood_for.device_type = device_type
+    try:
+        yield
+    finally:
+        del _stood_for.device_type
+
+
+def autocast_device(x: torch.Tensor) -> str:
+    """The type of device whose autocast x follows."""
+    device = x.device.type
+    return device if device != "meta" else getattr(_stood_for, "device_type", device)
+
+
 def autocasting(x: torch.Tensor) -> bool:
     """Whether autocast is on for x's device and would cast what goes into a linear layer."""
-    device = x.device.type
+    device = autocast_device(x)
     return device in _AUTOCAST and torch.is_autocast_enabled(device) and x.dtype != torch.float64
 
 

@@ -447,7 +447,8 @@ def test_explain_names_the_back_end(sample, device):
 
 @every_op
 @pytest.mark.parametrize("gradient", [False, True])
-def test_explain_lists_the_launches(sample, gradient, device, monkeypatch):
+@pytest.mark.parametrize("autocast", [False, True])
+def test_explain_lists_the_launches(sample, gradient, autocast, device, monkeypatch):
     """As many as the call makes, forward and backward, those with a choice by their key; and makes none."""
     tensors = sample.tensors(device=device)
     if not gradient:
@@ -455,15 +456,18 @@ def test_explain_lists_the_launches(sample, gradient, device, monkeypatch):
     made, keys = [], []
     # Of every thread: on a GPU backward passes have their own.
     monkeypatch.setattr(launcher, "here", SimpleNamespace(recorder=lambda kernel, *_: made.append(kernel)))
-    launches = fastvit.explain(sample.op, **tensors, **sample.options).launches
-    assert not made
-    with choice.watching(lambda request, repeat: keys.append(request.key)):
-        out = sample.run(tensors)
-        if gradient:
-            gradients(out, tensors, torch.ones_like(out))
+    with torch.autocast(device, torch.bfloat16, enabled=autocast):
+        launches = fastvit.explain(sample.op, **tensors, **sample.options).launches
+        assert not made
+        with choice.watching(lambda request, repeat: keys.append(request.key)):
+            out = sample.run(tensors)
+            if gradient:
+                gradients(out, tensors, torch.ones_like(out))
     assert len(launches) == len(made)
     listed = [line.partition(":")[0] for line in launches if "Config(" in line]
     assert [key for key in listed if key in keys] == keys
+    if any(key.startswith("gemm") for key in keys):
+        assert any("bfloat16" in key for key in listed) == autocast
     with fastvit.use_backend("torch"):
         assert fastvit.explain(sample.op, **tensors, **sample.options).launches == ()
 

@@ -90,21 +90,20 @@ def _connect() -> None:
 
 def launches(op: dispatch.Op, args: tuple) -> tuple[str, ...]:
     """A line for each launch of a call on the kernels, and of its backward pass where one can come, found on tensors
-    without memory; none under autocast, which such tensors do not know."""
-    if autocasting(args[0]):
-        return ()
+    without memory."""
     empty: dict[int, torch.Tensor] = {}
     for value in args:
         if isinstance(value, torch.Tensor):
             like = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
             empty.setdefault(id(value), like.requires_grad_(value.requires_grad))
     given = [empty.get(id(value), value) for value in args]
-    with launchers("launch.rehearsal").rehearsing(args[0].device) as rehearsal:
+    device = args[0].device
+    with launchers("launch.rehearsal").listing(device) as lines, dispatch.standing_for(device.type):
         out = op.kernels(*given)
         wanted = [tensor for tensor in empty.values() if tensor.requires_grad]
         if wanted and out.requires_grad:
             torch.autograd.grad(out, wanted, torch.empty_like(out), allow_unused=True)
-    return tuple(rehearsal.launches)
+    return tuple(lines)
 
 
 def check_tensors(op: str, optional: tuple[str, ...] = (), **tensors: torch.Tensor | None) -> None:
@@ -170,13 +169,13 @@ def cast(x: torch.Tensor, *tensors: torch.Tensor | None) -> list[torch.Tensor | 
     """The tensors as autocast would feed them to a linear layer beside x: in its dtype when it is on."""
     if not autocasting(x):
         return list(tensors)
-    dtype = torch.get_autocast_dtype(x.device.type)
+    dtype = torch.get_autocast_dtype(dispatch.autocast_device(x))
     return [None if tensor is None else tensor.to(dtype) for tensor in tensors]
 
 
 def compute_dtype(x: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
     """The dtype in which a product of x and weight runs."""
-    return torch.get_autocast_dtype(x.device.type) if autocasting(x) else weight.dtype
+    return torch.get_autocast_dtype(dispatch.autocast_device(x)) if autocasting(x) else weight.dtype
 
 
 def unsupported_dtypes(*dtypes: torch.dtype) -> list[str]:

@@ -98,7 +98,7 @@ def _unsupported(x, weight, bias, eps):
 
 def _as_autocast(x):
     """torch's table for CUDA: norms run in float32 and return it."""
-    return x.float() if dispatch.autocasting(x) and x.is_cuda else x
+    return x.float() if dispatch.autocasting(x) and dispatch.autocast_device(x) == "cuda" else x
 
 
 def _torch(x, weight, bias, eps):

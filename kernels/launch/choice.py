@@ -87,9 +87,7 @@ def choose(request: Request, device: torch.device, repeat: Repeat | None = None)
         if _changes == before:
             _chosen[key] = config
     if going is not None:
-        library = type(config) is LibraryConfig
-        measured = ", measured" if _lookup is not None and _lookup(request, device) == config else ""
-        going.choice(f"{request.key}: {'the library' if library else config}{measured}", launches=not library)
+        going.chosen(request, config, _lookup is not None and _lookup(request, device) == config)
     return config
 
 

@@ -1,35 +1,35 @@
-"""A call gone through without its launches, on tensors without memory: what it would launch on a device is noted."""
+"""A call gone through without its launches, on tensors without memory: whoever asks is told of each."""
 
 from __future__ import annotations
 
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
+from triton.runtime.jit import JITFunction
+
+from .request import Config, LibraryConfig, Request
 
 _here = threading.local()
 
 
-class Rehearsal:
-    """launches: a line for each launch on `device`, in order; of those with a choice, with the choice."""
+class Rehearsal(NamedTuple):
+    """device: what is chosen for. chosen(request, config, measured): of each launch that has a choice, before it;
+    measured: the config is a table's. launched(kernel, args, constants): in place of each launch of a kernel."""
 
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.launches: list[str] = []
-        self._chosen = False  # for the next launch, whose line is there already
+    device: torch.device
+    chosen: Callable[[Request, Config, bool], object]
+    launched: Callable[[JITFunction, tuple, dict], object]
 
-    def choice(self, line: str, launches: bool) -> None:
-        """Note a launch that has a choice; launches: it comes next, and is not the library's."""
-        self.launches.append(line)
-        self._chosen = launches
+    def launch(self, kernel: JITFunction) -> Callable[..., None]:
+        """What to call with the kernel's arguments in place of launching it."""
 
-    def launch(self, kernel) -> Callable[..., None]:
-        """Note a launch in place of making it."""
-        if not self._chosen:
-            self.launches.append(kernel.fn.__name__)
-        self._chosen = False
-        return lambda *args, **constants: None
+        def told(*args, **constants) -> None:
+            self.launched(kernel, args, constants)
+
+        return told
 
 
 def current() -> Rehearsal | None:
@@ -38,10 +38,34 @@ def current() -> Rehearsal | None:
 
 
 @contextlib.contextmanager
-def rehearsing(device: torch.device) -> Iterator[Rehearsal]:
-    """In the `with` body this thread's launches are noted as they would be on `device`, and not made."""
-    _here.rehearsal = Rehearsal(device)
+def rehearsing(rehearsal: Rehearsal) -> Iterator[None]:
+    """In the `with` body this thread makes no launch of a kernel."""
+    _here.rehearsal = rehearsal
     try:
-        yield _here.rehearsal
+        yield
     finally:
         _here.rehearsal = None
+
+
+@contextlib.contextmanager
+def listing(device: torch.device) -> Iterator[list[str]]:
+    """A line for each launch of the `with` body, as it would be on `device`: what was chosen for it, where there is a
+    choice; a product of the library's has one, and each kernel around it."""
+    lines: list[str] = []
+    ours = False  # chosen for the next launch, whose line is there
+
+    def chosen(request: Request, config: Config, measured: bool) -> None:
+        nonlocal ours
+        ours = type(config) is not LibraryConfig
+        lines.append(f"{request.key}: {config if ours else 'the library'}{', measured' if measured else ''}")
+
+    def launched(kernel: JITFunction, args: tuple, constants: dict) -> None:
+        nonlocal ours
+        if not ours:
+            parts = [constants[role].fn.__name__ for role in ("LOAD", "SECTION", "EPILOGUE") if role in constants]
+            name = kernel.fn.__name__
+            lines.append(f"{name}({', '.join(parts)})" if parts else name)
+        ours = False
+
+    with rehearsing(Rehearsal(device, chosen, launched)):
+        yield lines
