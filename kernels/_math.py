@@ -33,25 +33,67 @@ def widen(x):
 
 
 @triton.jit
-def activate(x, ACTIVATION: tl.constexpr):
-    """The activation of that name; the names are the reference's."""
+def activate(x, ACTIVATION: tl.constexpr, DTYPE: tl.constexpr):
+    """The activation of that name, for a result that is rounded to DTYPE; the names are the reference's."""
     if ACTIVATION == "gelu":  # x * Phi(x), exact (arXiv 1606.08415)
-        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+        if DTYPE.primitive_bitwidth == 16:
+            distance, tail = normal_tail(x)
+            return tl.maximum(x, 0.0) - distance * tail
+        else:
+            return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
     else:
         inner, _ = sigmoid_argument(x, ACTIVATION)
         return x * tl.sigmoid(inner)
 
 
 @triton.jit
-def activate_with_gradient(x, ACTIVATION: tl.constexpr):
+def activate_with_gradient(x, ACTIVATION: tl.constexpr, DTYPE: tl.constexpr):
     """`activate` and its derivative, which share the costly part."""
     if ACTIVATION == "gelu":  # Phi(x) + x * phi(x)
-        cdf = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
-        return x * cdf, cdf + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
+        if DTYPE.primitive_bitwidth == 16:
+            distance, tail = normal_tail(x)
+            beyond = tail * hazard(distance)
+            return tl.maximum(x, 0.0) - distance * tail, tl.where(x > 0.0, 1.0 + beyond, -beyond)
+        else:
+            cdf = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
+            return x * cdf, cdf + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
     else:  # x * s(u(x)): s + x * s * (1 - s) * u'(x)
         inner, slope = sigmoid_argument(x, ACTIVATION)
         s = tl.sigmoid(inner)
         return x * s, s + x * s * (1.0 - s) * slope
+
+
+# The two polynomials have the least largest error on 0 <= u <= 6.5, relative to what they are for. With them GELU is
+# within 0.02 units in the last place of a float16 (0.002 of a bfloat16) of exact, further out in the negative tail than
+# 0.5 x (1 + erf(x / sqrt(2))) in float32 is, where 1 + erf cancels; beyond 6.5 it is off by 3e-10 at most. They take
+# one exponential and 11 instructions an element, the erf of CUDA's library about twice that.
+
+
+@triton.jit
+def normal_tail(x):
+    """u = |x|, at most 6.5, and Phi(-u) = 2^p(u), p being a polynomial."""
+    # Without propagate_nan a GPU takes 6.5 for NaN.
+    u = tl.minimum(tl.abs(x), 6.5, propagate_nan=tl.PropagateNan.ALL)
+    p = -1.7577771e-06 * u + 5.9936592e-05
+    p = p * u - 9.163630e-04
+    p = p * u + 8.4473854e-03
+    p = p * u - 5.3824503e-02
+    p = p * u - 4.5861572e-01
+    p = p * u - 1.1511801e00
+    p = p * u - 1.0000038e00
+    return u, tl.exp2(p)
+
+
+@triton.jit
+def hazard(u):
+    """u phi(u) / Phi(-u) - 1, as a polynomial: GELU'(-u) = -Phi(-u) * that."""
+    h = 8.832019e-06 * u - 2.5631339e-04
+    h = h * u + 3.2381965e-03
+    h = h * u - 2.3684932e-02
+    h = h * u + 1.1247289e-01
+    h = h * u + 6.3526672e-01
+    h = h * u + 7.9809844e-01
+    return h * u - 1.0000061e00
 
 
 @triton.jit

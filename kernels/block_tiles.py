@@ -139,7 +139,7 @@ def store_folded(acc, i, j, part, target, size_i, size_j, ACTIVATION: tl.constex
     if kept_ptr is not None:
         tl.store(kept_ptr + offset, y.to(kept_ptr.dtype.element_ty), mask=mask)
     if ACTIVATION is not None:
-        y = activate(y, ACTIVATION)
+        y = activate(y, ACTIVATION, ptr.dtype.element_ty)
     tl.store(ptr + offset, y.to(ptr.dtype.element_ty), mask=mask)
 
 
@@ -178,7 +178,7 @@ def store_derivative(acc, i, j, part, target, size_i, size_j, ACTIVATION: tl.con
     rstd = tl.load(rstd_ptr + i, mask=row_ok, other=0.0)
     colsum = tl.load(colsum_ptr + j, mask=column_ok, other=0.0)
     bias = tl.load(bias_ptr + j, mask=column_ok, other=0.0)
-    activated, derivative = activate_with_gradient(y, ACTIVATION)
+    activated, derivative = activate_with_gradient(y, ACTIVATION, s_ptr.dtype.element_ty)
     tl.store(activated_ptr + offset, activated.to(activated_ptr.dtype.element_ty), mask=mask)
     s, by_colsum, by_y, total, t = before_norm(acc * derivative, y, mean, rstd, colsum, bias, s_ptr.dtype.element_ty)
     tl.store(s_ptr + offset, s, mask=mask)

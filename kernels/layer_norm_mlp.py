@@ -34,7 +34,8 @@ def store_activated(acc, i, j, part, target, size_i, size_j, ACTIVATION: tl.cons
         acc += tl.load(bias_ptr + j, mask=j < size_j, other=0.0).to(acc.dtype)[None, :]
     if preactivation_ptr is not None:
         tl.store(preactivation_ptr + offset, acc.to(preactivation_ptr.dtype.element_ty), mask=mask)
-    tl.store(activated_ptr + offset, activate(acc, ACTIVATION).to(activated_ptr.dtype.element_ty), mask=mask)
+    activated = activate(acc, ACTIVATION, activated_ptr.dtype.element_ty)
+    tl.store(activated_ptr + offset, activated.to(activated_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -44,7 +45,7 @@ def store_activation_gradient(acc, i, j, part, target, size_i, size_j, ACTIVATIO
     offset = i.to(tl.int64)[:, None] * size_j + j[None, :]
     mask = (i < size_i)[:, None] & (j < size_j)[None, :]
     preactivation = tl.load(preactivation_ptr + offset, mask=mask, other=0.0).to(acc.dtype)
-    activated, derivative = activate_with_gradient(preactivation, ACTIVATION)
+    activated, derivative = activate_with_gradient(preactivation, ACTIVATION, activated_ptr.dtype.element_ty)
     tl.store(dpreactivation_ptr + offset, (acc * derivative).to(dpreactivation_ptr.dtype.element_ty), mask=mask)
     tl.store(activated_ptr + offset, activated.to(activated_ptr.dtype.element_ty), mask=mask)
 
