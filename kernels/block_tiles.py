@@ -255,7 +255,7 @@ def store_with_delta(acc, i, j, part, target, size_i, size_j, HEAD_DIM: tl.const
 
 
 FOLDED = Epilogue("folded", store_folded, wide=True)
-FOLDED_ACTIVATED = Epilogue("folded_activated", store_folded, beside=True, wide=True)
+FOLDED_ACTIVATED = Epilogue("folded_activated", store_folded, wide=True)
 FOLDED_KEPT = Epilogue("folded_kept", store_folded, beside=True, wide=True)
 STREAM = Epilogue("stream", store_stream, beside=True, columns=64)
 STREAM_AND_COPY = Epilogue("stream_and_copy", store_stream, tiles=3, columns=64)

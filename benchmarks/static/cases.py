@@ -29,21 +29,21 @@ def _attention(tokens, heads, head_dim, dtype, masked=False, batch=BATCH):
     attention.attention_backward(out, qkv, out, lse, head_dim**-0.5, mask, bias, needs_bias=masked)
 
 
-def whole_block(tokens, dim, dtype, stream=None, scaled=False, batch=BATCH, backward=True):
+def whole_block(tokens, dim, dtype, stream=None, scaled=False, batch=BATCH, backward=True, activation="gelu"):
     """A block as one op: forward, the first of a row and a later one, and backward. stream: the dtype of x and of the
     parameters, as under autocast. backward=False: forward only, with nothing kept."""
     stream = stream or dtype
     sizes = {"batch": batch, "tokens": tokens, "dim": dim, "heads": dim // 64, "hidden": 4 * dim}
     x, *given = tensors("transformer_block", Draw(stream, "meta"), BLOCK_SCALES if scaled else (), **sizes).values()
     given += [None] * (18 - len(given))
-    how = (dim // 64, 0.125, 1e-6, 1e-6, "gelu")
+    how = (dim // 64, 0.125, 1e-6, 1e-6, activation)
     forward = transformer_block.transformer_block_forward
     out, *handed = forward(x, None, None, None, *given, *how, False, dtype)[:4]
     if backward:
         _, _, _, _, _, *saved = forward(x, *handed, *given, *how, True, dtype)
         read = x.flatten(0, 1) if handed[0] is None else handed[0]
         needs = [True] * 13 + [scaled] * 2 + [False]
-        transformer_block.transformer_block_backward(out, read, *saved, *given, 0.125, "gelu", needs)
+        transformer_block.transformer_block_backward(out, read, *saved, *given, 0.125, activation, needs)
 
 
 def _block(tokens, dim, dtype, stream=None, scaled=False, activation="gelu", batch=BATCH):
@@ -124,6 +124,8 @@ def cases() -> list[Case]:
     ]
     for name in ("gelu_tanh", "quick_gelu", "silu"):
         listed.append(Case(f"block S/16 bf16, {name}", lambda name=name: _block(197, 384, bf16, activation=name)))
+        whole = lambda name=name: whole_block(197, 768, bf16, activation=name)  # noqa: E731
+        listed.append(Case(f"whole block B/16 bf16, {name}", whole))
     for width in (16, 32, 48, 64, 72, 80, 88, 96, 104, 112, 128):
         call = lambda width=width: _attention(197, 12, width, bf16)  # noqa: E731
         listed.append(Case(f"attention d={width} bf16", call, candidates=width == 64))
