@@ -215,14 +215,15 @@ def _op_case(
     dtypes: dict[str, torch.dtype] | None = None,
     channels_last: bool = False,
     by_library: bool = False,
+    trained: bool = True,
     **options,
 ) -> Case:
     """The op on its example tensors of these sizes, some of `dtypes` of their own, with these further arguments;
-    by_library: with the library's form of every product."""
+    by_library: with the library's form of every product; trained: with all gradients."""
 
     def prepare(device):
         generator = torch.Generator(device).manual_seed(zlib.crc32(f"{op} {label}".encode()))
-        draw = examples.Draw(dtype, device, generator, dtypes or {}, trained=True, channels_last=channels_last)
+        draw = examples.Draw(dtype, device, generator, dtypes or {}, trained=trained, channels_last=channels_last)
         tensors = examples.tensors(op, draw, **sizes)
         upstream = functools.cache(lambda shape: draw("out", *shape).detach())
 
@@ -384,6 +385,8 @@ def cases(sizes: Sizes, dtypes: tuple[torch.dtype, ...] = tuple(FACTOR), ops: It
 def _cases_of(sizes: Sizes, dtype: torch.dtype) -> Iterator[Case]:
     batch, first = sizes.batch, sizes.tokens[0]
     op = functools.partial(_op_case, dtype)
+    # In float16 the block as one op runs only where no backward pass can come.
+    whole = functools.partial(op, "transformer_block", trained=dtype != torch.float16)
 
     # Each op at each width, then at each sequence length.
     for width, tokens in [(w, first) for w in sizes.widths] + [(sizes.main, n) for n in sizes.tokens[1:]]:
@@ -396,8 +399,7 @@ def _cases_of(sizes: Sizes, dtype: torch.dtype) -> Iterator[Case]:
         yield op("linear_residual", label, rank, shape | {"out": dim})
         yield op("layer_norm_mlp", label, rank, shape | {"hidden": 4 * dim, "also": ["residual"]})
         heads = dim // 64
-        if dtype != torch.float16:  # a block in float16 runs on the single ops
-            yield op("transformer_block", label, rank, shape | {"heads": heads, "hidden": 4 * dim}, num_heads=heads)
+        yield whole(label, rank, shape | {"heads": heads, "hidden": 4 * dim}, num_heads=heads)
     for tokens, heads, dim in sizes.attention_shapes:
         rank = 0 if tokens == sizes.attention_shapes[0][0] else 2
         qkv = {"batch": batch, "tokens": tokens, "heads": heads, "head_dim": dim}
@@ -425,12 +427,11 @@ def _cases_of(sizes: Sizes, dtype: torch.dtype) -> Iterator[Case]:
     yield op("layer_norm_mlp", "layer-scale, drop-path", 3, scaled_mlp)
     yield op("linear_residual", "layer-scale, drop-path", 3, linear | scales)
     yield op("linear_residual", "no bias", 3, linear | {"bias": False})
-    if dtype != torch.float16:
-        yield op("transformer_block", "layer-scale, drop-path", 3, scaled_block, **heads)
-        yield op("transformer_block", "no bias, silu", 3, block | {"bias": False}, activation="silu", **heads)
-        masks = ["key_padding_mask", "attn_bias"]
-        yield op("transformer_block", "mask and bias", 3, block | {"batch": 3, "also": masks}, **heads)
-        yield op("transformer_block", "heads of 32", 3, block | {"heads": dim // 32}, num_heads=dim // 32)
+    yield whole("layer-scale, drop-path", 3, scaled_block, **heads)
+    yield whole("no bias, silu", 3, block | {"bias": False}, activation="silu", **heads)
+    masks = ["key_padding_mask", "attn_bias"]
+    yield whole("mask and bias", 3, block | {"batch": 3, "also": masks}, **heads)
+    yield whole("heads of 32", 3, block | {"heads": dim // 32}, num_heads=dim // 32)
     odd = {"batch": 1, "tokens": 13, "dim": 100, "out": 77, "bias": False}
     yield op("layer_norm_linear", "no bias, odd sizes", 3, odd)
     image = {"batch": batch, "size": (64, 48), "patch": (16, 16), "dim": 192, "also": examples.TABLES}
@@ -441,17 +442,16 @@ def _cases_of(sizes: Sizes, dtype: torch.dtype) -> Iterator[Case]:
         yield op("linear_residual", "fp32 stream", 3, linear, {"residual": torch.float32})
         yield op("layer_norm_mlp", "fp32 stream", 3, mlp, stream)
         if dtype != torch.float16:
-            yield op("transformer_block", "fp32 stream", 3, scaled_block, stream, **heads)
+            yield whole("fp32 stream", 3, scaled_block, stream, **heads)
         # Under "auto", a product may be the library's, between small kernels.
         for name, given, more in (
             ("layer_norm_linear", linear, {}),
             ("linear_residual", linear | scales, {}),
             ("layer_norm_mlp", scaled_mlp, {}),
             ("patch_embed", image, uint8),
-            ("transformer_block", scaled_block, heads),
+            ("transformer_block", scaled_block, {"trained": dtype != torch.float16} | heads),
         ):
-            if (name, dtype) != ("transformer_block", torch.float16):
-                yield op(name, "products by the library", 3, given, by_library=True, **more)
+            yield op(name, "products by the library", 3, given, by_library=True, **more)
     for head_dim in sizes.head_dims:
         qkv = {"batch": batch, "tokens": first, "heads": 2, "head_dim": head_dim}
         yield op("attention", f"head dim {head_dim}", 3, qkv)

@@ -145,15 +145,28 @@ def store_folded(acc, i, j, part, target, size_i, size_j, ACTIVATION: tl.constex
 
 @triton.jit
 def store_stream(acc, i, j, part, target, size_i, size_j, ACTIVATION: tl.constexpr):
-    """residual + row_scale * (acc + bias), the statistics of what is stored, and where the products want a copy, that
+    """residual + scales * (acc + bias), the statistics of what is stored, and where the products want a copy, that
     less `centre`, whose statistics they are then."""
-    ptr, copy_ptr, stats_ptr, bias_ptr, row_scale_ptr, residual_ptr, centre_ptr, rows_per_sample, stride = target
+    (
+        ptr,
+        copy_ptr,
+        stats_ptr,
+        bias_ptr,
+        column_scale_ptr,
+        row_scale_ptr,
+        residual_ptr,
+        centre_ptr,
+        rows_per_sample,
+        stride,
+    ) = target
     row_ok, column_ok = i < size_i, j < size_j
     mask = row_ok[:, None] & column_ok[None, :]
     row = i.to(tl.int64)[:, None]
     offset = row * size_j + j[None, :]
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + j, mask=column_ok, other=0.0).to(acc.dtype)[None, :]
+    if column_scale_ptr is not None:
+        acc *= tl.load(column_scale_ptr + j, mask=column_ok, other=0.0).to(acc.dtype)[None, :]
     if row_scale_ptr is not None:
         acc *= tl.load(row_scale_ptr + i // rows_per_sample, mask=row_ok, other=0.0).to(acc.dtype)[:, None]
     acc += tl.load(residual_ptr + (row * stride + j[None, :]), mask=mask, other=0.0).to(acc.dtype)

@@ -2,8 +2,9 @@
 
 Forward, `fold`, one launch for any number of linear layers: the LayerNorm before a layer goes into its weight and bias,
     linear(layer_norm(x)) = rstd * (x W'^T - mean * colsum) + b',  W' = gamma * W, colsum = rowsum(W'), b' = b + W beta,
-and a layer-scale after it, W' = scale * W, b' = scale * b. W' is rounded to the products' dtype, which takes autocast's
-copy along, and colsum is of the rounded W', or the two would not cancel.
+and a layer-scale after it, W' = scale * W, b' = scale * b, but not in float16, whose range weights times 1e-5 leave:
+there it is the epilogue's. W' is rounded to the products' dtype, which takes autocast's copy along, and colsum is of
+the rounded W', or the two would not cancel.
 Backward, two launches for all layers of a block: `sum_parts` adds partial sums that the other kernels left, `unfold`
 turns the product G = s^T x into the gradients of weight, norm, layer-scale and bias.
 A call must move each weight twice (`fold`), and G, the weight and its gradient (`unfold`); float32 sums.
@@ -36,6 +37,11 @@ class Layer(NamedTuple):
     norm_weight: torch.Tensor | None = None
     norm_bias: torch.Tensor | None = None
     scale: torch.Tensor | None = None
+
+
+def leaves_scale(dtype: torch.dtype) -> bool:
+    """Whether `fold` leaves a layer-scale out of weights in `dtype`."""
+    return dtype == torch.float16
 
 
 class Folded(NamedTuple):
@@ -188,6 +194,8 @@ def fold(layers: Sequence[Layer], dtype: torch.dtype) -> tuple[list[Folded], tup
     acc = accumulator_dtype(dtype)
     found, sections = [], []
     for layer in layers:
+        if leaves_scale(dtype):
+            layer = layer._replace(scale=None)
         weight, bias, norm_weight, norm_bias, scale = layer
         if norm_weight is None and scale is None and weight.dtype == dtype:
             found.append(Folded(weight, bias, None))

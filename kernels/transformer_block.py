@@ -40,7 +40,7 @@ from .block_tiles import (
     scaled_gradient_kernel,
     stream_kernel,
 )
-from .fold import Folded, Layer, Unfolding, fold, sum_parts, unfold, unscale
+from .fold import Folded, Layer, Unfolding, fold, leaves_scale, sum_parts, unfold, unscale
 from .fold import launch as launch_sections
 from .launch.launcher import launch as launch_kernel
 from .launch.request import ceil_div, next_power_of_2
@@ -132,15 +132,16 @@ def _folded_product(operand: torch.Tensor, stream: Stream, layer: Folded, eps: f
     return (*product, (*y.shape, inputs), y.dtype, activation, 5), written
 
 
-def _stream_product(operand: torch.Tensor, layer: Folded, residual: torch.Tensor, centre, drop_path_scale):
-    """What `gemm.launch` takes for residual + drop path * linear(operand), the memory of the result (M, D), and the
-    Stream that it leaves."""
+def _stream_product(operand: torch.Tensor, layer: Folded, layer_scale, residual: torch.Tensor, centre, drop_path_scale):
+    """What `gemm.launch` takes for residual + scales * linear(operand), the memory of the result (M, D), and the Stream
+    that it leaves. layer_scale: where `layer` does not have it."""
     rows, inputs = operand.shape
     outputs, dtype = layer.weight.shape[0], layer.weight.dtype
     x = torch.empty(rows, outputs, dtype=residual.dtype, device=residual.device)
     copy = None if centre is None else _empty(residual, rows, outputs, dtype=dtype)
     stats = _empty(residual, 2, groups_of(outputs), rows)
-    read = (layer.bias, drop_path_scale, residual, centre)
+    scale = layer_scale if leaves_scale(dtype) else None
+    read = (layer.bias, scale, drop_path_scale, residual, centre)
     target = (x, copy, stats, *read, rows_per_sample(rows, drop_path_scale), residual.stride(0))
     epilogue = STREAM if copy is None else STREAM_AND_COPY
     product = (MATRIX, plain(operand), MATRIX, transposed(layer.weight), epilogue, target)
@@ -389,12 +390,12 @@ def transformer_block_forward(x, copy, centre, stats, *others) -> tuple[torch.Te
     given, (mixed, lse) = attention.forward(qkv, scale, key_padding_mask, attn_bias)
     if rows.numel():
         attention.launch(*given)
-    product, x1, stream1 = _stream_product(mixed.view(rows.shape), folded.proj, rows, centre, drop1)
+    product, x1, stream1 = _stream_product(mixed.view(rows.shape), folded.proj, scale1, rows, centre, drop1)
     gemm.launch(*product)
     read1 = x1 if stream1.copy is None else stream1.copy
     product, (hidden, kept, *norm2, centre) = _folded_product(read1, stream1, folded.fc1, eps2, activation, keep)
     gemm.launch(*product)
-    product, out, after = _stream_product(hidden, folded.fc2, x1, centre, drop2)
+    product, out, after = _stream_product(hidden, folded.fc2, scale2, x1, centre, drop2)
     gemm.launch(*product)
 
     out = out.view(x.shape)

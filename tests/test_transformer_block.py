@@ -142,7 +142,47 @@ def test_a_copy_for_other_products_is_not_taken(device):
     assert torch.equal(*found)
 
 
-@pytest.mark.parametrize("change", ["float16", "mixed", "autocast"])
+@pytest.mark.parametrize("form", [contextlib.nullcontext, choice.by_library])
+@pytest.mark.parametrize("case", ["means and outliers", "small layer-scales", "as drawn"])
+def test_float16_where_no_backward_pass_can_come(case, form, device):
+    """A layer-scale of 1e-5 would leave the range of folded weights: seen in what a block adds to x."""
+    given = block(torch.float16, torch.float16, device, trained=False)
+    if case == "means and outliers":
+        given["x"] += 8
+        given["x"][..., 5] += 60
+    elif case == "small layer-scales":
+        scales = torch.rand(96, device=device).add(0.5).mul(1e-5).half()
+        given |= {"layer_scale1": scales, "layer_scale2": scales.flip(0), "x": given["x"] * 1e-5}
+
+    def error(function, given, truth=None):
+        out = function(**given, num_heads=3)
+        return out if truth is None else relative_rms(out.double() - given["x"], truth)
+
+    wide = accuracy.precise(given)
+    truth = error(reference.transformer_block, wide) - wide["x"]
+    with form():
+        ours = error(ops.transformer_block, given, truth)
+    assert ours <= accuracy.limit(torch.float16, error(reference.transformer_block, given, truth))
+
+
+def test_a_float16_block_is_one_op_until_a_backward_pass_may_come(device, monkeypatch):
+    module = fastvit.nn.Block(48, 3, qkv_bias=True, init_values=1e-5).to(device).half()
+    x, calls, original = torch.randn(2, 5, 48, device=device).half(), [], ops.transformer_block
+    monkeypatch.setattr(ops, "transformer_block", lambda *args, **how: calls.append(1) or original(*args, **how))
+    with torch.no_grad():
+        got = module(x)
+        with fastvit.use_backend("torch"):
+            assert relative_rms(got, module(x)) < 1e-2
+    assert len(calls) == 1
+    module.requires_grad_(False)
+    module(x)
+    assert len(calls) == 2
+    module.ls2.gamma.requires_grad_()
+    module(x).sum().backward()
+    assert len(calls) == 2 and module.ls2.gamma.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("change", ["float16", "float16 autocast", "mixed", "autocast"])
 def test_blocks_whose_dtypes_the_op_does_not_take_run_on_the_single_ops(change, device, monkeypatch):
     module = fastvit.nn.Block(48, 3, qkv_bias=True, init_values=1e-5).to(device)
     x = torch.randn(2, 5, 48, device=device)
@@ -151,12 +191,15 @@ def test_blocks_whose_dtypes_the_op_does_not_take_run_on_the_single_ops(change, 
         given = block(torch.float16, torch.float16, device)
         with pytest.raises(RuntimeError, match="float16 products"):
             ops.transformer_block(**given, num_heads=3)
+    elif change == "float16 autocast":
+        module.requires_grad_(False)
     elif change == "mixed":
         module.attn.bfloat16()
     else:
         module, x = module.half(), x.half()  # and no product of float16 x is bfloat16's
     monkeypatch.setattr(ops, "transformer_block", None)
-    with torch.autocast(device, torch.bfloat16, enabled=change == "autocast"):
+    autocast = torch.float16 if "float16" in change else torch.bfloat16
+    with torch.autocast(device, autocast, enabled="autocast" in change):
         got = module(x)
         with fastvit.use_backend("torch"):
             assert relative_rms(got, module(x)) < 1e-2

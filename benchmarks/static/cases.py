@@ -120,6 +120,7 @@ def cases() -> list[Case]:
         Case("whole block B/16 bf16, batch 1", lambda: whole_block(197, 768, bf16, batch=1)),
         Case("whole block B/16 bf16 of float32, scaled", lambda: whole_block(197, 768, bf16, fp32, scaled=True)),
         Case("whole block L/16 bf16, scaled", lambda: whole_block(197, 1024, bf16, scaled=True)),
+        Case("whole block B/16 fp16, scaled", lambda: whole_block(197, 768, fp16, scaled=True, backward=False)),
         Case("whole block B/16 fp32", lambda: whole_block(197, 768, fp32, scaled=True)),
     ]
     for name in ("gelu_tanh", "quick_gelu", "silu"):

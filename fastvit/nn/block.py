@@ -172,7 +172,7 @@ class Block(nn.Module):
             and norm_complete(norm2)
             and not (dropout_active(proj_drop) or dropout_active(drop1) or dropout_active(drop2) or attn.dropout_p())
             and attn.num_heads * attn.head_dim == self.dim
-            and ops.takes_block(x, weights(qkv, proj, fc1, fc2)[::2])
+            and ops.takes_block(x, weights(qkv, proj, fc1, fc2)[::2], self.parameters())
         )
 
     def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False) -> torch.Tensor:

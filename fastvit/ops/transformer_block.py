@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 
@@ -260,8 +260,11 @@ def _unsupported(x, *others):
     if attn_bias is not None:
         dtypes.append(attn_bias.dtype)
     reasons = [*dispatch.missing_requirements(x), *_common.unsupported_dtypes(*dtypes), *unsupported_norm(x)]
-    if dtypes[3] == torch.float16:
-        reasons.append("float16 products, whose range holds neither folded layer-scales nor 1 / sqrt(var) * gradient")
+    if not takes_float16(x, dtypes[3], [*parameters, *others[17:19], attn_bias]):
+        reasons.append(
+            "float16 products, whose range holds neither what an autocast stream may nor 1 / sqrt(var) * gradient: they"
+            " run beside a float16 x, where no backward pass can come"
+        )
     if torch.promote_types(x.dtype, dtypes[3]) != x.dtype:
         reasons.append(f"x is {x.dtype}, and autocast's products are {dtypes[3]}")
     if not parameters[8].numel():
@@ -271,13 +274,20 @@ def _unsupported(x, *others):
     return reasons
 
 
-def takes_block(x: torch.Tensor, weights: list[torch.Tensor]) -> bool:
-    """Whether these linear layers' weights are a block's whose dtypes the op takes, beside x."""
+def takes_float16(x: torch.Tensor, dtype: torch.dtype, trained: Iterable[torch.Tensor | None]) -> bool:
+    """Whether the op takes x beside products in `dtype`, as far as float16's range goes; trained: all that may be."""
+    return dtype != torch.float16 or (x.dtype == dtype and not dispatch.needs_grad(x, *trained))
+
+
+def takes_block(x: torch.Tensor, weights: list[torch.Tensor], parameters: Iterable[torch.Tensor]) -> bool:
+    """Whether these linear layers' weights are a block's whose dtypes the op takes, beside x; parameters: all of it."""
+    dtype = weights[0].dtype
     if dispatch.autocasting(x):
         dtype = _common.compute_dtype(x, weights[0])
-        return dtype != torch.float16 and torch.promote_types(x.dtype, dtype) == x.dtype
-    dtypes = {weight.dtype for weight in weights}
-    return len(dtypes) == 1 and torch.float16 not in dtypes
+        fits = torch.promote_types(x.dtype, dtype) == x.dtype
+    else:
+        fits = len({weight.dtype for weight in weights}) == 1
+    return fits and takes_float16(x, dtype, parameters)
 
 
 def _by_name(args: tuple) -> tuple[torch.Tensor, dict]:
