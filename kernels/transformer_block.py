@@ -13,7 +13,8 @@ every sum over tokens into the epilogues of the products that make them. With s 
 norm, dx = s W' - rstd * (mean_D(dy colsum) + normalised * mean_D(dy (y - b'))), and dW' = s^T x - sum(s * mean).
 Saved for backward: what the products read (x, x1 or their copies), qkv, attention's output and log-sum-exp, the
 pre-activation, mean and rstd of each norm's rows: 10 D elements a token for an MLP of 4 D; of a wider stream x itself
-as well, for second derivatives; and the folded weights. Recomputed: the activated tensor, attention's probabilities.
+as well, for second derivatives; and the folded weights. Recomputed: the activated tensor, attention's probabilities;
+on demand the pre-activation, by fc1's product once more: 6 D elements are left, and x1's partial statistics.
 A call must move, for M tokens of D channels, H hidden, elements of size s, beyond the weights: forward
 M (14 D + 2 H) s, and M H s more where a backward pass may come; backward M (33 D + 6 H) s, of which the gradients of
 weights read M (8 D + 2 H) s. Attention's kernels are 4 D and 11 D of these.
@@ -70,7 +71,8 @@ class Weights(NamedTuple):
 
 class Saved(NamedTuple):
     """What the backward pass needs of the forward's: x and x1 as the products read them, (M, D); the mean and rstd (M,)
-    of their rows; qkv (B, N, 3, H, d), out (B, N, D) and lse (B, H, N) of attention; preactivation (M, hidden)."""
+    of their rows; qkv (B, N, 3, H, d), out (B, N, D) and lse (B, H, N) of attention; preactivation (M, hidden), or to
+    make it again stats2, x1's (see `Stream`)."""
 
     x: torch.Tensor
     mean1: torch.Tensor
@@ -82,6 +84,7 @@ class Saved(NamedTuple):
     mean2: torch.Tensor
     rstd2: torch.Tensor
     preactivation: torch.Tensor | None
+    stats2: torch.Tensor | None
 
 
 def groups_of(columns: int) -> int:
@@ -114,20 +117,22 @@ def stream_of(x: torch.Tensor, dtype: torch.dtype) -> Stream:
     return Stream(copy, centre, stats)
 
 
-def _folded_product(operand: torch.Tensor, stream: Stream, layer: Folded, eps: float, activation, train: bool):
+def _folded_product(
+    operand, stream: Stream, layer: Folded, eps: float, activation: str | None = None, train=False, keep=False
+):
     """What `gemm.launch` takes for activation(linear(layer_norm(operand))), and the memory of what it writes: the
-    result (M, O); what the activation is of, or None; mean and rstd of the rows, or None; and where they have a centre,
-    that of the stream that is added to them next, or None."""
+    result (M, O); keep: what the activation is of, else None; train: mean and rstd of the rows, else None; and where
+    they have a centre, that of the stream that is added to them next, or None."""
     rows, inputs = operand.shape
     weight, device = layer.weight, operand.device
     y = torch.empty(rows, weight.shape[0], dtype=weight.dtype, device=device)
-    kept = torch.empty_like(y) if train and activation is not None else None
+    kept = torch.empty_like(y) if keep else None
     mean = torch.empty(rows, dtype=layer.colsum.dtype, device=device) if train else None
     rstd = torch.empty_like(mean) if train else None
     centre = None if stream.centre is None else _empty(operand, rows)
     written = (y, kept, mean, rstd, centre)
     read = (stream.centre, stream.stats, layer.colsum, layer.bias, inputs, eps)
-    epilogue = FOLDED if activation is None else FOLDED_KEPT if train else FOLDED_ACTIVATED
+    epilogue = FOLDED if activation is None else FOLDED_KEPT if keep else FOLDED_ACTIVATED
     product = (MATRIX, plain(operand), MATRIX, transposed(weight), epilogue, (*written, *read))
     return (*product, (*y.shape, inputs), y.dtype, activation, 5), written
 
@@ -262,6 +267,7 @@ def block_backward(
     layers: Weights,
     folded: Weights,
     scale: float,
+    eps2: float,
     activation: str,
     key_padding_mask: torch.Tensor | None,
     attn_bias: torch.Tensor | None,
@@ -279,10 +285,12 @@ def block_backward(
 
     r, sums["fc2"] = _scaled_gradient(dout, drop_path_scales[1], dtype, any(needs.fc2[1:]))
     if needs.first_half or any(needs.fc1) or needs.fc2[0] or needs.fc2[2]:
-        norm2 = (saved.mean2, saved.rstd2)
-        s, activated, by_row, sums["fc1"] = _derivative(
-            r, folded.fc2, saved.preactivation, *norm2, folded.fc1, activation
-        )
+        norm2, y = (saved.mean2, saved.rstd2), saved.preactivation
+        if y is None:
+            product, _ = _folded_product(saved.x1, Stream(None, None, saved.stats2), folded.fc1, eps2)
+            y, *_ = gemm.launch(*product)
+        s, activated, by_row, sums["fc1"] = _derivative(r, folded.fc2, y, *norm2, folded.fc1, activation)
+        del y
         if needs.fc2[0] or needs.fc2[2]:
             products["fc2"] = _weight_product(r, activated, layers.fc2)
         del activated, r
@@ -369,11 +377,11 @@ def _layers(parameters: tuple, layer_scales: tuple) -> Weights:
 def transformer_block_forward(x, copy, centre, stats, *others) -> tuple[torch.Tensor | None, ...]:
     """x (B, N, D) contiguous; copy, centre, stats: its `Stream`, or None thrice; twelve parameters; two layer-scales
     (D,), two drop-path scales (B,), key_padding_mask and attn_bias or None; num_heads, scale, eps1, eps2, activation,
-    keep, and the products' dtype. Returns the block's output (B, N, D); its Stream; where there was none, what products
-    read of x, if that is not x; what `Saved` has after x; and the four `Folded` layers' weight, bias and colsum, None
-    where they are what came. What is only for a backward pass is None unless keep is set."""
+    recompute_fc1, keep, and the products' dtype. Returns the block's output (B, N, D); its Stream; where there was
+    none, what products read of x, if that is not x; what `Saved` has after x; and the four `Folded` layers' weight,
+    bias and colsum, None where they are what came. What is only for a backward pass is None unless keep is set."""
     *parameters, scale1, scale2, drop1, drop2, key_padding_mask, attn_bias = others[:18]
-    num_heads, scale, eps1, eps2, activation, keep, dtype = others[18:]
+    num_heads, scale, eps1, eps2, activation, recompute_fc1, keep, dtype = others[18:]
     batch, tokens, dim = x.shape
     layers = _layers(parameters, (scale1, scale2))
     folded, to_fold = fold(layers, dtype)
@@ -384,7 +392,7 @@ def transformer_block_forward(x, copy, centre, stats, *others) -> tuple[torch.Te
     stream = stream_of(rows, dtype) if stats is None else Stream(copy, centre, stats)
 
     read = rows if stream.copy is None else stream.copy
-    product, (qkv, _, *norm1, centre) = _folded_product(read, stream, folded.qkv, eps1, None, keep)
+    product, (qkv, _, *norm1, centre) = _folded_product(read, stream, folded.qkv, eps1, train=keep)
     gemm.launch(*product)
     qkv = qkv.view(batch, tokens, 3, num_heads, dim // num_heads)
     given, (mixed, lse) = attention.forward(qkv, scale, key_padding_mask, attn_bias)
@@ -393,28 +401,32 @@ def transformer_block_forward(x, copy, centre, stats, *others) -> tuple[torch.Te
     product, x1, stream1 = _stream_product(mixed.view(rows.shape), folded.proj, scale1, rows, centre, drop1)
     gemm.launch(*product)
     read1 = x1 if stream1.copy is None else stream1.copy
-    product, (hidden, kept, *norm2, centre) = _folded_product(read1, stream1, folded.fc1, eps2, activation, keep)
+    keeps_hidden = keep and not recompute_fc1
+    product, made = _folded_product(read1, stream1, folded.fc1, eps2, activation, keep, keeps_hidden)
+    hidden, kept, *norm2, centre = made
     gemm.launch(*product)
     product, out, after = _stream_product(hidden, folded.fc2, scale2, x1, centre, drop2)
     gemm.launch(*product)
 
     out = out.view(x.shape)
     if not keep:
-        return out, *after, *[None] * 22
-    made = [
+        return out, *after, *[None] * 23
+    folded_anew = [
         value if value is not given else None
         for of_layer, layer in zip(folded, layers, strict=True)
         for value, given in zip(of_layer, (layer.weight, layer.bias, None), strict=True)
     ]
-    return out, *after, stream.copy if stats is None else None, *norm1, qkv, mixed, lse, read1, *norm2, kept, *made
+    saved = (*norm1, qkv, mixed, lse, read1, *norm2, kept, None if keeps_hidden else stream1.stats)
+    return out, *after, stream.copy if stats is None else None, *saved, *folded_anew
 
 
 def transformer_block_backward(dout, read, *others) -> tuple[torch.Tensor | None, ...]:
     """dout (B, N, D); read: what products read of x (B * N, D); what `transformer_block_forward` returned from mean1
-    on; what it took from the parameters to attn_bias; scale and activation; needs: bools for x, the twelve parameters,
-    the two layer-scales and attn_bias. Returns their gradients, that of attn_bias broadcast; None where not needed."""
-    saved, made, given = Saved(read, *others[:9]), others[9:21], others[21:39]
-    scale, activation, needs = others[39:]
+    on; what it took from the parameters to attn_bias; scale, eps2 and activation; needs: bools for x, the twelve
+    parameters, the two layer-scales and attn_bias. Returns their gradients, that of attn_bias broadcast; None where not
+    needed."""
+    saved, made, given = Saved(read, *others[:10]), others[10:22], others[22:40]
+    scale, eps2, activation, needs = others[40:]
     *parameters, scale1, scale2, drop1, drop2, key_padding_mask, attn_bias = given
     if dout.numel() == 0:
         likes = (dout, *parameters, scale1, scale2, attn_bias)
@@ -426,7 +438,7 @@ def transformer_block_backward(dout, read, *others) -> tuple[torch.Tensor | None
         folded.append(Folded(layer.weight if weight is None else weight, layer.bias if bias is None else bias, colsum))
     x, n1w, n1b, qkv, qkv_b, proj, proj_b, n2w, n2b, fc1, fc1_b, fc2, fc2_b, ls1, ls2, bias = needs
     needed = Needs(x, (qkv, qkv_b, n1w or n1b), (proj, proj_b, ls1), (fc1, fc1_b, n2w or n2b), (fc2, fc2_b, ls2), bias)
-    how = (scale, activation, key_padding_mask, attn_bias, (drop1, drop2), needed)
+    how = (scale, eps2, activation, key_padding_mask, attn_bias, (drop1, drop2), needed)
     dx, (of_qkv, of_proj, of_fc1, of_fc2), dbias = block_backward(
         dout.flatten(0, 1), saved, layers, Weights(*folded), *how
     )

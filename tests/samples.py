@@ -89,7 +89,7 @@ SAMPLES = [
         "transformer_block-all",
         "transformer_block",
         lambda: _rows(40, heads=2, hidden=56, also=(*examples.BLOCK_SCALES, "key_padding_mask", "attn_bias")),
-        {"num_heads": 2, "activation": "gelu_tanh", "scale": 0.2, "eps1": 1e-5},
+        {"num_heads": 2, "activation": "gelu_tanh", "scale": 0.2, "eps1": 1e-5, "recompute_fc1": True},
     ),
     Sample(
         "patch_embed-uint8",

@@ -139,19 +139,19 @@ LAUNCHES = {
         "fc2_weight": [COPY_OF_WIDE, DERIVATIVE, WEIGHT],
         "fc2_bias": [COPY, SUM_PARTS],
     },
-    "transformer_block-all": {
+    "transformer_block-all": {  # which has fc1 made again
         "forward": BLOCK_FORWARD,
-        "backward": [*BLOCK_BACKWARD, UNSCALE],
-        "x": [COPY, *THROUGH_ATTENTION, NORM_GRADIENT],
-        "norm1_weight norm1_bias qkv_weight qkv_bias": [COPY, *THROUGH_ATTENTION, WEIGHT, SUM_PARTS, UNFOLD],
-        "proj_weight": [COPY, DERIVATIVE, NORM_GRADIENT, WEIGHT, UNSCALE],
-        "proj_bias": [COPY, DERIVATIVE, NORM_GRADIENT, SUM_PARTS, UNSCALE],
-        "norm2_weight norm2_bias fc1_weight fc1_bias": [COPY, DERIVATIVE, WEIGHT, SUM_PARTS, UNFOLD],
-        "fc2_weight": [COPY, DERIVATIVE, WEIGHT, UNSCALE],
+        "backward": [COPY, FOLDED, *BLOCK_BACKWARD[1:], UNSCALE],
+        "x": [COPY, FOLDED, *THROUGH_ATTENTION, NORM_GRADIENT],
+        "norm1_weight norm1_bias qkv_weight qkv_bias": [COPY, FOLDED, *THROUGH_ATTENTION, WEIGHT, SUM_PARTS, UNFOLD],
+        "proj_weight": [COPY, FOLDED, DERIVATIVE, NORM_GRADIENT, WEIGHT, UNSCALE],
+        "proj_bias": [COPY, FOLDED, DERIVATIVE, NORM_GRADIENT, SUM_PARTS, UNSCALE],
+        "norm2_weight norm2_bias fc1_weight fc1_bias": [COPY, FOLDED, DERIVATIVE, WEIGHT, SUM_PARTS, UNFOLD],
+        "fc2_weight": [COPY, FOLDED, DERIVATIVE, WEIGHT, UNSCALE],
         "fc2_bias": [COPY, SUM_PARTS, UNSCALE],
-        "layer_scale1": [COPY, DERIVATIVE, NORM_GRADIENT, WEIGHT, SUM_PARTS, UNSCALE],
-        "layer_scale2": [COPY, DERIVATIVE, WEIGHT, SUM_PARTS, UNSCALE],
-        "attn_bias": [COPY, *THROUGH_ATTENTION],
+        "layer_scale1": [COPY, FOLDED, DERIVATIVE, NORM_GRADIENT, WEIGHT, SUM_PARTS, UNSCALE],
+        "layer_scale2": [COPY, FOLDED, DERIVATIVE, WEIGHT, SUM_PARTS, UNSCALE],
+        "attn_bias": [COPY, FOLDED, *THROUGH_ATTENTION],
     },
 }
 
@@ -170,7 +170,7 @@ VARIANTS = {
     "patch_embed": [4] * 6,
     "patch_embed-uint8": [3] * 6,
     "transformer_block": [17, 17, 20, 21, 22, 22],
-    "transformer_block-all": [17, 17, 20, 21, 22, 22],
+    "transformer_block-all": [18, 18, 21, 22, 23, 23],
 }
 
 

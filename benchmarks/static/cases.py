@@ -36,14 +36,14 @@ def whole_block(tokens, dim, dtype, stream=None, scaled=False, batch=BATCH, back
     sizes = {"batch": batch, "tokens": tokens, "dim": dim, "heads": dim // 64, "hidden": 4 * dim}
     x, *given = tensors("transformer_block", Draw(stream, "meta"), BLOCK_SCALES if scaled else (), **sizes).values()
     given += [None] * (18 - len(given))
-    how = (dim // 64, 0.125, 1e-6, 1e-6, activation)
+    how = (dim // 64, 0.125, 1e-6, 1e-6, activation, False)
     forward = transformer_block.transformer_block_forward
     out, *handed = forward(x, None, None, None, *given, *how, False, dtype)[:4]
     if backward:
         _, _, _, _, _, *saved = forward(x, *handed, *given, *how, True, dtype)
         read = x.flatten(0, 1) if handed[0] is None else handed[0]
         needs = [True] * 13 + [scaled] * 2 + [False]
-        transformer_block.transformer_block_backward(out, read, *saved, *given, 0.125, activation, needs)
+        transformer_block.transformer_block_backward(out, read, *saved, *given, 0.125, 1e-6, activation, needs)
 
 
 def _block(tokens, dim, dtype, stream=None, scaled=False, activation="gelu", batch=BATCH):

@@ -83,7 +83,8 @@ class Block(nn.Module):
 
     Parameters: norm1, attn.qkv, attn.proj, ls1.gamma, norm2, mlp.fc1, mlp.fc2, ls2.gamma, the `ls*` only where
     init_values, their first value, is given. mlp_layer is Mlp or SwiGLU; timm's own Attention, Mlp and SwiGLUPacked
-    are taken to mean ours. depth, which timm passes, means nothing to the attention here. Raises TypeError for other
+    are taken to mean ours. depth, which timm passes, means nothing to the attention here. Set `recompute_fc1` to have
+    the kernels keep less for a backward pass, see `ops.transformer_block`. Raises TypeError for other
     layer classes, ValueError for sizes and rates that are none, and for what the layers do not have (qk_norm,
     scale_attn_norm, scale_mlp_norm).
     """
@@ -124,6 +125,7 @@ class Block(nn.Module):
         mlp_class = _ours("mlp_layer", mlp_layer, {"Mlp": Mlp, "SwiGLUPacked": SwiGLU})
 
         self.dim = dim
+        self.recompute_fc1 = False
         self.norm1 = build_layer_norm(norm_layer, dim, **dd)
         self.attn = attn_class(
             dim,
@@ -201,6 +203,7 @@ class Block(nn.Module):
                 layer_scale2=scales2["layer_scale"],
                 drop_path_scale1=scales1["drop_path_scale"],
                 drop_path_scale2=scales2["drop_path_scale"],
+                recompute_fc1=self.recompute_fc1,
             )
         if not tracing and self.can_fuse_attention():
             qkv, proj, _ = submodules(attn, _ATTENTION_PARTS)

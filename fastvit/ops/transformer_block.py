@@ -53,7 +53,7 @@ def _version(x: torch.Tensor | None) -> int | None:
 
 def _fake_forward(x, copy, centre, stats, *others):
     *parameters, scale1, scale2, _, _, _, _ = others[:18]
-    num_heads, _, _, _, _, keep, dtype = others[18:]
+    num_heads, _, _, _, _, recompute_fc1, keep, dtype = others[18:]
     batch, tokens, dim = x.shape
     rows, acc = batch * tokens, statistics_dtype(x)
     hidden = parameters[8].shape[0]
@@ -69,14 +69,15 @@ def _fake_forward(x, copy, centre, stats, *others):
     groups = _common.launchers("transformer_block").groups_of(dim)
     out = (torch.empty_like(x), *stream, made(2, groups, rows, dtype=acc))
     if not keep:
-        return *out, *[none() for _ in range(22)]
+        return *out, *[none() for _ in range(23)]
     statistics = [made(rows, dtype=acc) for _ in range(4)]
     saved = (
         *(made(rows, dim) if wide and stats is None else none(), *statistics[:2]),
         made(batch, tokens, 3, num_heads, dim // num_heads),
         made(batch, tokens, dim),
         made(batch, num_heads, tokens, dtype=acc),
-        *(made(rows, dim), *statistics[2:], made(rows, hidden)),
+        *(made(rows, dim), *statistics[2:]),
+        *((none(), made(2, groups, rows, dtype=acc)) if recompute_fc1 else (made(rows, hidden), none())),
     )
     layers = []
     for weight, bias, normed, scale in (
@@ -95,7 +96,7 @@ def _fake_forward(x, copy, centre, stats, *others):
 
 def _backward(dout, read, *others):
     launch = _common.launchers("transformer_block").transformer_block_backward
-    parameters, attn_bias = others[21:35], others[38]
+    parameters, attn_bias = others[22:36], others[39]
     *grads, dbias = _common.or_none(launch(dout, read, *others), others[-1])
     if dbias is not None:
         dbias = dbias.sum_to_size(attn_bias.shape)
@@ -103,7 +104,7 @@ def _backward(dout, read, *others):
 
 
 def _fake_backward(dout, read, *others):
-    return _common.fake_gradients(dout, (dout, *others[21:35], others[38]), others[-1])
+    return _common.fake_gradients(dout, (dout, *others[22:36], others[39]), others[-1])
 
 
 _PARAMETERS = (
@@ -114,19 +115,19 @@ _PARAMETERS = (
 )
 _SAVED = (
     "Tensor mean1, Tensor rstd1, Tensor qkv, Tensor out, Tensor lse, Tensor x1, Tensor mean2, Tensor rstd2,"
-    " Tensor preactivation"
+    " Tensor? preactivation, Tensor? stats2"
 )
 _MADE = ", ".join(f"Tensor? made{number}" for number in range(LAYERS))
 FORWARD = Operator(
     "transformer_block",
     f"transformer_block_forward(Tensor x, Tensor? copy, Tensor? centre, Tensor? stats, {_PARAMETERS}, int num_heads,"
-    " float scale, float eps1, float eps2, str activation, bool keep, ScalarType dtype)"
-    f" -> ({', '.join(['Tensor'] * 26)})",
+    " float scale, float eps1, float eps2, str activation, bool recompute_fc1, bool keep, ScalarType dtype)"
+    f" -> ({', '.join(['Tensor'] * 27)})",
     _fake_forward,
 )
 BACKWARD = Operator(
     "transformer_block",
-    f"transformer_block_backward(Tensor dout, Tensor read, {_SAVED}, {_MADE}, {_PARAMETERS}, float scale,"
+    f"transformer_block_backward(Tensor dout, Tensor read, {_SAVED}, {_MADE}, {_PARAMETERS}, float scale, float eps2,"
     f" str activation, bool[] needs) -> ({', '.join(['Tensor'] * 16)})",
     _fake_backward,
     _backward,
@@ -135,14 +136,16 @@ BACKWARD = Operator(
 
 class TransformerBlockFunction(torch.autograd.Function):
     """transformer_block on the kernels: (x (B, N, D), the twelve parameters, layer_scale1, layer_scale2,
-    drop_path_scale1, drop_path_scale2, key_padding_mask, attn_bias, num_heads, scale, eps1, eps2, activation, keep,
-    dtype, carry) -> (B, N, D). keep: a backward pass may come; dtype: of the products; carry: a Carry or None."""
+    drop_path_scale1, drop_path_scale2, key_padding_mask, attn_bias, num_heads, scale, eps1, eps2, activation,
+    recompute_fc1, keep, dtype, carry) -> (B, N, D). keep: a backward pass may come; dtype: of the products; carry: a
+    Carry or None."""
 
     @staticmethod
     def forward(ctx, x, *others):
-        *given, num_heads, scale, eps1, eps2, activation, keep, dtype, carry = others
+        *given, num_heads, scale, eps1, eps2, activation, recompute_fc1, keep, dtype, carry = others
         stream = (None, None, None) if carry is None else carry.take(x, dtype)
-        out, *found = FORWARD.of(x, *given)(x, *stream, *given, num_heads, scale, eps1, eps2, activation, keep, dtype)
+        how = (num_heads, scale, eps1, eps2, activation)
+        out, *found = FORWARD.of(x, *given)(x, *stream, *given, *how, recompute_fc1, keep, dtype)
         if carry is not None:
             carry.stream = tuple([value if value is not None and value.numel() else None for value in found[:3]])
         if keep:
@@ -151,9 +154,9 @@ class TransformerBlockFunction(torch.autograd.Function):
                 read = stream[0]
             elif read is None or not read.numel():
                 read = x.flatten(0, 1)
-            made = [value if value is not None and value.numel() else None for value in saved[9:]]
-            ctx.save_for_backward(x, read, *saved[:9], *made, *given)
-        ctx.how = (num_heads, scale, eps1, eps2, activation)
+            made = [value if value is not None and value.numel() else None for value in saved[8:]]
+            ctx.save_for_backward(x, read, *saved[:8], *made, *given)
+        ctx.how = how
         return _common.shaped(out, *x.shape)
 
     @staticmethod
@@ -161,20 +164,20 @@ class TransformerBlockFunction(torch.autograd.Function):
         x, *saved = ctx.saved_tensors
         needs = (*ctx.needs_input_grad[:15], ctx.needs_input_grad[18])
         num_heads, scale, eps1, eps2, activation = ctx.how
-        given = saved[22:]
+        given = saved[23:]
         if _common.differentiating_again(dout):
             *parameters, scale1, scale2, drop1, drop2, key_padding_mask, attn_bias = given
 
             def block(x, *inputs):
                 *parameters, scale1, scale2, attn_bias = inputs
-                scales = (scale1, scale2, drop1, drop2, key_padding_mask, attn_bias)
+                scales = (scale1, scale2, drop1, drop2, key_padding_mask, attn_bias, False)
                 return _reference(x, *parameters, num_heads, scale, eps1, eps2, activation, *scales)
 
             grads = _common.again_differentiable(block, (x, *parameters, scale1, scale2, attn_bias), needs, dout)
         else:
             dout = dout if dout.stride(-1) == 1 else dout.contiguous()
-            grads = or_none(BACKWARD.of(dout, *saved)(dout, *saved, scale, activation, needs), needs)
-        return *grads[:15], None, None, None, grads[15], *[None] * 8
+            grads = or_none(BACKWARD.of(dout, *saved)(dout, *saved, scale, eps2, activation, needs), needs)
+        return *grads[:15], None, None, None, grads[15], *[None] * 9
 
 
 def _check(
@@ -202,6 +205,7 @@ def _check(
     drop_path_scale2,
     key_padding_mask,
     attn_bias,
+    recompute_fc1,
 ):
     name = "transformer_block"
     if activation not in ACTIVATIONS:
@@ -255,7 +259,7 @@ def _check(
 
 
 def _unsupported(x, *others):
-    parameters, attn_bias, num_heads = others[:12], others[-1], others[12]
+    parameters, attn_bias, num_heads = others[:12], others[-2], others[12]
     dtypes = [x.dtype, parameters[0].dtype, parameters[6].dtype, _common.compute_dtype(x, parameters[2])]
     if attn_bias is not None:
         dtypes.append(attn_bias.dtype)
@@ -318,12 +322,13 @@ def _torch(*args):
 
 def _prepare(x, *others):
     *parameters, num_heads, scale, eps1, eps2, activation = others[:17]
-    scale1, scale2, drop1, drop2, key_padding_mask, attn_bias = others[17:]
+    scale1, scale2, drop1, drop2, key_padding_mask, attn_bias, recompute_fc1 = others[17:]
     keep = dispatch.needs_grad(x, *parameters, scale1, scale2, attn_bias)
     scale = float((x.shape[2] // num_heads) ** -0.5 if scale is None else scale)
     vectors = (*parameters, scale1, scale2, drop1, drop2)
-    how = (num_heads, scale, float(eps1), float(eps2), activation, keep, _common.compute_dtype(x, parameters[2]), None)
-    return x.contiguous(), *map(dense, vectors), key_padding_mask, attn_bias, *how
+    how = (num_heads, scale, float(eps1), float(eps2), activation, bool(recompute_fc1), keep)
+    dtype = _common.compute_dtype(x, parameters[2])
+    return x.contiguous(), *map(dense, vectors), key_padding_mask, attn_bias, *how, dtype, None
 
 
 def _product(x, *others):
@@ -359,6 +364,7 @@ def transformer_block(
     drop_path_scale2: torch.Tensor | None = None,
     key_padding_mask: torch.Tensor | None = None,
     attn_bias: torch.Tensor | None = None,
+    recompute_fc1: bool = False,
 ) -> torch.Tensor:
     """A pre-norm transformer block (arXiv 2010.11929, eqs. 2 and 3): one small launch for the weights, and five.
 
@@ -368,14 +374,16 @@ def transformer_block(
     x (B, N, D), in the linear layers' dtype or wider; norms (D,); qkv (3 D, D), rows in the order q, k, v; proj (D, D);
     fc1 (M, D), fc2 (D, M); biases or None; num_heads divides D; scale defaults to (D / num_heads) ** -0.5; activation
     as in `layer_norm_mlp`; layer-scales (D,) and drop-path scales (B,) as in `linear_residual`; masks as in
-    `attention`. Returns (B, N, D) in x's dtype. Sums are float32, and gradients are rounded once, to their parameter's
-    dtype. Raises TypeError for a dtype, ValueError for a shape, name or device that does not fit, before any launch.
+    `attention`. recompute_fc1: on the kernels, keep 12 bytes a token and channel for a backward pass in bfloat16, not
+    20, and run fc1's product once more in it. Returns (B, N, D) in x's dtype. Sums are float32, and gradients are
+    rounded once, to their parameter's dtype. Raises TypeError for a dtype, ValueError for a shape, name or device that
+    does not fit, before any launch.
     """
     layers = (norm1_weight, norm1_bias, qkv_weight, qkv_bias, proj_weight, proj_bias)
     layers += (norm2_weight, norm2_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     how = (num_heads, scale, eps1, eps2, activation)
     scales = (layer_scale1, layer_scale2, drop_path_scale1, drop_path_scale2)
-    run, args = dispatch.choose(OP, (x, *layers, *how, *scales, key_padding_mask, attn_bias))
+    run, args = dispatch.choose(OP, (x, *layers, *how, *scales, key_padding_mask, attn_bias, recompute_fc1))
     carry = None if torch.compiler.is_compiling() else getattr(_here, "carry", None)
     if carry is None:
         return run(*args)

@@ -131,11 +131,13 @@ def transformer_block(
     drop_path_scale2: torch.Tensor | None = None,
     key_padding_mask: torch.Tensor | None = None,
     attn_bias: torch.Tensor | None = None,
+    recompute_fc1: bool = False,
 ) -> torch.Tensor:
     """A pre-norm transformer block (arXiv 2010.11929, eqs. 2 and 3): x (B, N, D) -> (B, N, D).
 
     x1 = x + drop_path_scale1 * layer_scale1 * proj(attention(qkv(norm1(x)))), out = x1 + drop_path_scale2 *
-    layer_scale2 * fc2(activation(fc1(norm2(x1)))); what the single ops say holds of their arguments.
+    layer_scale2 * fc2(activation(fc1(norm2(x1)))); what the single ops say holds of their arguments. recompute_fc1 is
+    the kernels' own matter, and changes no number.
     """
     batch, tokens, dim = x.shape
     qkv = layer_norm_linear(x, norm1_weight, norm1_bias, qkv_weight, qkv_bias, eps=eps1)
