@@ -1,10 +1,10 @@
 """The least time that a case can take: its cost, by `fastvit.kernels.launch.cost`, at the rates that a device reaches.
 
 The roofline bound of a model is that of an ideal plan, a block fused into five kernels: the sum over the plan's kernels
-of the larger of their compute time and their memory time. Today's kernels move more than the plan: row statistics are a
-kernel of their own, which reads x once more; the gradient of the normalised tensor is written and read again before
-LayerNorm's gradient; bias gradients read dout again; attention's backward is two kernels; a gate (SwiGLU) runs in
-PyTorch. So a fraction of the bound below 1 has two causes: kernels that run slowly, and work beyond the plan.
+of the larger of their compute time and their memory time. Today's kernels move more than the plan: weights are folded
+at every forward pass; a block's backward reads the gradient of its output once more, for its sums by column;
+attention's backward is two kernels. So a fraction of the bound below 1 has two causes: kernels that run slowly, and
+work beyond the plan.
 
 Counted: matrix products and matrices, as `cost` says. Not counted: the optimiser, dropout, the loss.
 """

@@ -97,9 +97,9 @@ def _patch_embed(batch, size, patch, dim, channels=3, prefix=1, prefix_has_posit
     return required, {"pos_embed": (positions, dim), "prefix": (prefix, dim)}
 
 
-def _transformer_block(batch, tokens, dim, heads, hidden):
+def _transformer_block(batch, tokens, dim, heads, hidden, gated=False):
     layers = {"norm1": (), "qkv": (3 * dim, dim), "proj": (dim, dim)}
-    layers |= {"norm2": (), "fc1": (hidden, dim), "fc2": (dim, hidden)}
+    layers |= {"norm2": (), "fc1": (hidden * (1 + gated), dim), "fc2": (dim, hidden)}
     required = {"x": (batch, tokens, dim)}
     for name, shape in layers.items():
         required |= {f"{name}_weight": shape or (dim,), f"{name}_bias": shape[:1] or (dim,)}

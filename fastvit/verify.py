@@ -429,6 +429,7 @@ def _cases_of(sizes: Sizes, dtype: torch.dtype) -> Iterator[Case]:
     yield op("linear_residual", "no bias", 3, linear | {"bias": False})
     yield whole("layer-scale, drop-path", 3, scaled_block, **heads)
     yield whole("no bias, silu", 3, block | {"bias": False}, activation="silu", **heads)
+    yield whole("gated, silu", 3, block | {"gated": True}, activation="silu", **heads)
     masks = ["key_padding_mask", "attn_bias"]
     yield whole("mask and bias", 3, block | {"batch": 3, "also": masks}, **heads)
     yield whole("heads of 32", 3, block | {"heads": dim // 32}, num_heads=dim // 32)

@@ -119,10 +119,10 @@ def scaled_gradient_kernel(
 
 
 @triton.jit
-def store_folded(acc, i, j, part, target, size_i, size_j, ACTIVATION: tl.constexpr):
-    """rstd * (acc - mean * colsum) + bias, then the activation, if any, with what it is of stored too where wanted. The
-    tiles of the first columns store the rows' statistics, where wanted."""
-    ptr, kept_ptr, mean_ptr, rstd_ptr, centre_ptr, before_ptr, stats_ptr, colsum_ptr, bias_ptr, columns, eps = target
+def after_norm(acc, i, j, target, size_i, size_j):
+    """rstd * (acc - mean * colsum) + bias, stored where wanted. The tiles of the first columns store the rows'
+    statistics, where wanted."""
+    _, kept_ptr, mean_ptr, rstd_ptr, centre_ptr, before_ptr, stats_ptr, colsum_ptr, bias_ptr, columns, eps = target
     row_ok, column_ok = i < size_i, j < size_j
     mask = row_ok[:, None] & column_ok[None, :]
     offset = i.to(tl.int64)[:, None] * size_j + j[None, :]
@@ -138,9 +138,32 @@ def store_folded(acc, i, j, part, target, size_i, size_j, ACTIVATION: tl.constex
     y = (acc - mean[:, None] * colsum[None, :]) * rstd[:, None] + bias[None, :]
     if kept_ptr is not None:
         tl.store(kept_ptr + offset, y.to(kept_ptr.dtype.element_ty), mask=mask)
+    return y
+
+
+@triton.jit
+def store_folded(acc, i, j, part, target, size_i, size_j, ACTIVATION: tl.constexpr):
+    """rstd * (acc - mean * colsum) + bias, then the activation, if any, with what it is of stored too where wanted."""
+    ptr = target[0]
+    y = after_norm(acc, i, j, target, size_i, size_j)
     if ACTIVATION is not None:
         y = activate(y, ACTIVATION, ptr.dtype.element_ty)
-    tl.store(ptr + offset, y.to(ptr.dtype.element_ty), mask=mask)
+    mask = (i < size_i)[:, None] & (j < size_j)[None, :]
+    tl.store(ptr + (i.to(tl.int64)[:, None] * size_j + j[None, :]), y.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def store_gated(acc, i, j, part, target, size_i, size_j, ACTIVATION: tl.constexpr):
+    """As `store_folded`, columns being gates and values in turns, of which it stores ACTIVATION(gate) * value."""
+    ptr = target[0]
+    y = after_norm(acc, i, j, target, size_i, size_j)
+    PAIRS: tl.constexpr = acc.shape[1] // 2
+    gate, value = tl.split(tl.reshape(y, (acc.shape[0], PAIRS, 2)))
+    columns = size_j // 2
+    j = tl.min(j, axis=0) // 2 + tl.arange(0, PAIRS)
+    hidden = activate(gate, ACTIVATION, ptr.dtype.element_ty) * value
+    mask = (i < size_i)[:, None] & (j < columns)[None, :]
+    tl.store(ptr + (i.to(tl.int64)[:, None] * columns + j[None, :]), hidden.to(ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -180,27 +203,54 @@ def store_stream(acc, i, j, part, target, size_i, size_j, ACTIVATION: tl.constex
 
 
 @triton.jit
-def store_derivative(acc, i, j, part, target, size_i, size_j, ACTIVATION: tl.constexpr):
-    """dy = acc * ACTIVATION'(y), of which is stored what `before_norm` makes, and the activated tensor again."""
-    s_ptr, activated_ptr, y_ptr, mean_ptr, rstd_ptr, colsum_ptr, bias_ptr, by_row_ptr, by_column_ptr = target
+def store_before_norm(dy, y, i, j, target, size_i, size_j):
+    """Of dy, the gradient of y, what `before_norm` makes."""
+    s_ptr, _, _, mean_ptr, rstd_ptr, colsum_ptr, bias_ptr, by_row_ptr, by_column_ptr = target
     row_ok, column_ok = i < size_i, j < size_j
-    mask = row_ok[:, None] & column_ok[None, :]
-    offset = i.to(tl.int64)[:, None] * size_j + j[None, :]
-    y = tl.load(y_ptr + offset, mask=mask, other=0.0).to(acc.dtype)
     mean = tl.load(mean_ptr + i, mask=row_ok, other=0.0)
     rstd = tl.load(rstd_ptr + i, mask=row_ok, other=0.0)
     colsum = tl.load(colsum_ptr + j, mask=column_ok, other=0.0)
     bias = tl.load(bias_ptr + j, mask=column_ok, other=0.0)
-    activated, derivative = activate_with_gradient(y, ACTIVATION, s_ptr.dtype.element_ty)
-    tl.store(activated_ptr + offset, activated.to(activated_ptr.dtype.element_ty), mask=mask)
-    s, by_colsum, by_y, total, t = before_norm(acc * derivative, y, mean, rstd, colsum, bias, s_ptr.dtype.element_ty)
-    tl.store(s_ptr + offset, s, mask=mask)
-    row = tl.min(j, axis=0).to(tl.int64) // acc.shape[1] * 2 * size_i + i
+    s, by_colsum, by_y, total, t = before_norm(dy, y, mean, rstd, colsum, bias, s_ptr.dtype.element_ty)
+    offset = i.to(tl.int64)[:, None] * size_j + j[None, :]
+    tl.store(s_ptr + offset, s, mask=row_ok[:, None] & column_ok[None, :])
+    row = tl.min(j, axis=0).to(tl.int64) // dy.shape[1] * 2 * size_i + i
     tl.store(by_row_ptr + row, by_colsum, mask=row_ok)
     tl.store(by_row_ptr + (row + size_i), by_y, mask=row_ok)
-    column = tl.min(i, axis=0).to(tl.int64) // acc.shape[0] * 2 * size_j + j
+    column = tl.min(i, axis=0).to(tl.int64) // dy.shape[0] * 2 * size_j + j
     tl.store(by_column_ptr + column, total, mask=column_ok)
     tl.store(by_column_ptr + (column + size_j), t, mask=column_ok)
+
+
+@triton.jit
+def store_derivative(acc, i, j, part, target, size_i, size_j, ACTIVATION: tl.constexpr):
+    """dy = acc * ACTIVATION'(y), of which is stored what `before_norm` makes, and the activated tensor again."""
+    activated_ptr, y_ptr = target[1], target[2]
+    mask = (i < size_i)[:, None] & (j < size_j)[None, :]
+    offset = i.to(tl.int64)[:, None] * size_j + j[None, :]
+    y = tl.load(y_ptr + offset, mask=mask, other=0.0).to(acc.dtype)
+    activated, derivative = activate_with_gradient(y, ACTIVATION, activated_ptr.dtype.element_ty)
+    tl.store(activated_ptr + offset, activated.to(activated_ptr.dtype.element_ty), mask=mask)
+    store_before_norm(acc * derivative, y, i, j, target, size_i, size_j)
+
+
+@triton.jit
+def store_gated_derivative(acc, i, j, part, target, size_i, size_j, ACTIVATION: tl.constexpr):
+    """As `store_derivative`, y's columns being gates and values in turns, two for each of acc's: the gradient of
+    ACTIVATION(gate) * value."""
+    activated_ptr, y_ptr = target[1], target[2]
+    ROWS: tl.constexpr = acc.shape[0]
+    PAIRS: tl.constexpr = acc.shape[1]
+    row_ok, row, columns = (i < size_i)[:, None], i.to(tl.int64)[:, None], 2 * size_j
+    both = 2 * tl.min(j, axis=0) + tl.arange(0, 2 * PAIRS)
+    mask = row_ok & (both < columns)[None, :]
+    y = tl.load(y_ptr + (row * columns + both[None, :]), mask=mask, other=0.0).to(acc.dtype)
+    gate, value = tl.split(tl.reshape(y, (ROWS, PAIRS, 2)))
+    activated, derivative = activate_with_gradient(gate, ACTIVATION, activated_ptr.dtype.element_ty)
+    hidden = (activated * value).to(activated_ptr.dtype.element_ty)
+    tl.store(activated_ptr + (row * size_j + j[None, :]), hidden, mask=row_ok & (j < size_j)[None, :])
+    dy = tl.reshape(tl.join(acc * value * derivative, acc * activated), (ROWS, 2 * PAIRS))
+    store_before_norm(dy, y, i, both, target, size_i, columns)
 
 
 @triton.jit
@@ -270,8 +320,11 @@ def store_with_delta(acc, i, j, part, target, size_i, size_j, HEAD_DIM: tl.const
 FOLDED = Epilogue("folded", store_folded, wide=True)
 FOLDED_ACTIVATED = Epilogue("folded_activated", store_folded, wide=True)
 FOLDED_KEPT = Epilogue("folded_kept", store_folded, beside=True, wide=True)
+GATED = Epilogue("gated", store_gated, wide=True)
+GATED_KEPT = Epilogue("gated_kept", store_gated, beside=True, wide=True)
 STREAM = Epilogue("stream", store_stream, beside=True, columns=64)
 STREAM_AND_COPY = Epilogue("stream_and_copy", store_stream, tiles=3, columns=64)
 DERIVATIVE = Epilogue("derivative", store_derivative, tiles=3, input_gradient=True)
+GATED_DERIVATIVE = Epilogue("gated_derivative", store_gated_derivative, tiles=6, input_gradient=True)
 NORM_GRADIENT = Epilogue("norm_gradient", store_norm_gradient, tiles=3, input_gradient=True)
 WITH_DELTA = Epilogue("with_delta", store_with_delta, beside=True, input_gradient=True, columns=64)

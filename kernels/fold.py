@@ -30,13 +30,15 @@ FOLD, SUM, UNFOLD = RowConfig(16, 128, 8), RowConfig(32, 64, 4), RowConfig(64, 3
 
 class Layer(NamedTuple):
     """A linear layer: weight (O, K), bias (O,); norm_weight, norm_bias (K,) of the LayerNorm before it; scale (O,) of
-    the layer-scale after it. All but weight may be None."""
+    the layer-scale after it. All but weight may be None. parts: 2 where its first rows are gates and the others values:
+    folded, it has a gate and its value in turns."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None
     norm_weight: torch.Tensor | None = None
     norm_bias: torch.Tensor | None = None
     scale: torch.Tensor | None = None
+    parts: int = 1
 
 
 def leaves_scale(dtype: torch.dtype) -> bool:
@@ -54,29 +56,34 @@ class Folded(NamedTuple):
 
 
 @triton.jit
+def row_of(i, rows, parts):
+    """Which of a layer's rows the folded one's row i is."""
+    return i % parts * (rows // parts) + i // parts
+
+
+@triton.jit
 def fold_rows(layer, block, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, ACC: tl.constexpr):
     """The norm before a layer and the scale after it folded into its weight, BLOCK_ROWS rows at a time."""
-    rows, columns, w_ptr, bias_ptr, gain_ptr, shift_ptr, scale_ptr, out_ptr, out_bias_ptr, colsum_ptr = layer
+    rows, columns, w_ptr, bias_ptr, gain_ptr, shift_ptr, scale_ptr, parts, out_ptr, out_bias_ptr, colsum_ptr = layer
     i = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    row_ok = i < rows
+    row_ok, row = i < rows, row_of(i, rows, parts)
     scale = tl.full((BLOCK_ROWS,), 1.0, ACC)
     if scale_ptr is not None:
-        scale = tl.load(scale_ptr + i, mask=row_ok, other=0.0).to(ACC)
+        scale = tl.load(scale_ptr + row, mask=row_ok, other=0.0).to(ACC)
     colsum, bias = tl.zeros((BLOCK_ROWS,), ACC), tl.zeros((BLOCK_ROWS,), ACC)
     for first in range(0, columns, BLOCK_COLUMNS):
         j = first + tl.arange(0, BLOCK_COLUMNS)
-        offset = i.to(tl.int64)[:, None] * columns + j[None, :]
         mask = row_ok[:, None] & (j < columns)[None, :]
-        w = tl.load(w_ptr + offset, mask=mask, other=0.0).to(ACC)
+        w = tl.load(w_ptr + (row.to(tl.int64)[:, None] * columns + j[None, :]), mask=mask, other=0.0).to(ACC)
         if shift_ptr is not None:
             bias += tl.sum(w * tl.load(shift_ptr + j, mask=j < columns, other=0.0).to(ACC)[None, :], axis=1)
         if gain_ptr is not None:
             w *= tl.load(gain_ptr + j, mask=j < columns, other=0.0).to(ACC)[None, :]
         w = (w * scale[:, None]).to(out_ptr.dtype.element_ty)
-        tl.store(out_ptr + offset, w, mask=mask)
+        tl.store(out_ptr + (i.to(tl.int64)[:, None] * columns + j[None, :]), w, mask=mask)
         colsum += tl.sum(w.to(ACC), axis=1)
     if bias_ptr is not None:
-        bias += tl.load(bias_ptr + i, mask=row_ok, other=0.0).to(ACC)
+        bias += tl.load(bias_ptr + row, mask=row_ok, other=0.0).to(ACC)
     if out_bias_ptr is not None:
         tl.store(out_bias_ptr + i, bias * scale, mask=row_ok)
     if colsum_ptr is not None:
@@ -100,7 +107,7 @@ def sum_columns(section, block, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.cons
 def unfold_columns(layer, block, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, ACC: tl.constexpr):
     """The gradients of a layer and the norm before it, BLOCK_COLUMNS columns at a time. dW = (G - t) gamma + db beta;
     of gamma and beta, the sums over rows of (G - t) W and db W."""
-    columns, rows, g_ptr, w_ptr, gain_ptr, shift_ptr, sums_ptr, dw_ptr, dbias_ptr, dgain_ptr, dshift_ptr = layer
+    columns, rows, parts, g_ptr, w_ptr, gain_ptr, shift_ptr, sums_ptr, dw_ptr, dbias_ptr, dgain_ptr, dshift_ptr = layer
     j = block * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     column_ok = j < columns
     gain = tl.load(gain_ptr + j, mask=column_ok, other=0.0).to(ACC)[None, :]
@@ -108,14 +115,14 @@ def unfold_columns(layer, block, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.con
     dgain, dshift = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), ACC), tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), ACC)
     for first in range(0, rows, BLOCK_ROWS):
         i = first + tl.arange(0, BLOCK_ROWS)
-        row_ok = i < rows
-        offset = i.to(tl.int64)[:, None] * columns + j[None, :]
+        row_ok, row = i < rows, row_of(i, rows, parts)
+        offset = row.to(tl.int64)[:, None] * columns + j[None, :]
         mask = row_ok[:, None] & column_ok[None, :]
         db = tl.load(sums_ptr + i, mask=row_ok, other=0.0)
-        g = tl.load(g_ptr + offset, mask=mask, other=0.0).to(ACC)
+        g = tl.load(g_ptr + (i.to(tl.int64)[:, None] * columns + j[None, :]), mask=mask, other=0.0).to(ACC)
         g -= tl.load(sums_ptr + rows + i, mask=row_ok, other=0.0)[:, None]
         if dbias_ptr is not None:
-            tl.store(dbias_ptr + i, db.to(dbias_ptr.dtype.element_ty), mask=row_ok & (block == 0))
+            tl.store(dbias_ptr + row, db.to(dbias_ptr.dtype.element_ty), mask=row_ok & (block == 0))
         w = tl.load(w_ptr + offset, mask=mask, other=0.0).to(ACC)
         if dw_ptr is not None:
             tl.store(dw_ptr + offset, (g * gain + db[:, None] * shift).to(dw_ptr.dtype.element_ty), mask=mask)
@@ -196,8 +203,8 @@ def fold(layers: Sequence[Layer], dtype: torch.dtype) -> tuple[list[Folded], tup
     for layer in layers:
         if leaves_scale(dtype):
             layer = layer._replace(scale=None)
-        weight, bias, norm_weight, norm_bias, scale = layer
-        if norm_weight is None and scale is None and weight.dtype == dtype:
+        weight, bias, norm_weight, norm_bias, scale, parts = layer
+        if parts == 1 and norm_weight is None and scale is None and weight.dtype == dtype:
             found.append(Folded(weight, bias, None))
             continue
         rows = weight.shape[0]
@@ -240,12 +247,12 @@ class Unfolding(NamedTuple):
 def unfold(layers: list[Unfolding]) -> list[tuple[torch.Tensor | None, ...]]:
     """The gradients of weight, bias, norm_weight and norm_bias of each layer in their dtypes, None where not needed."""
     found, sections = [], []
-    for (weight, bias, norm_weight, norm_bias, _), product, sums, *needs in layers:
+    for (weight, bias, norm_weight, norm_bias, _, parts), product, sums, *needs in layers:
         needs = (*needs, needs[2])
         likes = (weight, bias, norm_weight, norm_bias)
         gradients = tuple([torch.empty_like(x) if need else None for x, need in zip(likes, needs, strict=True)])
         found.append(gradients)
-        sections.append((*weight.shape[::-1], product, weight, norm_weight, norm_bias, sums, *gradients))
+        sections.append((*weight.shape[::-1], parts, product, weight, norm_weight, norm_bias, sums, *gradients))
     if sections:
         first = layers[0]
         launch(unfold_columns, sections, UNFOLD.BLOCK_D, UNFOLD, first.sums.dtype, first.sums.device)
@@ -257,7 +264,7 @@ def unscale(layers: list[tuple]) -> list[tuple[torch.Tensor | None, ...]]:
     before the scale with its input, that gradient's sum (O,) over tokens, whether weight, bias and scale need theirs):
     of weight, bias, None, None and scale."""
     found, sections = [], []
-    for (weight, bias, _, _, scale), product, total, needs_weight, needs_bias, needs_scale in layers:
+    for (weight, bias, _, _, scale, _), product, total, needs_weight, needs_bias, needs_scale in layers:
         dweight = torch.empty_like(weight) if needs_weight else None
         dbias = torch.empty_like(bias) if needs_bias else None
         dscale = torch.empty_like(scale) if needs_scale else None

@@ -3,6 +3,8 @@
     x1 = x + drop_path1 * scale1 * proj(attention(qkv(norm1(x))))
     out = x1 + drop_path2 * scale2 * fc2(activation(fc1(norm2(x1))))
 
+or, gated (arXiv 2002.05202), of activation(gate) * value, [gate; value] being fc1(norm2(x1)); the folded weight has a
+gate's row and its value's in turns, so that one tile has both.
 Fused, forward: each LayerNorm into the product after it (`fold`), whose main loop reads x as it is; bias, activation,
 drop path and residual into epilogues; the rows' statistics into the epilogue that writes the rows, as sums of groups of
 columns, which the next product adds up. Where the residual stream is wider than the products, the same epilogue writes
@@ -33,6 +35,9 @@ from .block_tiles import (
     FOLDED,
     FOLDED_ACTIVATED,
     FOLDED_KEPT,
+    GATED,
+    GATED_DERIVATIVE,
+    GATED_KEPT,
     GROUP,
     NORM_GRADIENT,
     STREAM,
@@ -118,23 +123,34 @@ def stream_of(x: torch.Tensor, dtype: torch.dtype) -> Stream:
 
 
 def _folded_product(
-    operand, stream: Stream, layer: Folded, eps: float, activation: str | None = None, train=False, keep=False
+    operand,
+    stream: Stream,
+    layer: Folded,
+    eps: float,
+    activation: str | None = None,
+    gated: bool = False,
+    train: bool = False,
+    keep: bool = False,
 ):
     """What `gemm.launch` takes for activation(linear(layer_norm(operand))), and the memory of what it writes: the
-    result (M, O); keep: what the activation is of, else None; train: mean and rstd of the rows, else None; and where
-    they have a centre, that of the stream that is added to them next, or None."""
+    result (M, O), or gated (M, O / 2); keep: what the activation is of, else None; train: mean and rstd of the rows,
+    else None; and where they have a centre, that of the stream that is added to them next, or None."""
     rows, inputs = operand.shape
     weight, device = layer.weight, operand.device
-    y = torch.empty(rows, weight.shape[0], dtype=weight.dtype, device=device)
-    kept = torch.empty_like(y) if keep else None
+    outputs = weight.shape[0]
+    y = torch.empty(rows, outputs // 2 if gated else outputs, dtype=weight.dtype, device=device)
+    kept = torch.empty(rows, outputs, dtype=weight.dtype, device=device) if keep else None
     mean = torch.empty(rows, dtype=layer.colsum.dtype, device=device) if train else None
     rstd = torch.empty_like(mean) if train else None
     centre = None if stream.centre is None else _empty(operand, rows)
     written = (y, kept, mean, rstd, centre)
     read = (stream.centre, stream.stats, layer.colsum, layer.bias, inputs, eps)
-    epilogue = FOLDED if activation is None else FOLDED_KEPT if keep else FOLDED_ACTIVATED
+    if gated:
+        epilogue = GATED_KEPT if keep else GATED
+    else:
+        epilogue = FOLDED if activation is None else FOLDED_KEPT if keep else FOLDED_ACTIVATED
     product = (MATRIX, plain(operand), MATRIX, transposed(weight), epilogue, (*written, *read))
-    return (*product, (*y.shape, inputs), y.dtype, activation, 5), written
+    return (*product, (rows, outputs, inputs), y.dtype, activation, 5), written
 
 
 def _stream_product(operand: torch.Tensor, layer: Folded, layer_scale, residual: torch.Tensor, centre, drop_path_scale):
@@ -213,15 +229,17 @@ def _norm_gradient(s, layer: Folded, x, mean, rstd, by_row, residual, drop_path_
 
 
 def _derivative(r, layer: Folded, y, mean, rstd, folded: Folded, activation: str):
-    """s = rstd * dy of y = fc1(norm2(x1)) (M, hidden), from r (M, D), the gradient of fc2's output; the activated
-    tensor; and dy's sums by row (parts, 2, M) and by column (parts, 2, hidden): see `_math.before_norm`."""
-    rows, hidden = y.shape
-    s, activated = torch.empty_like(y), torch.empty_like(y)
+    """s = rstd * dy of y = fc1(norm2(x1)) (M, outputs), from r (M, D), the gradient of fc2's output; what fc2 reads
+    (M, hidden); and dy's sums by row (parts, 2, M) and by column (parts, 2, outputs): see `_math.before_norm`."""
+    rows, outputs = y.shape
+    hidden = layer.weight.shape[1]
+    s, activated = torch.empty_like(y), _empty(y, rows, hidden, dtype=y.dtype)
     target = (s, activated, y, mean, rstd, folded.colsum, folded.bias)
-    product = (MATRIX, plain(r), MATRIX, plain(layer.weight), DERIVATIVE, target)
+    epilogue = DERIVATIVE if hidden == outputs else GATED_DERIVATIVE
+    product = (MATRIX, plain(r), MATRIX, plain(layer.weight), epilogue, target)
 
     def by_tile(tiles_m: int, tiles_n: int) -> tuple:
-        return _empty(y, tiles_n, 2, rows), _empty(y, tiles_m, 2, hidden)
+        return _empty(y, tiles_n, 2, rows), _empty(y, tiles_m, 2, outputs)
 
     shape = (rows, hidden, r.shape[1])
     return gemm.launch(*product, shape, y.dtype, activation, outputs=2, by_tile=by_tile)
@@ -363,13 +381,14 @@ def _layer_gradients(layers: Weights, needs: Needs, products: dict, sums: dict) 
 
 
 def _layers(parameters: tuple, layer_scales: tuple) -> Weights:
-    """The four layers of the twelve parameters, in the order of a block's state_dict, and its two layer-scales."""
+    """The four layers of the twelve parameters, in the order of a block's state_dict, and its two layer-scales. One
+    whose fc1 has twice the rows that fc2 has columns is gated."""
     norm1_weight, norm1_bias, *first, norm2_weight, norm2_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias = parameters
     qkv_weight, qkv_bias, proj_weight, proj_bias = first
     return Weights(
         Layer(qkv_weight, qkv_bias, norm1_weight, norm1_bias),
         Layer(proj_weight, proj_bias, scale=layer_scales[0]),
-        Layer(fc1_weight, fc1_bias, norm2_weight, norm2_bias),
+        Layer(fc1_weight, fc1_bias, norm2_weight, norm2_bias, parts=fc1_weight.shape[0] // fc2_weight.shape[1]),
         Layer(fc2_weight, fc2_bias, scale=layer_scales[1]),
     )
 
@@ -402,7 +421,8 @@ def transformer_block_forward(x, copy, centre, stats, *others) -> tuple[torch.Te
     gemm.launch(*product)
     read1 = x1 if stream1.copy is None else stream1.copy
     keeps_hidden = keep and not recompute_fc1
-    product, made = _folded_product(read1, stream1, folded.fc1, eps2, activation, keep, keeps_hidden)
+    gated = layers.fc1.parts == 2
+    product, made = _folded_product(read1, stream1, folded.fc1, eps2, activation, gated, keep, keeps_hidden)
     hidden, kept, *norm2, centre = made
     gemm.launch(*product)
     product, out, after = _stream_product(hidden, folded.fc2, scale2, x1, centre, drop2)

@@ -86,6 +86,12 @@ SAMPLES = [
     Sample("patch_embed", "patch_embed", lambda: _image(), NORMALISED),
     Sample("transformer_block", "transformer_block", lambda: _rows(D, heads=H, hidden=M), {"num_heads": H}),
     Sample(
+        "transformer_block-gated",
+        "transformer_block",
+        lambda: _rows(D, heads=H, hidden=M, gated=True),
+        {"num_heads": H},
+    ),
+    Sample(
         "transformer_block-all",
         "transformer_block",
         lambda: _rows(40, heads=2, hidden=56, also=(*examples.BLOCK_SCALES, "key_padding_mask", "attn_bias")),

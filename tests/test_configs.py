@@ -24,6 +24,7 @@ from fastvit.kernels.launch.request import (
     RowConfig,
     Rows,
     Scores,
+    TmaConfig,
 )
 from fastvit.kernels.launch.search import search_space
 from fastvit.kernels.launch.validity import shared_memory, why_invalid
@@ -40,6 +41,7 @@ FOLDED = (tiles.MATRIX, tiles.MATRIX, block_tiles.FOLDED)
 RESIDUAL = (tiles.MATRIX, tiles.MATRIX, tiles.LINEAR_RESIDUAL)
 GRADIENT = (tiles.MATRIX, tiles.MATRIX, tiles.INPUT_GRADIENT)
 HEAVY = (tiles.MATRIX, tiles.MATRIX, layer_norm_mlp.ACTIVATION_GRADIENT, "gelu")
+GATED_HEAVY = (tiles.MATRIX, tiles.MATRIX, block_tiles.GATED_DERIVATIVE, "silu")
 PATCHES = (patch_embed.PATCHES, tiles.MATRIX, patch_embed.TOKENS)
 GATHERED = (patch_embed.GATHERED_PATCHES, tiles.MATRIX, patch_embed.TOKENS)
 WEIGHT = (tiles.MATRIX, tiles.NORMALISED, tiles.SUMS)
@@ -85,7 +87,8 @@ CHOICES = [
     (HOPPER, [product(192, 192, 50432, WEIGHT)], (64, 128, 64, 4, 3, 8, 22)),
     (HOPPER, [product(768, 3072, 12608, PLAIN_WEIGHT)], (128, 128, 64, 4, 3, 8, 1)),
     (("sm_90",), [product(12608, 2304, 768, FOLDED)], (128, 128, 64, 8, 3)),
-    (("sm_100",), [product(12608, 2304, 768, FOLDED)], (128, 64, 64, 4, 3)),
+    (("sm_100",), [product(12608, 2304, 768, FOLDED)], (128, 64, 64, 8, 3)),
+    (NVIDIA, [product(12608, 4096, 1536, GATED_HEAVY)], (64, 32, 64, 4, 3)),
     (("sm_90",), [product(12608, 768, 768, PIXELS, out=FP32)], (128, 64, 64, 8, 3)),
     (HOPPER, [product(12608, 768, 768, PIXELS)], (128, 128, 64, 8, 3)),
     (OLDER, [product(768, 768, 12608, WEIGHT)], (128, 64, 64, 8, 3, 8, 1)),
@@ -133,6 +136,32 @@ def test_the_heuristics_choices(archs, requests, config):
         for request in requests:
             chosen = heuristic(request, ARCHS[arch], SMS)
             assert chosen == CONFIGS[request.kernel](*config), (arch, request.key)
+
+
+@pytest.mark.parametrize(
+    "made_of, config",
+    [
+        (FOLDED, (128, 256, 64, 8, 3, 8, 4)),
+        ((tiles.MATRIX, tiles.MATRIX, block_tiles.FOLDED_ACTIVATED, "gelu"), (128, 256, 64, 8, 3, 8, 4)),
+        ((tiles.MATRIX, tiles.MATRIX, block_tiles.FOLDED_KEPT, "gelu"), (128, 128, 64, 8, 4, 8, 2)),
+        (HEAVY, (128, 128, 64, 8, 4, 8, 2)),
+        (GATED_HEAVY, (128, 128, 64, 8, 4, 8, 8)),
+    ],
+)
+def test_tiles_by_tma(made_of, config):
+    """On Hopper, where a product has a tile for every multiprocessor; never elsewhere."""
+    request = product(12608, 3072, 768, made_of)
+    request = request._replace(parts=request.parts._replace(tma=True))
+    assert heuristic(request, ARCHS["sm_90"], SMS) == TmaConfig(*config)
+    space = search_space(request, ARCHS["sm_90"], SMS)
+    assert space[0] == TmaConfig(*config) and len(set(space)) == len(space) <= 32
+    assert {TmaConfig, GemmConfig} == set(map(type, space))
+    for config in space:
+        assert why_invalid(config, request, ARCHS["sm_90"]) == [], config
+    few = request._replace(shape=(197, 3072, 768))
+    assert type(heuristic(few, ARCHS["sm_90"], SMS)) is GemmConfig
+    for arch in ("sm_80", "sm_120", "gfx942"):
+        assert {GemmConfig} == set(map(type, search_space(request, ARCHS[arch], SMS)))
 
 
 @pytest.mark.parametrize("arch", ARCHS.values(), ids=lambda arch: arch.name)

@@ -50,8 +50,9 @@ COPY = "scaled_gradient_kernel"
 COPY_OF_WIDE = "wide: " + COPY
 FOLD, UNFOLD, UNSCALE = (f"sections_kernel({name})" for name in ("fold_rows", "unfold_columns", "unscale_rows"))
 SUM_PARTS = "sections_kernel(sum_columns)"
-FOLDED, STREAM, DERIVATIVE, NORM_GRADIENT = (
-    gemm("load_matrix", "load_matrix", f"store_{name}") for name in ("folded", "stream", "derivative", "norm_gradient")
+FOLDED, GATED, STREAM, DERIVATIVE, GATED_DERIVATIVE, NORM_GRADIENT = (
+    gemm("load_matrix", "load_matrix", f"store_{name}")
+    for name in ("folded", "gated", "stream", "derivative", "gated_derivative", "norm_gradient")
 )
 BLOCK_FORWARD = [FOLD, "stream_kernel", FOLDED, "attention_kernel", STREAM, FOLDED, STREAM]
 THROUGH_ATTENTION = [DERIVATIVE, NORM_GRADIENT, INPUT, *ATTENTION_BACKWARD]
@@ -155,6 +156,11 @@ LAUNCHES = {
     },
 }
 
+LAUNCHES["transformer_block-gated"] = {
+    names: [GATED_DERIVATIVE if kernel == DERIVATIVE else kernel for kernel in kernels]
+    for names, kernels in LAUNCHES["transformer_block"].items()
+} | {"forward": [*BLOCK_FORWARD[:5], GATED, STREAM]}
+
 # How many kernels each sample has compiled once it has run, forward and backward, at these batch sizes, one after the
 # other. Triton compiles anew for an integer that is 1 or a multiple of 16, but no such integer follows from the number
 # of rows. What follows from it: a sum in one part is rounded as it is stored, one in several is a sum of float32.
@@ -170,6 +176,7 @@ VARIANTS = {
     "patch_embed": [4] * 6,
     "patch_embed-uint8": [3] * 6,
     "transformer_block": [17, 17, 20, 21, 22, 22],
+    "transformer_block-gated": [18, 18, 21, 22, 23, 23],
     "transformer_block-all": [18, 18, 21, 22, 23, 23],
 }
 

@@ -25,9 +25,10 @@ STREAMS = {
 streams = pytest.mark.parametrize("dtype, stream", STREAMS.values(), ids=STREAMS)
 
 
-def block(dtype, stream, device, trained=True, tokens=21, dim=96, hidden=128):
+def block(dtype, stream, device, trained=True, tokens=21, dim=96, hidden=128, gated=False):
     draw = Draw(dtype, device, dtypes={"x": stream}, trained=trained)
-    return tensors("transformer_block", draw, batch=2, tokens=tokens, dim=dim, heads=3, hidden=hidden)
+    sizes = {"tokens": tokens, "dim": dim, "hidden": hidden, "gated": gated}
+    return tensors("transformer_block", draw, batch=2, heads=3, **sizes)
 
 
 def errors(given: dict, upstream, **options) -> dict[str, tuple[float, float]]:
@@ -205,6 +206,19 @@ def test_blocks_whose_dtypes_the_op_does_not_take_run_on_the_single_ops(change, 
             assert relative_rms(got, module(x)) < 1e-2
 
 
+def test_a_gated_block_is_one_op(device, monkeypatch):
+    module = fastvit.nn.Block(48, 3, qkv_bias=True, mlp_layer=fastvit.nn.SwiGLU, init_values=0.1).to(device)
+    x, calls, original = torch.randn(2, 5, 48, device=device), [], ops.transformer_block
+    monkeypatch.setattr(ops, "transformer_block", lambda *args, **how: calls.append(1) or original(*args, **how))
+    found = []
+    for backend in ("triton", "torch"):
+        with fastvit.use_backend(backend):
+            out = module(x)
+        found.append([out, *torch.autograd.grad(out.square().sum(), list(module.parameters()))])
+    assert len(calls) == 1
+    torch.testing.assert_close(*found)
+
+
 def test_the_library_in_an_operator_called_with_gradients_on(device):
     """As an exported program calls it."""
     given = BY_NAME["layer_norm_linear"].tensors(torch.bfloat16, device)
@@ -245,10 +259,11 @@ def test_nothing_is_kept_where_no_backward_pass_can_come(device):
 
 
 @streams
-def test_fc1_made_again_keeps_less_and_changes_no_gradient(dtype, stream, device):
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+def test_fc1_made_again_keeps_less_and_changes_no_gradient(dtype, stream, gated, device):
     """12 bytes a token and channel in bfloat16 in place of 20, and an eighth of partial statistics."""
     tokens, dim, hidden = 21, 128, 512
-    given = block(dtype, stream, device, tokens=tokens, dim=dim, hidden=hidden)
+    given = block(dtype, stream, device, tokens=tokens, dim=dim, hidden=hidden, gated=gated)
     leaves, upstream = list(given.values()), torch.randn_like(given["x"])
     for scales in ({}, {"layer_scale2": torch.full((dim,), 0.3, dtype=dtype, device=device)}):
         found, kept = [], []
@@ -267,7 +282,7 @@ def test_fc1_made_again_keeps_less_and_changes_no_gradient(dtype, stream, device
         assert all(map(torch.equal, *found))
         saved = sum(kept[0].values()) - sum(kept[1].values())
         rows = 2 * tokens
-        assert saved == rows * (hidden * dtype.itemsize - 2 * kernels.groups_of(dim) * 4)
+        assert saved == rows * ((1 + gated) * hidden * dtype.itemsize - 2 * kernels.groups_of(dim) * 4)
 
 
 def test_a_model_that_makes_fc1_again(device):

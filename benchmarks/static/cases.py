@@ -29,11 +29,14 @@ def _attention(tokens, heads, head_dim, dtype, masked=False, batch=BATCH):
     attention.attention_backward(out, qkv, out, lse, head_dim**-0.5, mask, bias, needs_bias=masked)
 
 
-def whole_block(tokens, dim, dtype, stream=None, scaled=False, batch=BATCH, backward=True, activation="gelu"):
+def whole_block(
+    tokens, dim, dtype, stream=None, scaled=False, batch=BATCH, backward=True, activation="gelu", hidden=None
+):
     """A block as one op: forward, the first of a row and a later one, and backward. stream: the dtype of x and of the
-    parameters, as under autocast. backward=False: forward only, with nothing kept."""
+    parameters, as under autocast. backward=False: forward only, with nothing kept. hidden: of a gated MLP."""
     stream = stream or dtype
-    sizes = {"batch": batch, "tokens": tokens, "dim": dim, "heads": dim // 64, "hidden": 4 * dim}
+    sizes = {"batch": batch, "tokens": tokens, "dim": dim, "heads": dim // 64, "hidden": hidden or 4 * dim}
+    sizes["gated"] = hidden is not None
     x, *given = tensors("transformer_block", Draw(stream, "meta"), BLOCK_SCALES if scaled else (), **sizes).values()
     given += [None] * (18 - len(given))
     how = (dim // 64, 0.125, 1e-6, 1e-6, activation, False)
@@ -121,6 +124,7 @@ def cases() -> list[Case]:
         Case("whole block B/16 bf16 of float32, scaled", lambda: whole_block(197, 768, bf16, fp32, scaled=True)),
         Case("whole block L/16 bf16, scaled", lambda: whole_block(197, 1024, bf16, scaled=True)),
         Case("whole block B/16 fp16, scaled", lambda: whole_block(197, 768, fp16, scaled=True, backward=False)),
+        Case("whole block g/14 bf16, gated", lambda: whole_block(257, 1536, bf16, activation="silu", hidden=4096)),
         Case("whole block B/16 fp32", lambda: whole_block(197, 768, fp32, scaled=True)),
     ]
     for name in ("gelu_tanh", "quick_gelu", "silu"):

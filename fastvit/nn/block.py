@@ -76,7 +76,7 @@ class Block(nn.Module):
         x = x + drop_path1(ls1(attn(norm1(x))))
         x = x + drop_path2(ls2(mlp(norm2(x))))
 
-    Both run as one op wherever the kernels may; elsewhere, and with a gated MLP, each line runs on ops of its own
+    Both run as one op wherever the kernels may; elsewhere each line runs on ops of its own
     (LayerNorm + linear; attention; linear + scales + residual; LayerNorm + MLP + scales + residual). Either is done as
     long as no one could tell it from calling the submodules, as `layers.can_fuse` defines that; where a submodule has
     hooks or was replaced, dropout after a linear layer is active, or torch.fx traces, the line calls its submodules.
@@ -163,7 +163,7 @@ class Block(nn.Module):
     def can_fuse_block(self, x: torch.Tensor) -> bool:
         """Whether both lines run as one op on x, that is, `can_fuse_attention`, `can_fuse_mlp`, and what it takes."""
         norm1, attn, ls1, drop_path1, norm2, mlp, ls2, drop_path2 = submodules(self, _PARTS)
-        if type(attn) is not Attention or type(mlp) is not Mlp:
+        if type(attn) is not Attention or type(mlp) not in (Mlp, SwiGLU):
             return False
         qkv, proj, proj_drop = submodules(attn, _ATTENTION_PARTS)
         fc1, act, fc2, drop1, drop2 = submodules(mlp, (*_MLP_PARTS, "drop1", "drop2"))

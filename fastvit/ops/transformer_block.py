@@ -11,6 +11,7 @@ import torch
 
 from fastvit import dispatch, reference
 from fastvit.dispatch import Op
+from fastvit.reference.ops import gate, is_gated
 
 from . import _common
 from ._common import Operator, dense, or_none, statistics_dtype
@@ -247,9 +248,11 @@ def _check(
     _common.check_shape(name, "proj_weight", proj_weight, (dim, dim), "(D, D)")
     _common.check_shape(name, "proj_bias", proj_bias, (dim,), "(D,)")
     _common.check_matrix(name, "fc1_weight", fc1_weight, "(M, D)", inputs=dim)
-    hidden = fc1_weight.shape[0]
-    _common.check_shape(name, "fc1_bias", fc1_bias, (hidden,), "(M,)")
-    _common.check_shape(name, "fc2_weight", fc2_weight, (dim, hidden), "(D, M)")
+    outputs = fc1_weight.shape[0]
+    _common.check_shape(name, "fc1_bias", fc1_bias, (outputs,), "(M,)")
+    gated = fc2_weight.dim() == 2 and is_gated(fc1_weight, fc2_weight)
+    inputs, shape = (outputs // 2, "(D, M / 2)") if gated else (outputs, "(D, M), or gated (D, M / 2)")
+    _common.check_shape(name, "fc2_weight", fc2_weight, (dim, inputs), shape)
     _common.check_shape(name, "fc2_bias", fc2_bias, (dim,), "(D,)")
     _common.check_scales(name, x, dim, layer_scale1, drop_path_scale1)
     _common.check_scales(name, x, dim, layer_scale2, drop_path_scale2)
@@ -316,6 +319,9 @@ def _torch(*args):
     x = linear_residual(attention(packed, **masks), given["proj_weight"], given["proj_bias"], x, **scales[0])
     norm2, fc1 = (given["norm2_weight"], given["norm2_bias"]), (given["fc1_weight"], given["fc1_bias"])
     fc2 = (given["fc2_weight"], given["fc2_bias"])
+    if is_gated(fc1[0], fc2[0]):
+        gated = gate(layer_norm_linear(x, *norm2, *fc1, eps=given["eps2"]), given["activation"])
+        return linear_residual(gated, *fc2, x, **scales[1])
     how = {"eps": given["eps2"], "activation": given["activation"]}
     return layer_norm_mlp(x, *norm2, *fc1, *fc2, residual=x, **how, **scales[1])
 
@@ -372,7 +378,8 @@ def transformer_block(
         out = x1 + drop_path_scale2 * layer_scale2 * fc2(activation(fc1(norm2(x1))))
 
     x (B, N, D), in the linear layers' dtype or wider; norms (D,); qkv (3 D, D), rows in the order q, k, v; proj (D, D);
-    fc1 (M, D), fc2 (D, M); biases or None; num_heads divides D; scale defaults to (D / num_heads) ** -0.5; activation
+    fc1 (M, D), fc2 (D, M), or gated, activation(gate) * value in place of activation (arXiv 2002.05202), fc1 (2 M, D),
+    the gates first; biases or None; num_heads divides D; scale defaults to (D / num_heads) ** -0.5; activation
     as in `layer_norm_mlp`; layer-scales (D,) and drop-path scales (B,) as in `linear_residual`; masks as in
     `attention`. recompute_fc1: on the kernels, keep 12 bytes a token and channel for a backward pass in bfloat16, not
     20, and run fc1's product once more in it. Returns (B, N, D) in x's dtype. Sums are float32, and gradients are

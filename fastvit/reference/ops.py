@@ -136,8 +136,8 @@ def transformer_block(
     """A pre-norm transformer block (arXiv 2010.11929, eqs. 2 and 3): x (B, N, D) -> (B, N, D).
 
     x1 = x + drop_path_scale1 * layer_scale1 * proj(attention(qkv(norm1(x)))), out = x1 + drop_path_scale2 *
-    layer_scale2 * fc2(activation(fc1(norm2(x1)))); what the single ops say holds of their arguments. recompute_fc1 is
-    the kernels' own matter, and changes no number.
+    layer_scale2 * fc2(activation(fc1(norm2(x1)))), or with an fc1_weight of (2 M, D), `gate` in place of activation;
+    what the single ops say holds of their arguments. recompute_fc1 is the kernels' own matter, and changes no number.
     """
     batch, tokens, dim = x.shape
     qkv = layer_norm_linear(x, norm1_weight, norm1_bias, qkv_weight, qkv_bias, eps=eps1)
@@ -145,9 +145,23 @@ def transformer_block(
     mixed = attention(heads, scale=scale, key_padding_mask=key_padding_mask, attn_bias=attn_bias)
     scales = {"layer_scale": layer_scale1, "drop_path_scale": drop_path_scale1}
     x = linear_residual(mixed, proj_weight, proj_bias, x, **scales)
-    layers = (norm2_weight, norm2_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     scales = {"layer_scale": layer_scale2, "drop_path_scale": drop_path_scale2}
+    if is_gated(fc1_weight, fc2_weight):
+        packed = layer_norm_linear(x, norm2_weight, norm2_bias, fc1_weight, fc1_bias, eps=eps2)
+        return linear_residual(gate(packed, activation), fc2_weight, fc2_bias, x, **scales)
+    layers = (norm2_weight, norm2_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     return layer_norm_mlp(x, *layers, eps=eps2, activation=activation, residual=x, **scales)
+
+
+def is_gated(fc1_weight: torch.Tensor, fc2_weight: torch.Tensor) -> bool:
+    """Whether an MLP's first layer makes a gate and a value for each of the second one's inputs."""
+    return fc1_weight.shape[0] == 2 * fc2_weight.shape[1] > 0
+
+
+def gate(packed: torch.Tensor, activation: str) -> torch.Tensor:
+    """activation(gate) * value of packed (..., 2 M), the gates first (arXiv 2002.05202) -> (..., M)."""
+    gates, values = packed.chunk(2, dim=-1)
+    return ACTIVATIONS[activation](gates) * values
 
 
 def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:

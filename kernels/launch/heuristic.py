@@ -6,9 +6,11 @@ from .hardware import Arch
 from .request import AttentionConfig, Config, GemmConfig, Request, RowConfig, TmaConfig, ceil_div, next_power_of_2
 
 # 16-bit products. LARGE: the largest tile that leaves the loaders and most epilogues their registers; HEAVY: for the
-# epilogue that holds three tiles at once, and where operands take registers; SMALL: for outputs of few tiles.
+# epilogue that holds three tiles at once, and where operands take registers; GATED: for that of six; SMALL: for outputs
+# of few tiles.
 LARGE = GemmConfig(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3)
 HEAVY = GemmConfig(BLOCK_M=128, BLOCK_N=64, BLOCK_K=64, num_warps=8, num_stages=3)
+GATED = GemmConfig(BLOCK_M=64, BLOCK_N=32, BLOCK_K=64, num_warps=4, num_stages=3)
 SMALL = GemmConfig(BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, num_warps=4, num_stages=3)
 # By TMA. WIDE_TMA: the widest tile whose epilogue, in four parts, leaves the accumulator its registers; TMA: for those
 # that hold more.
@@ -28,7 +30,7 @@ def heuristic(request: Request, arch: Arch, sms: int) -> Config:
         if tma and ceil_div(m, TMA.BLOCK_M) * ceil_div(n, TMA.BLOCK_N) >= sms:
             epilogue = request.parts.epilogue
             light = epilogue.tiles == 1 and not epilogue.beside and request.parts.out_dtype.itemsize == 2
-            return WIDE_TMA if light else TMA
+            return WIDE_TMA if light else TMA._replace(SUBTILES=8) if epilogue.tiles > 3 else TMA
         return pointer_heuristic(request, arch, sms)
     if request.kernel == "attention_forward":
         return _attention_forward(request, arch)
@@ -59,6 +61,8 @@ def _gemm_tile(request: Request, arch: Arch, sms: int) -> GemmConfig:
             config = FULL_PRECISION._replace(num_stages=2)  # of three, some spill with Triton 3.6 or 3.7
     elif request.parts.gathers:
         config = GATHERED
+    elif epilogue.tiles > 3:
+        config = GATED
     elif epilogue.tiles > 2 or not arch.has_wgmma:
         config = HEAVY
     elif ceil_div(m, LARGE.BLOCK_M) * ceil_div(n, LARGE.BLOCK_N) < sms:
@@ -73,7 +77,7 @@ def _gemm_tile(request: Request, arch: Arch, sms: int) -> GemmConfig:
             elif epilogue.scatters and arch.name == "sm_90":
                 config = HEAVY
         if epilogue.wide and arch.name == "sm_100":
-            config = HEAVY._replace(num_warps=4)  # of LARGE, Triton 3.6 spills
+            config = HEAVY  # of LARGE, Triton 3.6 spills
     # CDNA3 has 64 KiB of shared memory a block, room for two stages.
     return config._replace(num_stages=min(config.num_stages, 2)) if arch.backend == "hip" else config
 
