@@ -30,7 +30,8 @@ from .decide import Clock, CudaClock, Run, measure
 from .examples import Draw
 from .kernels.launch import choice, cost, hardware
 from .kernels.launch.absent import launching_by, target_of, without_gpu
-from .kernels.launch.request import Config, LibraryConfig, Request
+from .kernels.launch.heuristic import library
+from .kernels.launch.request import Config, Request
 from .kernels.launch.search import search_space
 
 KEEP, ALL = 8, sys.maxsize  # configs that are measured beside the heuristic's
@@ -163,8 +164,8 @@ def pruned(request: Request, arch: hardware.Arch, sms: int, keep: int | None = N
     """The configs to measure, with their estimates in seconds: what runs unmeasured, of a product both ours and the
     library's, then the `keep` most promising, `KEEP` if not said."""
     first, *rest = search_space(request, arch, sms)
-    library = [LibraryConfig()] if request.kernel == "gemm" else []
-    heads = sorted((first, *library), key=lambda config: config != choice.unmeasured(request, arch, sms))
+    twin = [library(request)] if request.kernel == "gemm" else []
+    heads = sorted((first, *twin), key=lambda config: config != choice.unmeasured(request, arch, sms))
     estimates = {config: cost.request_seconds(request, config, arch, sms) for config in (*heads, *rest)}
     return {config: estimates[config] for config in (*heads, *sorted(rest, key=estimates.get)[: keep or KEEP])}
 

@@ -160,7 +160,7 @@ def store_gated(acc, i, j, part, target, size_i, size_j, ACTIVATION: tl.constexp
     PAIRS: tl.constexpr = acc.shape[1] // 2
     gate, value = tl.split(tl.reshape(y, (acc.shape[0], PAIRS, 2)))
     columns = size_j // 2
-    j = tl.min(j, axis=0) // 2 + tl.arange(0, PAIRS)
+    j = tl.multiple_of(tl.min(j, axis=0) // 2, PAIRS) + tl.arange(0, PAIRS)
     hidden = activate(gate, ACTIVATION, ptr.dtype.element_ty) * value
     mask = (i < size_i)[:, None] & (j < columns)[None, :]
     tl.store(ptr + (i.to(tl.int64)[:, None] * columns + j[None, :]), hidden.to(ptr.dtype.element_ty), mask=mask)
@@ -242,7 +242,7 @@ def store_gated_derivative(acc, i, j, part, target, size_i, size_j, ACTIVATION: 
     ROWS: tl.constexpr = acc.shape[0]
     PAIRS: tl.constexpr = acc.shape[1]
     row_ok, row, columns = (i < size_i)[:, None], i.to(tl.int64)[:, None], 2 * size_j
-    both = 2 * tl.min(j, axis=0) + tl.arange(0, 2 * PAIRS)
+    both = tl.multiple_of(2 * tl.min(j, axis=0), 2 * PAIRS) + tl.arange(0, 2 * PAIRS)
     mask = row_ok & (both < columns)[None, :]
     y = tl.load(y_ptr + (row * columns + both[None, :]), mask=mask, other=0.0).to(acc.dtype)
     gate, value = tl.split(tl.reshape(y, (ROWS, PAIRS, 2)))

@@ -145,7 +145,7 @@ def test_the_heuristics_choices(archs, requests, config):
         ((tiles.MATRIX, tiles.MATRIX, block_tiles.FOLDED_ACTIVATED, "gelu"), (128, 256, 64, 8, 3, 8, 4)),
         ((tiles.MATRIX, tiles.MATRIX, block_tiles.FOLDED_KEPT, "gelu"), (128, 128, 64, 8, 4, 8, 2)),
         (HEAVY, (128, 128, 64, 8, 4, 8, 2)),
-        (GATED_HEAVY, (128, 128, 64, 8, 4, 8, 8)),
+        (GATED_HEAVY, (128, 128, 64, 8, 4, 8, 4)),
     ],
 )
 def test_tiles_by_tma(made_of, config):

@@ -178,9 +178,15 @@ def test_a_float16_block_is_one_op_until_a_backward_pass_may_come(device, monkey
     module.requires_grad_(False)
     module(x)
     assert len(calls) == 2
+    bias = torch.zeros(5, 5, device=device, dtype=torch.float16, requires_grad=True)
+    module(x, attn_mask=bias).sum().backward()
+    weight = module.mlp.fc1.weight.detach().clone().requires_grad_()
+    del module.mlp.fc1.weight
+    module.mlp.fc1.weight = weight  # as parametrizations put one there
+    module(x).sum().backward()
     module.ls2.gamma.requires_grad_()
     module(x).sum().backward()
-    assert len(calls) == 2 and module.ls2.gamma.grad.isfinite().all()
+    assert len(calls) == 2 and module.ls2.gamma.grad.isfinite().all() and bias.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("change", ["float16", "float16 autocast", "mixed", "autocast"])
@@ -285,14 +291,19 @@ def test_fc1_made_again_keeps_less_and_changes_no_gradient(dtype, stream, gated,
         assert saved == rows * ((1 + gated) * hidden * dtype.itemsize - 2 * kernels.groups_of(dim) * 4)
 
 
-def test_a_model_that_makes_fc1_again(device):
+def test_a_model_that_makes_fc1_again(device, monkeypatch):
     model = fastvit.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=3).to(device)
+    original, asked = ops.transformer_block, []
+    note = lambda *args, **how: asked.append(how["recompute_fc1"]) or original(*args, **how)  # noqa: E731
+    monkeypatch.setattr(ops, "transformer_block", note)
     images, found = torch.randn(1, 3, 32, 32, device=device), []
     for enable in (False, "fc1", True):
         model.set_grad_checkpointing(enable)
         assert [block.recompute_fc1 for block in model.blocks] == [enable == "fc1"] * 2
         assert model.grad_checkpointing == (enable is True)
         found.append(torch.autograd.grad(model(images).square().sum(), list(model.parameters())))
+        assert set(asked) == {enable == "fc1"}
+        asked.clear()
     assert all(map(torch.equal, found[0], found[1]))
     torch.testing.assert_close(found[0], found[2])
     with pytest.raises(ValueError, match="'fc2'"):

@@ -11,6 +11,12 @@ _SPILLS = (
     ("3.6.0", "sm_100", "attention_backward_dkdv_kernel", "attention d=80 bf16, masked"),
     ("3.6.0", "sm_120", "gemm_kernel load_matrix load_patches store", "patch embedding B/32 *"),
     ("3.6.0", "gfx942", "gemm_kernel load_matrix load_normalised store", "block B/16 bf16, float32 stream, scaled"),
+    (
+        "3.9.0",
+        "sm_80",
+        "gemm_kernel load_scaled * store_activation_gradient",
+        "block B/16 bf16, float32 stream, scaled",
+    ),
     ("3.9.0", "sm_80", "gemm_kernel load_matrix load_patches store", "patch embedding L/14 fp16"),
     ("3.9.0", "sm_80", "attention_backward_dkdv_kernel", "attention d=64 fp32"),
     ("3.9.0", "sm_80", "attention_backward_dkdv_kernel", "attention d=128 fp32"),

@@ -25,8 +25,8 @@ from fastvit.kernels.launch import choice, cost
 from fastvit.kernels.launch import request as requests
 from fastvit.kernels.launch.absent import target_of, without_gpu
 from fastvit.kernels.launch.hardware import ARCHS, Arch
-from fastvit.kernels.launch.heuristic import heuristic
-from fastvit.kernels.launch.request import Config, Request
+from fastvit.kernels.launch.heuristic import heuristic, library
+from fastvit.kernels.launch.request import Config, LibraryConfig, Request
 from fastvit.kernels.launch.search import search_space
 from triton.runtime.jit import JITFunction
 
@@ -98,9 +98,9 @@ class _Catcher:
             )
 
     def _watch(self, request: Request, run: Callable[[Config], object]) -> None:
-        chosen = dict.fromkeys(
-            [heuristic(request, self.arch, self.arch.sms), *self.tuned.get(_without_shape(request.key), [])]
-        )
+        ours = heuristic(request, self.arch, self.arch.sms)
+        twin = [library(request)] if request.kernel == "gemm" else []
+        chosen = dict.fromkeys([ours, *twin, *self.tuned.get(_without_shape(request.key), [])])
         if self._only_candidates:
             others = search_space(request, self.arch, self.arch.sms)[1:]
             chosen = sorted(others, key=lambda config: cost.request_seconds(request, config, self.arch))[:CANDIDATES]
@@ -122,7 +122,8 @@ class _Catcher:
             bound, specialization, options = binder(*args, **kwargs)
             new = Launch(self.arch.name, self._case.label, kernel, args, kwargs, shipped=not self._only_candidates)
             launch = self.found.setdefault((kernel, str(specialization), str(options)), new)
-            if self._choice is not None:
+            # Of the library's form these are the small kernels around it, which have no estimate of their own.
+            if self._choice is not None and type(self._choice[1]) is not LibraryConfig:
                 size = grid(bound) if callable(grid) else grid
                 blocks = 1
                 for extent in size:

@@ -90,6 +90,7 @@ class Block(nn.Module):
     """
 
     __prepare_scriptable__ = refuse_scripting
+    recompute_fc1 = False
 
     def __init__(
         self,
@@ -125,7 +126,6 @@ class Block(nn.Module):
         mlp_class = _ours("mlp_layer", mlp_layer, {"Mlp": Mlp, "SwiGLUPacked": SwiGLU})
 
         self.dim = dim
-        self.recompute_fc1 = False
         self.norm1 = build_layer_norm(norm_layer, dim, **dd)
         self.attn = attn_class(
             dim,
@@ -160,7 +160,7 @@ class Block(nn.Module):
         *_, norm, mlp, layer_scale, drop_path = submodules(self, _PARTS)
         return can_fuse((mlp, norm, layer_scale, drop_path), _MLP_ROLES) and norm_complete(norm) and mlp.can_fuse()
 
-    def can_fuse_block(self, x: torch.Tensor) -> bool:
+    def can_fuse_block(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None) -> bool:
         """Whether both lines run as one op on x, that is, `can_fuse_attention`, `can_fuse_mlp`, and what it takes."""
         norm1, attn, ls1, drop_path1, norm2, mlp, ls2, drop_path2 = submodules(self, _PARTS)
         if type(attn) is not Attention or type(mlp) not in (Mlp, SwiGLU):
@@ -174,7 +174,11 @@ class Block(nn.Module):
             and norm_complete(norm2)
             and not (dropout_active(proj_drop) or dropout_active(drop1) or dropout_active(drop2) or attn.dropout_p())
             and attn.num_heads * attn.head_dim == self.dim
-            and ops.takes_block(x, weights(qkv, proj, fc1, fc2)[::2], self.parameters())
+            and ops.takes_block(
+                x,
+                weights(qkv, proj, fc1, fc2)[::2],
+                lambda: [*weights(norm1, qkv, proj, norm2, fc1, fc2), *self.parameters(), attn_mask],
+            )
         )
 
     def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False) -> torch.Tensor:
@@ -183,7 +187,7 @@ class Block(nn.Module):
         if not tracing:
             check_input(x, self.dim)
         norm1, attn, ls1, drop_path1, norm2, mlp, ls2, drop_path2 = submodules(self, _PARTS)
-        if not tracing and dispatch.may_fuse_blocks(x) and self.can_fuse_block(x):
+        if not tracing and dispatch.may_fuse_blocks(x) and self.can_fuse_block(x, attn_mask):
             batch, tokens, _ = x.shape
             key_padding_mask, attn_bias = masks(attn_mask, is_causal, batch, attn.num_heads, tokens, x)
             qkv, proj, _ = submodules(attn, _ATTENTION_PARTS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -281,20 +281,21 @@ def _unsupported(x, *others):
     return reasons
 
 
-def takes_float16(x: torch.Tensor, dtype: torch.dtype, trained: Iterable[torch.Tensor | None]) -> bool:
+def takes_float16(x: torch.Tensor, dtype: torch.dtype, trained: list[torch.Tensor | None]) -> bool:
     """Whether the op takes x beside products in `dtype`, as far as float16's range goes; trained: all that may be."""
     return dtype != torch.float16 or (x.dtype == dtype and not dispatch.needs_grad(x, *trained))
 
 
-def takes_block(x: torch.Tensor, weights: list[torch.Tensor], parameters: Iterable[torch.Tensor]) -> bool:
-    """Whether these linear layers' weights are a block's whose dtypes the op takes, beside x; parameters: all of it."""
+def takes_block(x: torch.Tensor, weights: list[torch.Tensor], trained: Callable[[], list]) -> bool:
+    """Whether these linear layers' weights are a block's whose dtypes the op takes, beside x. trained: has all that may
+    be."""
     dtype = weights[0].dtype
     if dispatch.autocasting(x):
         dtype = _common.compute_dtype(x, weights[0])
         fits = torch.promote_types(x.dtype, dtype) == x.dtype
     else:
         fits = len({weight.dtype for weight in weights}) == 1
-    return fits and takes_float16(x, dtype, parameters)
+    return fits and (dtype != torch.float16 or takes_float16(x, dtype, trained()))
 
 
 def _by_name(args: tuple) -> tuple[torch.Tensor, dict]:
@@ -381,10 +382,10 @@ def transformer_block(
     fc1 (M, D), fc2 (D, M), or gated, activation(gate) * value in place of activation (arXiv 2002.05202), fc1 (2 M, D),
     the gates first; biases or None; num_heads divides D; scale defaults to (D / num_heads) ** -0.5; activation
     as in `layer_norm_mlp`; layer-scales (D,) and drop-path scales (B,) as in `linear_residual`; masks as in
-    `attention`. recompute_fc1: on the kernels, keep 12 bytes a token and channel for a backward pass in bfloat16, not
-    20, and run fc1's product once more in it. Returns (B, N, D) in x's dtype. Sums are float32, and gradients are
-    rounded once, to their parameter's dtype. Raises TypeError for a dtype, ValueError for a shape, name or device that
-    does not fit, before any launch.
+    `attention`. recompute_fc1: on the kernels, keep no output of fc1 for a backward pass, and run its product once more
+    in it: in bfloat16, with an MLP of 4 D, 12 bytes a token and channel, not 20. Returns (B, N, D) in x's dtype. Sums
+    are float32, and gradients are rounded once, to their parameter's dtype. Raises TypeError for a dtype, ValueError
+    for a shape, name or device that does not fit, before any launch.
     """
     layers = (norm1_weight, norm1_bias, qkv_weight, qkv_bias, proj_weight, proj_bias)
     layers += (norm2_weight, norm2_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)

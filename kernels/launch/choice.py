@@ -14,7 +14,7 @@ import torch
 import triton
 
 from . import cost, hardware, rehearsal
-from .heuristic import heuristic
+from .heuristic import heuristic, library
 from .request import Config, LibraryConfig, Request
 from .validity import why_invalid
 
@@ -112,11 +112,11 @@ def unmeasured(request: Request, arch: hardware.Arch, sms: int) -> Config:
     ours = heuristic(request, arch, sms)
     if request.kernel != "gemm":
         return ours
-    library = LibraryConfig()
+    twin = library(request)
     if request.parts.epilogue.sums or request.dtype.itemsize > 2:
-        return library
-    seconds, library_seconds = (cost.request_seconds(request, config, arch, sms) for config in (ours, library))
-    return ours if EXPECTED_GAIN * seconds <= library_seconds else library
+        return twin
+    seconds, twin_seconds = (cost.request_seconds(request, config, arch, sms) for config in (ours, twin))
+    return ours if EXPECTED_GAIN * seconds <= twin_seconds else twin
 
 
 @contextlib.contextmanager
@@ -134,7 +134,7 @@ def forcing(config_of: Callable[[Request], Config | None]) -> Iterator[None]:
 
 def by_library() -> contextlib.AbstractContextManager[None]:
     """In the `with` body every product is the library's."""
-    return forcing(lambda request: LibraryConfig() if request.kernel == "gemm" else None)
+    return forcing(lambda request: library(request) if request.kernel == "gemm" else None)
 
 
 @contextlib.contextmanager

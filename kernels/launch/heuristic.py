@@ -3,7 +3,17 @@
 from __future__ import annotations
 
 from .hardware import Arch
-from .request import AttentionConfig, Config, GemmConfig, Request, RowConfig, TmaConfig, ceil_div, next_power_of_2
+from .request import (
+    AttentionConfig,
+    Config,
+    GemmConfig,
+    LibraryConfig,
+    Request,
+    RowConfig,
+    TmaConfig,
+    ceil_div,
+    next_power_of_2,
+)
 
 # 16-bit products. LARGE: the largest tile that leaves the loaders and most epilogues their registers; HEAVY: for the
 # epilogue that holds three tiles at once, and where operands take registers; GATED: for that of six; SMALL: for outputs
@@ -30,7 +40,7 @@ def heuristic(request: Request, arch: Arch, sms: int) -> Config:
         if tma and ceil_div(m, TMA.BLOCK_M) * ceil_div(n, TMA.BLOCK_N) >= sms:
             epilogue = request.parts.epilogue
             light = epilogue.tiles == 1 and not epilogue.beside and request.parts.out_dtype.itemsize == 2
-            return WIDE_TMA if light else TMA._replace(SUBTILES=8) if epilogue.tiles > 3 else TMA
+            return WIDE_TMA if light else TMA._replace(SUBTILES=4) if epilogue.tiles > 3 else TMA
         return pointer_heuristic(request, arch, sms)
     if request.kernel == "attention_forward":
         return _attention_forward(request, arch)
@@ -43,6 +53,11 @@ def heuristic(request: Request, arch: Arch, sms: int) -> Config:
     elements = 2048 if request.kernel == "layer_norm_backward" else 4096
     block = next_power_of_2(request.shape[1])
     return RowConfig(BLOCK_ROWS=max(1, elements // block), BLOCK_D=block, num_warps=8 if block > 2048 else 4)
+
+
+def library(request: Request) -> LibraryConfig:
+    """The library's form of a product, with the tile of the small kernels around it."""
+    return LibraryConfig(BLOCK_N=64) if request.parts.epilogue.tiles > 3 else LibraryConfig()
 
 
 def pointer_heuristic(request: Request, arch: Arch, sms: int) -> GemmConfig:

@@ -24,6 +24,8 @@ _TILES_16_BIT = (
     (64, 64, 64, 4),
     (64, 64, 128, 4),
 )
+# Of epilogues that hold six tiles.
+_TILES_GATED = ((64, 32, 64, 4), (128, 32, 64, 8), (64, 64, 64, 8), (32, 64, 64, 4))
 # By TMA: BLOCK_M, BLOCK_N, num_warps, num_stages, SUBTILES.
 _TILES_TMA = (
     (128, 256, 8, 3, 4),
@@ -73,7 +75,7 @@ def _gemm_candidates(request: Request, arch: Arch, sms: int) -> Iterator[Config]
     elif request.parts.gathers:
         tiles, stages_tried = _TILES_GATHERED, (1, 3)
     else:
-        tiles, stages_tried = _TILES_16_BIT, (3, 4)
+        tiles, stages_tried = _TILES_GATED if request.parts.epilogue.tiles > 3 else _TILES_16_BIT, (3, 4)
     if arch.backend == "hip":
         stages_tried = (1, 2)
     sums = request.parts.epilogue.sums

@@ -80,7 +80,7 @@ def _tma_rules(config: TmaConfig, request: Request, arch: Arch) -> list[str]:
     if not request.parts.tma:
         reasons.append("an operand is not as TMA takes it")
     width = config.BLOCK_N // config.SUBTILES
-    if config.SUBTILES not in (1, 2, 4, 8) or width % max(16, columns := request.parts.epilogue.columns):
+    if config.SUBTILES not in (1, 2, 4) or width % max(16, columns := request.parts.epilogue.columns):
         reasons.append(f"parts of {width} columns, but the epilogue takes groups of {max(16, columns)}")
     return reasons + _warpgroup_rules(config.BLOCK_M, config.num_warps, request, arch)
 
