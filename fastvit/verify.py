@@ -355,7 +355,7 @@ DEVICE = Sizes(
 )
 
 # Small enough for a second a case in Triton's interpreter, on a real width; tokens that no block size divides. float16
-# takes the same paths there as bfloat16.
+# takes the same paths there as bfloat16, but for a block's layer-scale.
 INTERPRETER = Sizes(
     batch=2,
     widths={"Ti": 192},

@@ -19,7 +19,8 @@ as well, for second derivatives; and the folded weights. Recomputed: the activat
 on demand the pre-activation, by fc1's product once more: 6 D elements are left, and x1's partial statistics.
 A call must move, for M tokens of D channels, H hidden, elements of size s, beyond the weights: forward
 M (14 D + 2 H) s, and M H s more where a backward pass may come; backward M (33 D + 6 H) s, of which the gradients of
-weights read M (8 D + 2 H) s. Attention's kernels are 4 D and 11 D of these.
+weights read M (8 D + 2 H) s. Attention's kernels are 4 D and 11 D of these. Gated, with 2 H outputs of fc1, it is one H
+more where a backward pass may come, and 4 H more backward, one of them for a weight.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A product in the library's form: torch.mm between two small kernels, made of the functions that `gemm_kernel` is.
 
-    operands that are not plain: PROLOGUE, written to memory
+    operands that are not plain: PROLOGUE, written to memory; of another dtype: rounded by the library
     torch.mm, or where the epilogue is a bias, torch.addmm
     the epilogue, where the library did not do all of it: EPILOGUE of the stored product
 
@@ -67,8 +67,8 @@ def launch(request: Request, config: LibraryConfig, a: tuple, b: tuple, target: 
 def _operand(request: Request, config, prologue: Prologue, source: tuple, shape, axis) -> torch.Tensor:
     """What `prologue` loads of `source`, as a matrix in the products' dtype. axis: the one that counts tokens."""
     matrix, *strides = source
-    if prologue is MATRIX and matrix.dtype == request.dtype:
-        return matrix.as_strided(shape, strides)
+    if prologue is MATRIX:
+        return matrix.as_strided(shape, strides).to(request.dtype)
     out = torch.empty(shape, dtype=request.dtype, device=matrix.device)
     _apply(request, config, prologue, source, INPUT_GRADIENT.store, (out,), shape, axis)
     return out

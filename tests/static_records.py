@@ -52,5 +52,6 @@ FLAWED = {
     "serialized": replace(GOOD, serialized=True),
     "no HGMMA": replace(GOOD, tensor_core={"HMMA": 4}),
     "scalar loads": replace(GOOD, loop_loads_by_bits={128: 7, 32: 4, 16: 4}),
+    "narrow stores": replace(GOOD, stores_by_bits={128: 7, 16: 8}),
     "missed fusion": replace(GOOD, missed_fusions=8),
 }

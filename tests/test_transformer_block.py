@@ -295,7 +295,11 @@ def test_a_model_that_makes_fc1_again(device, monkeypatch):
     size = {"img_size": 32, "embed_dim": 48, "depth": 2, "num_classes": 3}
     model = fastvit.create_model("vit_tiny_patch16_224", **size).to(device)
     original, asked = ops.transformer_block, []
-    note = lambda *args, **how: asked.append(how["recompute_fc1"]) or original(*args, **how)  # noqa: E731
+
+    def note(*args, recompute_fc1, **how):
+        asked.append(recompute_fc1)
+        return original(*args, recompute_fc1=recompute_fc1, **how)
+
     monkeypatch.setattr(ops, "transformer_block", note)
     images, found = torch.randn(1, 3, 32, 32, device=device), []
     for enable in (False, "fc1", True):

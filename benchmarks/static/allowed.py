@@ -1,6 +1,6 @@
 """The exceptions to the gates, with their reasons. An entry that a whole run does not need any more fails it."""
 
-from .gates import SCALAR, SERIALIZED, SPILL, Allowed
+from .gates import NARROW, SCALAR, SERIALIZED, SPILL, Allowed
 
 # (Triton, architecture, kernel, case) of kernels that keep a few bytes, 40 at most, outside their main loops.
 _SPILLS = (
@@ -64,11 +64,14 @@ ALLOWED: tuple[Allowed, ...] = (
         kernel="gemm_kernel *load_patches *",
         case="patch embedding *, uint8",
     ),
-    Allowed(
-        SCALAR,
-        "A flattened patch has its channels outermost, a channels_last image has them innermost: neighbours in the "
-        "tile are three elements apart in memory.",
-        case="patch embedding *, channels_last",
+    *(
+        Allowed(
+            gate,
+            "A flattened patch has its channels outermost, a channels_last image has them innermost: neighbours in the "
+            "tile are three elements apart in memory.",
+            case="patch embedding *, channels_last",
+        )
+        for gate in (SCALAR, NARROW)
     ),
     Allowed(
         SCALAR,

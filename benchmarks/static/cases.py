@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from fastvit.kernels import (
     attention,
@@ -129,7 +131,7 @@ def cases() -> list[Case]:
     ]
     for name in ("gelu_tanh", "quick_gelu", "silu"):
         listed.append(Case(f"block S/16 bf16, {name}", lambda name=name: _block(197, 384, bf16, activation=name)))
-        whole = lambda name=name: whole_block(197, 768, bf16, activation=name)  # noqa: E731
+        whole = partial(whole_block, 197, 768, bf16, activation=name)
         listed.append(Case(f"whole block B/16 bf16, {name}", whole))
     for width in (16, 32, 48, 64, 72, 80, 88, 96, 104, 112, 128):
         call = lambda width=width: _attention(197, 12, width, bf16)  # noqa: E731

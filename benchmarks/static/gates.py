@@ -11,7 +11,7 @@ from fastvit.kernels.launch.hardware import ARCHS
 from .record import DOT_16, NO_DOT, Record
 
 COMPILE, SPILL, SHARED, SERIALIZED = "compile", "spill", "shared memory", "serialized"
-NO_HGMMA, SCALAR, FUSION = "no HGMMA", "scalar loads", "missed fusion"
+NO_HGMMA, SCALAR, NARROW, FUSION = "no HGMMA", "scalar loads", "narrow stores", "missed fusion"
 GATES = {
     COMPILE: "the compiler, or the launcher, raises",
     SPILL: "registers are kept in local memory",
@@ -23,6 +23,8 @@ GATES = {
     "does not, for a stride whose divisibility is lost or a gather, takes eight to sixty-four loads where one to eight "
     "would do. The few narrow loads of a row's statistics or scales, beside wide ones of the tiles, are as they"
     " should be",
+    NARROW: "eight or more stores of 16 bits or less a thread, of an element each, where rows that are contiguous and "
+    "aligned take 64 or 128 bits a store",
     FUSION: "eight or more multiplications a thread have a result that only additions read, and are not fused with "
     "them: `tl.where` stands between, or fusion is switched off. A multiplication whose result something else reads "
     "too (softmax's row maximum) and additions of other values (softmax's sums) do not count, nor does one "
@@ -53,6 +55,8 @@ def findings(record: Record) -> dict[str, str]:
     wide = sum(count for bits, count in record.loop_loads_by_bits.items() if bits > 32) + record.loop.get("UTMALDG", 0)
     if record.dot != NO_DOT and narrow >= FEW and narrow > wide:
         found[SCALAR] = f"{narrow} loads of 32 bits or less in its main loop, beside {wide} wider ones"
+    if (elements := sum(count for bits, count in record.stores_by_bits.items() if bits <= 16)) >= FEW:
+        found[NARROW] = f"{elements} stores of 16 bits or less"
     if record.missed_fusions >= FEW:
         found[FUSION] = f"{record.missed_fusions} multiplications that only additions read are not fused with them"
     return found

@@ -76,17 +76,17 @@ class Block(nn.Module):
         x = x + drop_path1(ls1(attn(norm1(x))))
         x = x + drop_path2(ls2(mlp(norm2(x))))
 
-    Both run as one op wherever the kernels may; elsewhere each line runs on ops of its own
-    (LayerNorm + linear; attention; linear + scales + residual; LayerNorm + MLP + scales + residual). Either is done as
-    long as no one could tell it from calling the submodules, as `layers.can_fuse` defines that; where a submodule has
-    hooks or was replaced, dropout after a linear layer is active, or torch.fx traces, the line calls its submodules.
+    Both run as one op wherever the kernels may; elsewhere each line runs on ops of its own (LayerNorm + linear;
+    attention; linear + scales + residual; LayerNorm + MLP + scales + residual). Either is done as long as no one could
+    tell it from calling the submodules, as `layers.can_fuse` defines that; where a submodule has hooks or was replaced,
+    dropout after a linear layer is active, or torch.fx traces, the line calls its submodules.
 
     Parameters: norm1, attn.qkv, attn.proj, ls1.gamma, norm2, mlp.fc1, mlp.fc2, ls2.gamma, the `ls*` only where
     init_values, their first value, is given. mlp_layer is Mlp or SwiGLU; timm's own Attention, Mlp and SwiGLUPacked
     are taken to mean ours. depth, which timm passes, means nothing to the attention here. Set `recompute_fc1` to have
-    the kernels keep less for a backward pass, see `ops.transformer_block`. Raises TypeError for other
-    layer classes, ValueError for sizes and rates that are none, and for what the layers do not have (qk_norm,
-    scale_attn_norm, scale_mlp_norm).
+    the kernels keep less for a backward pass, see `ops.transformer_block`. Raises TypeError for other layer classes,
+    ValueError for sizes and rates that are none, and for what the layers do not have (qk_norm, scale_attn_norm,
+    scale_mlp_norm).
     """
 
     __prepare_scriptable__ = refuse_scripting
