@@ -6,6 +6,7 @@ from .gates import NARROW, SCALAR, SERIALIZED, SPILL, Allowed
 _SPILLS = (
     ("3.6.0", "sm_8[09]", "gemm_kernel load_normalised *", "block B/16 bf16, float32 stream, scaled"),
     ("3.6.0", "sm_89", "gemm_kernel load_normalised *", "block B/16 fp32"),
+    ("3.6.0", "sm_120", "gemm_kernel load_scaled * store_activation_gradient", "block B/16 fp16, scaled"),
     ("3.6.0", "sm_8[09]", "gemm_kernel load_matrix load_matrix store_derivative", "whole block * bf16*"),
     ("3.6.0", "sm_120", "gemm_kernel load_matrix load_matrix store_derivative", "whole block S/16 bf16"),
     ("3.6.0", "sm_80", "apply_kernel load_matrix store_gated", "whole block g/14 bf16, gated"),
@@ -22,8 +23,7 @@ _SPILLS = (
     ),
     ("3.9.0", "sm_80", "gemm_kernel load_matrix load_patches store", "patch embedding L/14 fp16"),
     ("3.9.0", "sm_80", "attention_backward_dkdv_kernel", "attention d=64 fp32"),
-    ("3.[69].0", "sm_120", "gemm_kernel load_scaled * store_activation_gradient", "block B/16 fp16, scaled"),
-    ("3.[69].0", "sm_89", "apply_kernel load_matrix store_folded", "whole block B/16 fp32"),
+    ("3.9.0", "sm_89", "apply_kernel load_matrix store_folded", "whole block B/16 fp32"),
     ("3.9.0", "sm_80", "attention_backward_dkdv_kernel", "attention d=128 fp32"),
     ("3.9.0", "sm_120", "gemm_kernel load_matrix load_patches store", "patch embedding B/32 *"),
 )
@@ -63,6 +63,12 @@ ALLOWED: tuple[Allowed, ...] = (
         "The gain and shift of a pixel's channel are gathered for every column of the tile, each by itself.",
         kernel="gemm_kernel *load_patches *",
         case="patch embedding *, uint8",
+    ),
+    Allowed(
+        NARROW,
+        "A flattened patch of 14 x 14 pixels, or a row of such an image, starts at multiples of 8 or 4 bytes. Triton "
+        "is told only whether a stride is a multiple of 16, and takes it for unaligned.",
+        case="patch embedding L/14 *",
     ),
     *(
         Allowed(
