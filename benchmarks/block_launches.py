@@ -1,5 +1,5 @@
 """What docs/kernels.md shows: the launches of a block as one op, what each does, must move and is estimated to take on
-an H100, as tables and as a picture. Nothing here was measured.
+an H100, as tables and as a picture; and attention's tiles. Nothing here was measured.
 
     python benchmarks/block_launches.py        # or: make kernels
 
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from fastvit.benchmarks import attention_tiles
 from fastvit.benchmarks.report.summary import between
 from fastvit.benchmarks.static.cases import whole_block
 from fastvit.kernels import attention, gemm, tiles, twin
@@ -221,6 +222,8 @@ def filled(page: str) -> str:
         "inference": table(of_block(dim, False), dim),
         "training": table(of_block(dim, True), dim),
         "models": models(),
+        "tiles": attention_tiles.table(),
+        "heads": attention_tiles.head_dims(),
     }
     for name, lines in parts.items():
         page = between(page, f"<!-- {name}:begin -->", f"<!-- {name}:end -->", "\n".join(lines), PAGE.name)
@@ -231,6 +234,7 @@ def main() -> None:
     both = of_block(MODELS["B"][0], True)
     kept = next(i for i, one in enumerate(both) if one.name == "scaled_gradient_kernel")
     picture(both[:kept], both, PAGE.parent / "kernels" / "block.png")
+    attention_tiles.picture(PAGE.parent / "kernels" / "attention.png")
     report.write_atomically(PAGE, filled(PAGE.read_text(encoding="utf-8")).encode())
     print(PAGE)
 

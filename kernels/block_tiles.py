@@ -302,8 +302,8 @@ def store_norm_gradient(acc, i, j, part, target, size_i, size_j, ACTIVATION: tl.
 
 @triton.jit
 def store_with_delta(acc, i, j, part, target, size_i, size_j, HEAD_DIM: tl.constexpr):
-    """The gradient of attention's output, and its product with the output summed by head: (B, H, N)."""
-    ptr, delta_ptr, out_ptr, tokens, heads = target
+    """The gradient of attention's output, and its product with the output summed by head: (B, H, padded_tokens)."""
+    ptr, delta_ptr, out_ptr, tokens, padded_tokens, heads = target
     WITHIN: tl.constexpr = acc.shape[1] // HEAD_DIM
     row_ok = i < size_i
     mask = row_ok[:, None] & (j < size_j)[None, :]
@@ -314,7 +314,8 @@ def store_with_delta(acc, i, j, part, target, size_i, size_j, HEAD_DIM: tl.const
     delta = tl.sum(tl.reshape(dout.to(acc.dtype) * out, (acc.shape[0], WITHIN, HEAD_DIM)), axis=2)
     head = tl.min(j, axis=0) // HEAD_DIM + tl.arange(0, WITHIN)
     row = ((i // tokens).to(tl.int64) * heads)[:, None] + head[None, :]
-    tl.store(delta_ptr + (row * tokens + (i % tokens)[:, None]), delta, mask=row_ok[:, None] & (head < heads)[None, :])
+    where = row * padded_tokens + (i % tokens)[:, None]
+    tl.store(delta_ptr + where, delta, mask=row_ok[:, None] & (head < heads)[None, :])
 
 
 FOLDED = Epilogue("folded", store_folded, wide=True)

@@ -77,8 +77,8 @@ class Weights(NamedTuple):
 
 class Saved(NamedTuple):
     """What the backward pass needs of the forward's: x and x1 as the products read them, (M, D); the mean and rstd (M,)
-    of their rows; qkv (B, N, 3, H, d), out (B, N, D) and lse (B, H, N) of attention; preactivation (M, hidden), or to
-    make it again stats2, x1's (see `Stream`)."""
+    of their rows; qkv (B, N, 3, H, d), out (B, N, D) and lse (B, H, padded(N)) of attention; preactivation (M, hidden),
+    or to make it again stats2, x1's (see `Stream`)."""
 
     x: torch.Tensor
     mean1: torch.Tensor
@@ -248,7 +248,7 @@ def _derivative(r, layer: Folded, y, mean, rstd, folded: Folded, activation: str
 
 def _attention_gradient(r, layer: Folded, out, heads: int):
     """The gradient of attention's output (M, D) from r (M, D), that of proj's; and its sums with the output by head
-    (B, H, N), or None where heads do not fill whole tiles."""
+    (B, H, padded(N)), or None where heads do not fill whole tiles."""
     batch, tokens, dim = out.shape
     dout = _empty(out, batch * tokens, dim, dtype=out.dtype)
     product = (MATRIX, plain(r), MATRIX, plain(layer.weight))
@@ -257,8 +257,8 @@ def _attention_gradient(r, layer: Folded, out, heads: int):
     if head_dim not in DELTA_HEAD_DIMS:
         gemm.launch(*product, INPUT_GRADIENT, (dout,), shape, dout.dtype)
         return dout.view(out.shape), None
-    delta = _empty(out, batch, heads, tokens)
-    target = (dout, delta, out, tokens, heads)
+    delta = _empty(out, batch, heads, attention.padded(tokens))
+    target = (dout, delta, out, tokens, delta.shape[2], heads)
     gemm.launch(*product, WITH_DELTA, target, shape, dout.dtype, head_dim, outputs=2)
     return dout.view(out.shape), delta
 

@@ -1,11 +1,20 @@
-"""attention beyond the contract: head dims, lengths, masks and biases, extreme scores, bad input."""
+"""attention beyond the contract: head dims, lengths, tilings, masks and biases, extreme scores, bad input."""
 
+import math
+
+import numpy as np
 import pytest
 import torch
+from fastvit.benchmarks import attention_tiles
+from fastvit.kernels import attention as kernels
+from fastvit.kernels.launch.hardware import ARCHS
+from fastvit.kernels.launch.request import AttentionConfig, split_head
 
 import fastvit
 from fastvit import ops, reference
 from fastvit.accuracy import FACTOR, limit, relative_rms, rounding
+from fastvit.dispatch import interpreting
+from fastvit.interpret import sanitizer
 
 pytestmark = pytest.mark.usefixtures("triton_backend")
 
@@ -42,6 +51,99 @@ def test_head_dims(head_dim, dtype, device):
 @pytest.mark.parametrize("tokens", [1, 5, 64, 65, 197, 257])
 def test_lengths(tokens, device):
     assert_matches(torch.randn(2, tokens, 3, 2, 32, device=device).bfloat16())
+
+
+ONE_TILE_A_PROGRAM = [AttentionConfig(64, 64, 4, 3), AttentionConfig(64, 32, 4, 1), AttentionConfig(128, 128, 8, 2)]
+# The last with tiles so small that each kind is made many times.
+ALL_KEYS_ON_CHIP = [
+    AttentionConfig(64, 64, 4, 1, 8),
+    AttentionConfig(64, 128, 4, 1, 2),
+    AttentionConfig(32, 32, 4, 1, 4),
+]
+LENGTHS = (16, 33, 64, 129, 196, 198, 256, 258, 577, 1025, 1370, 4097)
+SLOW = [pytest.param(tokens, marks=pytest.mark.slow) for tokens in LENGTHS]
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 17, 65, 197, 257, *SLOW])
+def test_every_tiling_of_every_length(tokens, device):
+    """Output and log-sum-exp of the forward kernel in each of its forms, of a whole head and of one that is padded."""
+    for dtype, head_dim in ((torch.bfloat16, 64), (torch.float32, 24)):
+        qkv = torch.randn(1, tokens, 3, 1, head_dim, device=device).to(dtype)
+        q, k, v = qkv.double().permute(2, 0, 3, 1, 4)
+        scores = q @ k.transpose(-1, -2) / math.sqrt(head_dim)
+        truth = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+        plain = relative_rms(reference.attention(qkv), truth)
+        for config in ONE_TILE_A_PROGRAM + ALL_KEYS_ON_CHIP if tokens < 1000 else ONE_TILE_A_PROGRAM[:1]:
+            given, (out, lse) = kernels.forward(qkv, head_dim**-0.5)
+            out.fill_(float("nan"))
+            kernels.launch(*given, config=config)
+            assert relative_rms(out, truth) <= limit(dtype, plain, rounding(dtype)), config
+            error = (lse[..., :tokens] - scores.logsumexp(-1) / math.log(2)).abs().max()
+            assert error < 3e-6, config
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tokens", [17, 65])
+def test_masks_in_every_tiling(tokens, dtype, device):
+    qkv = torch.randn(2, tokens, 3, 1, 16, device=device).to(dtype)
+    mask = torch.rand(2, tokens, device=device) < 0.7
+    mask[:, tokens // 2] = True
+    bias = torch.randn(1, tokens, tokens, device=device).to(dtype)
+    bias[:, 3] = float("-inf")  # a query that sees nothing
+    for key_padding_mask, attn_bias in ((mask, None), (None, bias), (mask, bias)):
+        masks = {"key_padding_mask": key_padding_mask, "attn_bias": attn_bias}
+        truth = reference.attention(qkv.double(), **masks)
+        plain = relative_rms(reference.attention(qkv, **masks), truth)
+        for config in (ONE_TILE_A_PROGRAM[1], ALL_KEYS_ON_CHIP[2]):
+            given, (out, lse) = kernels.forward(qkv, 0.25, key_padding_mask, attn_bias)
+            out.fill_(float("nan"))
+            kernels.launch(*given, config=config)
+            assert relative_rms(out, truth) <= limit(dtype, plain, rounding(dtype)), (config, masks)
+            if attn_bias is not None:
+                assert not out[:, 3].any() and (lse[:, :, 3] == float("inf")).all()
+
+
+# Scores that are made over those that are asked for, of ViT-B at batch 256. Products of Hopper's have 64 rows, which is
+# what 197 tokens cannot fill.
+AREA = {197: 1.38, 257: 1.0, 577: 1.0, 1025: 1.0, 1370: 1.08}
+
+
+def test_how_much_of_the_work_is_padding():
+    for tokens, most in AREA.items():
+        config, fit, area = attention_tiles.of_head(tokens, ARCHS["sm_90"])
+        print(f"{tokens} tokens: {fit.tiles} x {config.BLOCK_ROWS} queries, keys {fit.widths}: {area:.2f}")
+        assert most - 0.06 < area <= most
+        covered = fit.peeled + sum(fit.widths)
+        assert tokens <= covered < tokens + 64 and (covered == tokens) != fit.ragged
+        assert fit.tiles * config.BLOCK_ROWS + fit.peeled >= tokens
+    for head_dim in (32, 48, 64, 72, 80, 88, 96, 104, 112, 128):
+        assert head_dim <= sum(split_head(head_dim)) <= 1.12 * head_dim
+
+
+@pytest.mark.skipif(not interpreting(), reason="counts what the interpreter loads and stores")
+@pytest.mark.parametrize("tokens", [64, 197, 257, 321])
+def test_with_all_keys_on_chip_everything_is_read_once(tokens, device, monkeypatch):
+    counted = 0
+    access = sanitizer._Launch.access
+
+    def count(launch, action, pointers, mask, size):
+        nonlocal counted
+        counted += np.broadcast_to(mask, np.shape(pointers)).sum() * size
+        return access(launch, action, pointers, mask, size)
+
+    monkeypatch.setattr(sanitizer._Launch, "access", count)
+    given, (out, lse) = kernels.forward(torch.randn(1, tokens, 3, 2, 64, device=device).bfloat16(), 0.125)
+    kernels.launch(*given, config=AttentionConfig(64, 64, 4, 1, 8))
+    least = 4 * out.numel() * 2 + 2 * tokens * 4
+    assert least <= counted <= 1.05 * least
+
+
+def test_a_negative_scale_runs_in_torch(device):
+    qkv = torch.randn(1, 5, 3, 2, 16, device=device)
+    with pytest.raises(RuntimeError, match="scale is -0.5"):
+        ops.attention(qkv, scale=-0.5)
+    with fastvit.use_backend("auto"):
+        assert relative_rms(ops.attention(qkv, scale=-0.5), reference.attention(qkv, scale=-0.5)) < 1e-6
 
 
 def test_qkv_of_a_linear_layer_is_read_in_place(device):

@@ -158,6 +158,8 @@ def test_operators_that_changed(monkeypatch, error):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_packed_weights(rows, activation, dtype):
     """One layout serves any number of rows, and gives the weight back to the bit."""
+    if not onednn.available(dtype):
+        pytest.skip("without AVX-512 oneDNN has no packed bfloat16 weights")
     x, weight, bias = (torch.randn(shape).to(dtype) for shape in ((rows, 40), (24, 40), (24,)))
     packed = onednn.pack(weight)
     assert torch.equal(packed.to_dense(), weight)

@@ -159,7 +159,11 @@ def test_what_differs_is_said():
     ours, _ = small(case)
     for name, said in (("timm amp", "float32 weights"), ("openvino", "bf16 inside"), ("timm", "")):
         needed(name)
-        note = build(PEERS[name], case, ours, None).note
+        try:
+            note = build(PEERS[name], case, ours, None).note
+        except RuntimeError as error:  # a CPU that has no bfloat16 for it
+            assert name == "openvino" and "computes in f32 on this CPU" in str(error)
+            continue
         assert (said in note) if said else not note
 
 

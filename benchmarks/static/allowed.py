@@ -10,9 +10,7 @@ _SPILLS = (
     ("3.6.0", "sm_8[09]", "gemm_kernel load_matrix load_matrix store_derivative", "whole block * bf16*"),
     ("3.6.0", "sm_120", "gemm_kernel load_matrix load_matrix store_derivative", "whole block S/16 bf16"),
     ("3.6.0", "sm_80", "apply_kernel load_matrix store_gated", "whole block g/14 bf16, gated"),
-    ("3.6.0", "sm_80", "attention_backward_dkdv_kernel", "attention d=128 fp32"),
-    ("3.6.0", "sm_90", "attention_backward_dkdv_kernel", "attention d=80 fp32"),
-    ("3.6.0", "sm_100", "attention_backward_dkdv_kernel", "attention d=80 bf16, masked"),
+    ("3.6.0", "sm_100", "attention_kernel", "attention d=64 bf16, masked"),
     ("3.6.0", "sm_120", "gemm_kernel load_matrix load_patches store", "patch embedding B/32 *"),
     ("3.6.0", "gfx942", "gemm_kernel load_matrix load_normalised store", "block B/16 bf16, float32 stream, scaled"),
     (
@@ -29,16 +27,6 @@ _SPILLS = (
 )
 
 ALLOWED: tuple[Allowed, ...] = (
-    *(
-        Allowed(
-            SCALAR,
-            "A head of this width starts at multiples of 8 elements. Triton is told only whether a stride is a "
-            "multiple of 16, and takes the heads for unaligned: it loads them element by element.",
-            kernel="attention_*",
-            case=f"attention d={width} *",
-        )
-        for width in (72, 88, 104)
-    ),
     Allowed(
         SCALAR,
         "With 197 tokens a row of the bias starts at an odd address, and nothing wider than one element can be loaded. "
@@ -48,9 +36,10 @@ ALLOWED: tuple[Allowed, ...] = (
     ),
     Allowed(
         SCALAR,
-        "Each thread reads lse and delta of the queries in its columns one by one: with 197 tokens a head's row of "
-        "them starts at an odd address. Rows padded to a multiple of four would load by four.",
-        kernel="attention_backward_dkdv_kernel",
+        "A class token that is taken apart starts the softmax of each tile of queries: each thread reads those columns "
+        "of its key and value that it holds, from L1.",
+        kernel="attention_kernel",
+        case="attention *, 257 tokens",
     ),
     Allowed(
         SCALAR,

@@ -140,5 +140,9 @@ def cases() -> list[Case]:
         masked = lambda width=width: _attention(197, 12, width, bf16, masked=True)  # noqa: E731
         listed.append(Case(f"attention d={width} bf16, masked", masked))
         listed.append(Case(f"attention d={width} fp32", lambda width=width: _attention(197, 12, width, fp32)))
-    listed.append(Case("attention d=64 fp16", lambda: _attention(257, 16, 64, fp16)))
+    # A class token before whole tiles; keys that do not fit on chip; so few heads that each tile gets a program.
+    listed.append(Case("attention d=64 fp16, 257 tokens", lambda: _attention(257, 16, 64, fp16)))
+    listed.append(Case("attention d=80 bf16, 257 tokens", lambda: _attention(257, 16, 80, bf16)))
+    listed.append(Case("attention d=64 bf16, 577 tokens", lambda: _attention(577, 12, 64, bf16)))
+    listed.append(Case("attention d=64 bf16, batch 1", lambda: _attention(197, 12, 64, bf16, batch=1)))
     return listed

@@ -27,7 +27,7 @@ from pathlib import Path
 
 from fastvit.kernels.launch import cost
 from fastvit.kernels.launch.hardware import Arch
-from fastvit.kernels.launch.request import Config, GemmConfig, Request, TmaConfig, ceil_div
+from fastvit.kernels.launch.request import Config, GemmConfig, Request, TmaConfig, ceil_div, tiling
 
 from .record import Record, Use
 
@@ -43,7 +43,7 @@ def use(request: Request, config: Config, blocks: int, arch: Arch) -> Use:
     if isinstance(config, (GemmConfig, TmaConfig)):
         steps = ceil_div(ceil_div(request.shape[2], config.SPLIT_K), config.BLOCK_K)
     elif request.kernel.startswith("attention"):
-        steps = ceil_div(request.shape[1], config.BLOCK_STEP)
+        steps = tiling(request, config).steps
     else:
         tiles = ceil_div(request.shape[0], config.BLOCK_ROWS) * ceil_div(request.shape[1], config.BLOCK_D)
         steps = ceil_div(tiles, blocks)
@@ -52,10 +52,10 @@ def use(request: Request, config: Config, blocks: int, arch: Arch) -> Use:
 
 def config_text(config: Config | Mapping[str, int]) -> str:
     """A config in a few characters: 128x128x64 w8 s3 g8 k1 is tiles, warps, stages, GROUP_M and SPLIT_K;
-    p2 is SUBTILES."""
+    p2 is SUBTILES, t4 ROW_TILES."""
     values = config if isinstance(config, Mapping) else config._asdict()
     blocks = "x".join(str(value) for name, value in values.items() if name.startswith("BLOCK"))
-    letters = {"num_warps": "w", "num_stages": "s", "GROUP_M": "g", "SPLIT_K": "k", "SUBTILES": "p"}
+    letters = {"num_warps": "w", "num_stages": "s", "GROUP_M": "g", "SPLIT_K": "k", "SUBTILES": "p", "ROW_TILES": "t"}
     return " ".join([blocks, *(f"{letter}{values[name]}" for name, letter in letters.items() if name in values)])
 
 

@@ -20,7 +20,7 @@ MAX_HEAD_DIM = 128
 
 def _fake_forward(qkv, scale, key_padding_mask, attn_bias):
     batch, tokens, _, heads, head_dim = qkv.shape
-    lse = qkv.new_empty(batch, heads, tokens, dtype=statistics_dtype(qkv))
+    lse = qkv.new_empty(batch, heads, launchers("attention").padded(tokens), dtype=statistics_dtype(qkv))
     return qkv.new_empty(batch, tokens, heads * head_dim), lse
 
 
@@ -121,7 +121,13 @@ def _unsupported(qkv, scale, key_padding_mask, attn_bias, dropout_p):
         reasons.append(f"head dimension {qkv.shape[-1]}, and the kernels take at most {MAX_HEAD_DIM}")
     if dropout_p > 0:
         reasons.append("dropout_p > 0: the kernels have no dropout")
-    return reasons
+    return [*reasons, *unsupported_scale(scale)]
+
+
+def unsupported_scale(scale: float | None) -> list[str]:
+    """Why the kernels, which find the largest score before they scale it, do not take this scale."""
+    taken = scale is None or scale >= 1e-30
+    return [] if taken else [f"scale is {scale}, and the kernels take positive ones only, of 1e-30 at least"]
 
 
 def _sdpa(qkv, scale, key_padding_mask, attn_bias, dropout_p=0.0):

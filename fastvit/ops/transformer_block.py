@@ -15,7 +15,7 @@ from fastvit.reference.ops import gate, is_gated
 
 from . import _common
 from ._common import Operator, dense, or_none, statistics_dtype
-from .attention import MAX_HEAD_DIM, attention, check_masks
+from .attention import MAX_HEAD_DIM, attention, check_masks, unsupported_scale
 from .layer_norm import check_norm, unsupported_norm
 from .layer_norm_linear import layer_norm_linear
 from .layer_norm_mlp import ACTIVATIONS, layer_norm_mlp
@@ -76,7 +76,7 @@ def _fake_forward(x, copy, centre, stats, *others):
         *(made(rows, dim) if wide and stats is None else none(), *statistics[:2]),
         made(batch, tokens, 3, num_heads, dim // num_heads),
         made(batch, tokens, dim),
-        made(batch, num_heads, tokens, dtype=acc),
+        made(batch, num_heads, _common.launchers("attention").padded(tokens), dtype=acc),
         *(made(rows, dim), *statistics[2:]),
         *((none(), made(2, groups, rows, dtype=acc)) if recompute_fc1 else (made(rows, hidden), none())),
     )
@@ -278,7 +278,7 @@ def _unsupported(x, *others):
         reasons.append("an MLP of no hidden units")
     if x.shape[2] // num_heads > MAX_HEAD_DIM:
         reasons.append(f"head dimension {x.shape[2] // num_heads}, and the kernels take at most {MAX_HEAD_DIM}")
-    return reasons
+    return [*reasons, *unsupported_scale(others[13])]
 
 
 def takes_float16(x: torch.Tensor, dtype: torch.dtype, trained: list[torch.Tensor | None]) -> bool:

@@ -37,6 +37,8 @@ from .request import (
     RowConfig,
     TmaConfig,
     ceil_div,
+    split_head,
+    tiling,
 )
 from .validity import shared_memory
 
@@ -275,8 +277,8 @@ def sections_launch(grid, metadata, args: dict) -> dict:
 def _attention_launch(of_op, grid, metadata, args: dict) -> dict:
     qkv = args["qkv_ptr"]
     batch, tokens, _, heads, head_dim = qkv.shape
-    others = (args.get(name) for name in ("mask_ptr", "bias_ptr", "dbias_ptr"))
-    cost = of_op(batch, tokens, heads, head_dim, qkv.element_size()) + Cost(0.0, _matrix_bytes(*others))
+    others = _matrix_bytes(*args["masks"], args.get("dbias_ptr"))
+    cost = of_op(batch, tokens, heads, head_dim, qkv.element_size()) + Cost(0.0, others)
     about = f"B={batch} N={tokens} H={heads} d={head_dim}"
     return _metrics(metadata, about, cost, qkv.element_size())
 
@@ -416,13 +418,12 @@ def _gemm_programs(request: Request, config: GemmConfig, arch: Arch) -> tuple[in
 
 
 def _attention_programs(request: Request, config: AttentionConfig, arch: Arch) -> tuple[int, int, float]:
-    batch, tokens, num_heads, head_dim = request.shape
+    batch, _, num_heads, head_dim = request.shape
     _, products, share = _ATTENTION[request.kernel]
-    # As many columns as whole products of 16 take.
-    flops = 2 * products * config.BLOCK_ROWS * config.BLOCK_STEP * 16 * ceil_div(head_dim, 16)
-    programs = batch * num_heads * ceil_div(tokens, config.BLOCK_ROWS)
-    step_seconds = flops / (share * _flops_of_sm(request.dtype.itemsize, arch))
-    return programs, ceil_div(tokens, config.BLOCK_STEP), step_seconds
+    fit = tiling(request, config)
+    flops = 2 * products * fit.tiles * config.BLOCK_ROWS * sum(fit.widths) * sum(split_head(head_dim))
+    step_seconds = flops / (fit.programs * fit.steps * share * _flops_of_sm(request.dtype.itemsize, arch))
+    return batch * num_heads * fit.programs, fit.steps, step_seconds
 
 
 def _row_programs(request: Request, config: RowConfig, arch: Arch) -> tuple[int, int, float]:

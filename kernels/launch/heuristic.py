@@ -12,8 +12,12 @@ from .request import (
     RowConfig,
     TmaConfig,
     ceil_div,
+    filled_parts,
     next_power_of_2,
+    split_head,
+    tiling,
 )
+from .validity import shared_memory
 
 # 16-bit products. LARGE: the largest tile that leaves the loaders and most epilogues their registers; HEAVY: for the
 # epilogue that holds three tiles at once, and where operands take registers; GATED: for that of six; SMALL: for outputs
@@ -43,7 +47,7 @@ def heuristic(request: Request, arch: Arch, sms: int) -> Config:
             return WIDE_TMA if light else TMA._replace(SUBTILES=4) if epilogue.tiles > 3 else TMA
         return pointer_heuristic(request, arch, sms)
     if request.kernel == "attention_forward":
-        return _attention_forward(request, arch)
+        return _attention_forward(request, arch, sms)
     if request.kernel.startswith("attention_backward"):
         return _attention_backward(request, arch)
     if request.kernel == "column_sum":
@@ -105,11 +109,6 @@ def split_k(request: Request, config: GemmConfig, sms: int) -> int:
     return filled_parts(k, max(1, min(sms // tiles, k // (8 * config.BLOCK_K))), config.BLOCK_K)
 
 
-def filled_parts(k: int, parts: int, block: int) -> int:
-    """How many of `parts` are left something to do when a part's length is rounded up to whole blocks."""
-    return ceil_div(k, ceil_div(ceil_div(k, parts), block) * block)
-
-
 # By whether the head is wider than 64.
 FULL_PRECISION_ATTENTION = (
     AttentionConfig(BLOCK_ROWS=32, BLOCK_STEP=32, num_warps=8, num_stages=1),
@@ -117,10 +116,20 @@ FULL_PRECISION_ATTENTION = (
 )
 
 
-def _attention_forward(request: Request, arch: Arch) -> AttentionConfig:
-    head_dim, masked = request.shape[3], request.parts.masked
+def _attention_forward(request: Request, arch: Arch, sms: int) -> AttentionConfig:
+    batch, tokens, heads, head_dim = request.shape
+    masked = request.parts.masked
     if request.dtype.itemsize > 2:
         return FULL_PRECISION_ATTENTION[head_dim > 64]
+    # All keys on chip, where a multiprocessor holds two such programs, one of which loads while the other computes, and
+    # they are enough for all. A class token that is taken apart, or operands in registers, leave room for narrow tiles.
+    together = next_power_of_2(ceil_div(tokens, 64))
+    config = AttentionConfig(BLOCK_ROWS=64, BLOCK_STEP=64, num_warps=4, num_stages=1, ROW_TILES=together)
+    if arch.has_wgmma and not tiling(request, config).peeled:
+        config = config._replace(BLOCK_STEP=128)
+    room = arch.shared - 2 * (shared_memory(config, request, arch) + 1024)
+    if together > 1 and not masked and room >= 0 and batch * heads >= 2 * sms:
+        return config
     # Pipelined, the loads of a mask between the two products make the compiler serialize them on Hopper.
     stages = 1 if masked or arch.backend == "hip" else 3
     wide_and_masked = masked and head_dim > 64
@@ -145,8 +154,9 @@ def _attention_backward(request: Request, arch: Arch) -> AttentionConfig:
             # Of a mask, four warps' dq spills with Triton 3.7 and later.
             warps = 8 if masked and queries and arch.name in ("sm_89", "sm_120") else 4
             return AttentionConfig(BLOCK_ROWS=64, BLOCK_STEP=32, num_warps=warps, num_stages=stages)
-        # Wider steps of wide heads spill with these compilers.
-        spills = not queries and head_dim > 80 and arch.name in ("sm_120", "gfx942")
+        # Wider steps of wide heads spill with these compilers, of three parts with all.
+        wide = head_dim > 80 and arch.name in ("sm_120", "gfx942")
+        spills = not queries and (wide or len(split_head(head_dim)) > 2)
         return AttentionConfig(BLOCK_ROWS=32, BLOCK_STEP=16 if masked or spills else 32, num_warps=8, num_stages=1)
     if head_dim <= 64:
         return AttentionConfig(BLOCK_ROWS=64, BLOCK_STEP=64, num_warps=8 if masked else 4, num_stages=1)

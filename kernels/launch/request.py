@@ -53,13 +53,14 @@ class LibraryConfig(NamedTuple):
 
 
 class AttentionConfig(NamedTuple):
-    """BLOCK_ROWS rows of the result a program (queries, or keys for dk and dv) against BLOCK_STEP of the other at a
-    time."""
+    """BLOCK_ROWS rows of the result (queries, or keys for dk and dv) against BLOCK_STEP of the other at a time;
+    ROW_TILES: tiles of rows a program, at most. Only the forward pass has several, and then keeps all keys on chip."""
 
     BLOCK_ROWS: int
     BLOCK_STEP: int
     num_warps: int
     num_stages: int
+    ROW_TILES: int = 1
 
 
 class RowConfig(NamedTuple):
@@ -232,11 +233,53 @@ def rows_per_program(kernel: str, rows: int, block: int) -> int:
     return ceil_div(ceil_div(rows, MAX_PARTIALS[kernel]), block) * block
 
 
-def split_head(head_dim: int) -> tuple[int, int]:
-    """Widths of the two parts that a head is loaded in; powers of two of at least 16, or 0 for no second part."""
-    first = max(16, 1 << (head_dim.bit_length() - 1))
-    rest = head_dim - first
-    return first, max(16, next_power_of_2(rest)) if rest > 0 else 0
+def split_head(head_dim: int) -> tuple[int, ...]:
+    """Widths of the parts that a head is loaded in."""
+    return cover(head_dim, 128)
+
+
+MAX_STEP = 128  # BLOCK_STEP at most
+
+
+class Tiling(NamedTuple):
+    """How tiles cover the tokens of a head. peeled: the first one is taken apart. tiles: of BLOCK_ROWS rows; programs:
+    that share these. widths: of the tiles that each of them is set against, one after the other; ragged: these reach
+    beyond the last token. steps: of the main loop of a program."""
+
+    peeled: bool
+    tiles: int
+    programs: int
+    widths: tuple[int, ...]
+    ragged: bool
+    steps: int
+
+
+def tiling(request: Request, config: AttentionConfig) -> Tiling:
+    """The tiles of attention with a config."""
+    tokens = request.shape[1]
+    peeled = request.kernel == "attention_forward" and not request.parts.masked
+    peeled = peeled and tokens > 1 and tokens % config.BLOCK_ROWS == 1
+    others = tokens - peeled
+    tiles = ceil_div(others, config.BLOCK_ROWS)
+    if config.ROW_TILES > 1:
+        programs, widths = ceil_div(tiles, config.ROW_TILES), cover(others, config.BLOCK_STEP)
+        steps = ceil_div(tiles, programs)
+    else:
+        programs, steps = tiles + peeled, ceil_div(others, config.BLOCK_STEP)
+        widths = (config.BLOCK_STEP,) * steps
+    return Tiling(peeled, tiles, programs, widths, sum(widths) > others, steps)
+
+
+def cover(size: int, widest: int) -> tuple[int, ...]:
+    """Widths of tiles that cover `size`: of the widest, then of smaller and smaller powers of two, of 16 at least."""
+    blocks = ceil_div(size, 16)
+    whole, rest = divmod(blocks, widest // 16)
+    return (widest,) * whole + tuple([16 << bit for bit in reversed(range(rest.bit_length())) if rest >> bit & 1])
+
+
+def filled_parts(k: int, parts: int, block: int) -> int:
+    """How many of `parts` are left something to do when a part's length is rounded up to whole blocks."""
+    return ceil_div(k, ceil_div(ceil_div(k, parts), block) * block)
 
 
 def ceil_div(a: int, b: int) -> int:

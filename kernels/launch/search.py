@@ -5,8 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from .hardware import Arch
-from .heuristic import filled_parts, heuristic, pointer_heuristic, split_k
-from .request import AttentionConfig, Config, GemmConfig, Request, RowConfig, TmaConfig, next_power_of_2
+from .heuristic import heuristic, pointer_heuristic, split_k
+from .request import (
+    AttentionConfig,
+    Config,
+    GemmConfig,
+    Request,
+    RowConfig,
+    TmaConfig,
+    ceil_div,
+    filled_parts,
+    next_power_of_2,
+)
 from .validity import why_invalid
 
 # Tiles worth measuring: BLOCK_M, BLOCK_N, BLOCK_K, num_warps.
@@ -97,6 +107,14 @@ def _gemm_candidates(request: Request, arch: Arch, sms: int) -> Iterator[Config]
 
 
 def _attention_candidates(request: Request, first: AttentionConfig, arch: Arch, sms: int) -> Iterator[AttentionConfig]:
+    if request.kernel == "attention_forward" and request.dtype.itemsize == 2 and not request.parts.masked:
+        for rows, warps in ((64, 4), (128, 8)):
+            together = next_power_of_2(ceil_div(request.shape[1], rows))
+            for step in (32, 64, 128):
+                yield AttentionConfig(rows, step, warps, 3)
+                yield AttentionConfig(rows, step, warps, 2)
+                yield AttentionConfig(rows, step, warps, 1, together)
+        return
     for rows in (first.BLOCK_ROWS, 2 * first.BLOCK_ROWS):
         for step in (first.BLOCK_STEP, 2 * first.BLOCK_STEP):
             for warps in (4, 8):

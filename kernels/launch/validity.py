@@ -6,9 +6,9 @@ from __future__ import annotations
 import torch
 
 from .hardware import Arch
-from .heuristic import filled_parts
 from .request import (
     CONFIGS,
+    MAX_STEP,
     AttentionConfig,
     Config,
     GemmConfig,
@@ -17,7 +17,9 @@ from .request import (
     Request,
     RowConfig,
     TmaConfig,
+    filled_parts,
     split_head,
+    tiling,
 )
 
 
@@ -103,6 +105,12 @@ def _attention_rules(config: AttentionConfig, request: Request, arch: Arch) -> l
         for name in ("BLOCK_ROWS", "BLOCK_STEP")
         if getattr(config, name) < 16
     ]
+    if config.BLOCK_STEP > MAX_STEP:
+        reasons.append(f"BLOCK_STEP is {config.BLOCK_STEP}, rows of numbers a token are padded to {MAX_STEP}")
+    if config.ROW_TILES > 1 and (request.kernel != "attention_forward" or request.parts.masked):
+        reasons.append(f"ROW_TILES is {config.ROW_TILES}, which is for the forward pass without masks")
+    if config.ROW_TILES > 1 and config.num_stages > 1:
+        reasons.append(f"{config.num_stages} stages, but nothing passes through a program of {config.ROW_TILES} tiles")
     if arch.name == "sm_90" and request.dtype.itemsize <= 2 and request.parts.masked and config.num_stages > 1:
         reasons.append(f"{config.num_stages} stages serialize products with the loads of a mask between them")
     return reasons + _warpgroup_rules(config.BLOCK_ROWS, config.num_warps, request, arch)
@@ -182,6 +190,10 @@ def _gemm_shared_memory(config: GemmConfig, request: Request, arch: Arch) -> int
 
 def _attention_shared_memory(config: AttentionConfig, request: Request, arch: Arch) -> int:
     row = sum(split_head(request.shape[3])) * request.dtype.itemsize
+    if config.ROW_TILES > 1:
+        fit = tiling(request, config)
+        # Sums across warps of the first token, and Blackwell's barriers, beside all keys and values.
+        return (config.BLOCK_ROWS + 2 * sum(fit.widths)) * row + 1024 * fit.peeled + 4096 * (arch.capability == 100)
     if arch.backend == "hip":
         # What a program keeps stays in registers; the rest passes through.
         return max(config.BLOCK_ROWS, config.BLOCK_STEP, 3 * config.BLOCK_STEP * (config.num_stages - 1)) * row
