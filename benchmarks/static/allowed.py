@@ -36,13 +36,6 @@ ALLOWED: tuple[Allowed, ...] = (
     ),
     Allowed(
         SCALAR,
-        "A class token that is taken apart starts the softmax of each tile of queries: each thread reads those columns "
-        "of its key and value that it holds, from L1.",
-        kernel="attention_kernel",
-        case="attention *, 257 tokens",
-    ),
-    Allowed(
-        SCALAR,
         "The right operand's rows are tokens here: each thread holds a few columns of many tokens, and reads the "
         "statistics or the drop path's scale of each token by themselves.",
         kernel="gemm_kernel load_matrix load_[ns]* store",

@@ -145,4 +145,6 @@ def cases() -> list[Case]:
     listed.append(Case("attention d=80 bf16, 257 tokens", lambda: _attention(257, 16, 80, bf16)))
     listed.append(Case("attention d=64 bf16, 577 tokens", lambda: _attention(577, 12, 64, bf16)))
     listed.append(Case("attention d=64 bf16, batch 1", lambda: _attention(197, 12, 64, bf16, batch=1)))
+    listed.append(Case("attention d=96 bf16, batch 1", lambda: _attention(197, 12, 96, bf16, batch=1)))
+    listed.append(Case("attention d=80 bf16, 320 tokens", lambda: _attention(320, 16, 80, bf16)))
     return listed

@@ -122,13 +122,13 @@ def _attention_forward(request: Request, arch: Arch, sms: int) -> AttentionConfi
     if request.dtype.itemsize > 2:
         return FULL_PRECISION_ATTENTION[head_dim > 64]
     # All keys on chip, where a multiprocessor holds two such programs, one of which loads while the other computes, and
-    # they are enough for all. A class token that is taken apart, or operands in registers, leave room for narrow tiles.
+    # they are enough for all. Triton 3.9 keeps the keys in registers where a class token is taken apart, or products
+    # read registers, and spills; and of wider heads.
     together = next_power_of_2(ceil_div(tokens, 64))
-    config = AttentionConfig(BLOCK_ROWS=64, BLOCK_STEP=64, num_warps=4, num_stages=1, ROW_TILES=together)
-    if arch.has_wgmma and not tiling(request, config).peeled:
-        config = config._replace(BLOCK_STEP=128)
+    config = AttentionConfig(BLOCK_ROWS=64, BLOCK_STEP=128, num_warps=4, num_stages=1, ROW_TILES=together)
+    spills = not arch.has_wgmma or masked or head_dim > 96 or tiling(request, config).peeled
     room = arch.shared - 2 * (shared_memory(config, request, arch) + 1024)
-    if together > 1 and not masked and room >= 0 and batch * heads >= 2 * sms:
+    if together > 1 and not spills and room >= 0 and batch * heads >= 2 * sms:
         return config
     # Pipelined, the loads of a mask between the two products make the compiler serialize them on Hopper.
     stages = 1 if masked or arch.backend == "hip" else 3
