@@ -120,6 +120,11 @@ def test_what_is_changed_in_place_is_not_taken_for_what_was_left(dtype, stream, 
     assert torch.equal(*found) and len(made) == 4
 
 
+def test_a_scale_that_attentions_kernels_do_not_take(device):
+    with pytest.raises(RuntimeError, match="scale is -0.5"):
+        ops.transformer_block(**block(torch.float32, torch.float32, device), num_heads=3, scale=-0.5)
+
+
 def test_an_mlp_of_no_hidden_units(device):
     given = block(torch.float32, torch.float32, device, hidden=0)
     with pytest.raises(RuntimeError, match="no hidden units"):
