@@ -345,7 +345,7 @@ def attention_kernel(
     out_ptr += batch * N * (H * HEAD_DIM) + head_in_batch * HEAD_DIM
     lse_ptr += head.to(tl.int64) * PADDED
     scoring = (masks, batch, head_in_batch, N, scale * LOG2_E)
-    # Nothing reads what is behind the last query, but an operator's results have to be the same every time.
+    # What is behind the last query counts for nothing, but an operator's results have to be the same every time.
     behind = N + tl.arange(0, PADDING)
     tl.store(lse_ptr + behind, tl.zeros((PADDING,), ACC), mask=(behind < PADDED) & (number == 0))
 

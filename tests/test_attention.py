@@ -53,7 +53,11 @@ def test_lengths(tokens, device):
     assert_matches(torch.randn(2, tokens, 3, 2, 32, device=device).bfloat16())
 
 
-ONE_TILE_A_PROGRAM = [AttentionConfig(64, 64, 4, 3), AttentionConfig(64, 32, 4, 1), AttentionConfig(128, 128, 8, 2)]
+ONE_TILE_A_PROGRAM = [
+    AttentionConfig(64, 64, 4, 3),
+    AttentionConfig(64, 32, 4, 1),
+    AttentionConfig(64, 128, 4, 2),  # wider than the keys after a class token
+]
 # The last with tiles so small that each kind is made many times.
 ALL_KEYS_ON_CHIP = [
     AttentionConfig(64, 64, 4, 1, 8),
