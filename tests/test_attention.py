@@ -260,6 +260,17 @@ def test_scores_far_beyond_exp_do_not_overflow(device):
     assert grad.isfinite().all()
 
 
+@pytest.mark.parametrize("score", [1e4, -1e4])
+def test_scores_far_from_zero(score, device):
+    """All of them: what stands in for keys and queries behind the last has a score of 0."""
+    qkv = torch.randn(1, 21, 3, 1, 16, device=device)
+    qkv[:, :, 0] += 50
+    qkv[:, :, 1] += score / 200
+    out, grad = assert_matches(qkv)
+    assert out.isfinite().all()
+    assert grad.isfinite().all()
+
+
 def test_what_the_kernels_lack_runs_in_torch(device):
     wide = torch.randn(1, 5, 3, 1, 160, device=device)
     explanation = fastvit.explain("attention", wide, dropout_p=0.5)
