@@ -245,8 +245,8 @@ class Op:
                 sizes = "x".join([str(size) for size in value.shape])
                 gradient = "+grad" if gradients and value.requires_grad else ""
                 parts.append(f"{str(value.dtype).removeprefix('torch.')}[{sizes}]{gradient}")
-            elif value is None or isinstance(value, str):
-                parts.append(value or "-")
+            elif value is None or isinstance(value, (str, int)):
+                parts.append("-" if value is None else str(value))
         if autocasting(args[0]):
             parts.append(f"autocast={str(torch.get_autocast_dtype(args[0].device.type)).removeprefix('torch.')}")
         return " ".join(parts)
@@ -435,6 +435,11 @@ def autocasting(x: torch.Tensor) -> bool:
     """Whether autocast is on for x's device and would cast what goes into a linear layer."""
     device = autocast_device(x)
     return device in _AUTOCAST and torch.is_autocast_enabled(device) and x.dtype != torch.float64
+
+
+def is_drawn(value) -> bool:
+    """Whether it is a tensor whose numbers do not matter to what a call launches: not one of where sequences begin."""
+    return isinstance(value, torch.Tensor) and value.dtype not in (torch.int32, torch.int64)
 
 
 def needs_grad(*tensors: torch.Tensor | None) -> bool:

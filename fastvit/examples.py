@@ -15,6 +15,8 @@ import torch
 SCALES = ("layer_scale", "drop_path_scale")
 BLOCK_SCALES = tuple(f"{name}{branch}" for name in SCALES for branch in (1, 2))
 TABLES = ("pos_embed", "prefix")
+ROPE = ("rope_cos", "rope_sin")
+LONGER = 13  # tokens that each packed sequence has more than the one before; the first has none
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,12 @@ class Draw:
         if name == "key_padding_mask":  # the first image attends to nothing, each further one to more
             lengths = torch.arange(shape[0], device=self.device) * shape[1] // shape[0]
             return torch.arange(shape[1], device=self.device) < lengths[:, None]
+        if name == "cu_seqlens":
+            return (LONGER * torch.arange(shape[0], device=self.device).sub_(1).clamp_(0)).cumsum(0, dtype=torch.int32)
+        if name in ("rope_cos", "rope_sin"):  # of the token's number times a frequency
+            tokens, pairs = (torch.arange(size, device=self.device, dtype=torch.float32) for size in shape[-2:])
+            angle = tokens[:, None] * 30 ** -(pairs / shape[-1])
+            return (angle.cos() if name == "rope_cos" else angle.sin()).expand(shape).to(dtype)
         if name.startswith("drop_path_scale"):  # the second of every three images is dropped
             return (torch.arange(*shape, device=self.device) % 3 != 1).to(dtype) * 1.25
         where = self.device if self.generator is None else self.generator.device
@@ -87,8 +95,16 @@ def _layer_norm_mlp(batch, tokens, dim, hidden):
 
 
 def _attention(batch, tokens, heads, head_dim):
+    """The rotary embedding is of all tokens but the first."""
     optional = {"key_padding_mask": (batch, tokens), "attn_bias": (heads, tokens, tokens)}
+    optional |= {name: (tokens - 1, head_dim // 2) for name in ROPE}
     return {"qkv": (batch, tokens, 3, heads, head_dim)}, optional
+
+
+def _attention_varlen(sequences, heads, head_dim):
+    tokens = LONGER * sequences * (sequences - 1) // 2
+    required = {"qkv": (tokens, 3, heads, head_dim), "cu_seqlens": (sequences + 1,)}
+    return required, {name: (tokens, head_dim // 2) for name in ROPE}
 
 
 def _patch_embed(batch, size, patch, dim, channels=3, prefix=1, prefix_has_positions=True):
@@ -111,6 +127,7 @@ def _transformer_block(batch, tokens, dim, heads, hidden, gated=False):
 SHAPES = {
     "patch_embed": _patch_embed,
     "attention": _attention,
+    "attention_varlen": _attention_varlen,
     "layer_norm": _layer_norm,
     "layer_norm_linear": _layer_norm_linear,
     "linear_residual": _linear_residual,

@@ -46,8 +46,9 @@ LAUNCH_ROUNDINGS, OP_ROUNDINGS = 2, 8
 
 @dataclass(frozen=True)
 class Call:
-    """One call of an op as a shape: args are the op's, tensors on the meta device; those that require grad make it a
-    forward and a backward pass. autocast: the dtype of the autocast it runs under, or None."""
+    """One call of an op as a shape: args are the op's, tensors on the meta device (all that `dispatch.is_drawn`); those
+    that require grad make it a forward and a backward pass. autocast: the dtype of the autocast it runs under, or
+    None."""
 
     op: dispatch.Op
     args: tuple
@@ -62,7 +63,7 @@ class Call:
 
 
 def _meta(value):
-    if not isinstance(value, torch.Tensor):
+    if not dispatch.is_drawn(value):
         return value
     return torch.empty(value.shape, dtype=value.dtype, device="meta").requires_grad_(dispatch.needs_grad(value))
 
@@ -76,9 +77,9 @@ class BoundCall:
         names = call.op.parameters
         made = {}
         for name, value in zip(names, call.args, strict=True):
-            if isinstance(value, torch.Tensor) and value not in made:
+            if dispatch.is_drawn(value) and value not in made:
                 made[value] = make(value.shape, value.dtype, name).requires_grad_(value.requires_grad)
-        self.args = tuple(made[value] if isinstance(value, torch.Tensor) else value for value in call.args)
+        self.args = tuple(made[value] if dispatch.is_drawn(value) else value for value in call.args)
         self.tensors = list(made.values())
         self.wanted = [tensor for tensor in self.tensors if tensor.requires_grad]
         self.dout = None

@@ -460,6 +460,12 @@ def _cases_of(sizes: Sizes, dtype: torch.dtype) -> Iterator[Case]:
     yield op("attention", "padding mask", 3, qkv | {"also": ["key_padding_mask"]})
     yield op("attention", "bias", 3, qkv | {"also": ["attn_bias"]}, scale=0.1)
     yield op("attention", "mask and bias", 3, qkv | {"also": ["key_padding_mask", "attn_bias"]})
+    yield op("attention", "a query", 3, qkv, num_queries=1)
+    rotary, tables = qkv | {"also": examples.ROPE}, dict.fromkeys(examples.ROPE, torch.float32)
+    yield op("attention", "rotary, halves", 3, rotary, tables)
+    yield op("attention", "rotary, neighbours", 3, rotary, tables, rope_interleaved=True)
+    packed = {"sequences": 3 + 2 * batch, "heads": 2, "head_dim": 64, "also": examples.ROPE}
+    yield op("attention_varlen", "packed, rotary", 3, packed, tables)
     yield op("patch_embed", "uint8", 3, image, **uint8)
     yield op("patch_embed", "uint8 channels_last", 3, image, channels_last=True, **uint8)
     yield op("patch_embed", "channels_last", 3, image, channels_last=True)

@@ -2,10 +2,13 @@
 
 Fused: scores, scale, additive bias, key padding mask, online softmax and the product with v, reading q, k and v by
 strides from the packed (B, N, 3, H, d) and writing (B, N, H * d); no score matrix exists in memory, nothing is
-transposed or copied. Backward: two kernels, one a query tile for dq (and the gradient of the bias where wanted), one a
-key tile for dk and dv, each written once, straight into the packed gradient: deterministic, no atomics.
+transposed or copied. Fused too, where asked for: rotary position embedding of q and k as they are loaded, dropout,
+queries of the first tokens alone, and sequences of different lengths without padding. Backward: two kernels, one a
+query tile for dq (and the gradient of the bias where wanted), one a key tile for dk and dv, each written once, straight
+into the packed gradient: deterministic, no atomics.
 Saved for backward: qkv, the output and the log-sum-exp of each row (in base 2, float32; +inf for a query that may
-attend to no key, whose output is 0). Recomputed: the scores and probabilities, once in each backward kernel.
+attend to no key, whose output is 0). Recomputed: the scores and probabilities, and dropout's mask from its seed, once
+in each backward kernel.
 A call must move, for B H N d elements a head tensor of size s: forward 4 s each, backward 8 s each; the gradient of a
 bias adds B H N N float32. The two backward kernels move 12 s each, and make seven products where one would make five.
 
@@ -25,119 +28,68 @@ import triton
 import triton.language as tl
 
 from ._math import TRITON_DTYPES, accumulator_dtype, before_norm
+from .heads import (
+    accumulate,
+    before,
+    load_head,
+    load_rotated,
+    product,
+    row_product,
+    store_head,
+    store_rotated_back,
+    times,
+    where,
+    zero_rows,
+    zeros,
+)
 from .launch import cost
 from .launch.choice import choose
 from .launch.launcher import launch as launch_kernel
 from .launch.request import MAX_STEP, AttentionConfig, Request, Scores, ceil_div, split_head, tiling, uses_tf32
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-PADDING = tl.constexpr(MAX_STEP)  # of a row of numbers a token, at most
-
-
-@triton.constexpr_function
-def before(widths, i):
-    """Where part number i starts."""
-    return sum(widths[:i])
+PADDING = tl.constexpr(MAX_STEP)
 
 
 @triton.jit
-def load_head(ptr, tokens, stride, token_ok, PARTS: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """Rows of a head, in parts of PARTS columns; token_ok: of which tokens, None for all."""
-    head = ()
-    for i in tl.static_range(len(PARTS)):
-        d = before(PARTS, i) + tl.arange(0, PARTS[i])
-        mask = (d < HEAD_DIM)[None, :]
-        if token_ok is not None:
-            mask = mask & token_ok[:, None]
-        head += (tl.load(ptr + ((tokens.to(tl.int64) * stride)[:, None] + d[None, :]), mask=mask, other=0.0),)
-    return head
+def sequence(packed, N, M, number):
+    """Of sequence `number`: which one of a batch it is; where its tokens begin there; how many there are, and how many
+    of these ask. Sequences of one length are a batch; those that are packed are one of it."""
+    if packed is None:
+        return number, 0, N, M
+    else:
+        cu_ptr, total = packed
+        begin = tl.load(cu_ptr + number).to(tl.int64)
+        length = tl.maximum(tl.minimum(tl.load(cu_ptr + number + 1), total) - begin, 0).to(tl.int32)
+        return number * 0, begin, length, length
 
 
 @triton.jit
-def load_keys(pointers, n, n_ok, PARTS: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """Keys n of a head, and their values."""
-    _, k_ptr, v_ptr, stride = pointers
-    return load_head(k_ptr, n, stride, n_ok, PARTS, HEAD_DIM), load_head(v_ptr, n, stride, n_ok, PARTS, HEAD_DIM)
-
-
-@triton.jit
-def store_head(ptr, tokens, stride, token_ok, head, PARTS: tl.constexpr, HEAD_DIM: tl.constexpr):
-    for i in tl.static_range(len(PARTS)):
-        d = before(PARTS, i) + tl.arange(0, PARTS[i])
-        mask = token_ok[:, None] & (d < HEAD_DIM)[None, :]
-        offset = (tokens.to(tl.int64) * stride)[:, None] + d[None, :]
-        tl.store(ptr + offset, head[i].to(ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def zeros(like, ACC: tl.constexpr):
-    """0 in ACC, in parts as those of `like`."""
-    head = ()
-    for i in tl.static_range(len(like)):
-        head += (tl.zeros_like(like[i].to(ACC)),)
-    return head
-
-
-@triton.jit
-def times(head, factor):
-    out = ()
-    for i in tl.static_range(len(head)):
-        out += (head[i] * factor,)
-    return out
-
-
-@triton.jit
-def where(token_ok, head):
-    """0 in the rows of tokens that are not there."""
-    out = ()
-    for i in tl.static_range(len(head)):
-        out += (tl.where(token_ok[:, None], head[i], 0.0),)
-    return out
-
-
-@triton.jit
-def product(a, b, ACC: tl.constexpr, PRECISION: tl.constexpr):
-    """a b^T over the head's dimension."""
-    out = tl.dot(a[0], tl.trans(b[0]), input_precision=PRECISION, out_dtype=ACC)
-    for i in tl.static_range(1, len(a)):
-        out = tl.dot(a[i], tl.trans(b[i]), out, input_precision=PRECISION, out_dtype=ACC)
-    return out
-
-
-@triton.jit
-def row_product(a, b, ACC: tl.constexpr):
-    """a * b summed over the head's dimension, row by row."""
-    out = tl.sum(a[0].to(ACC) * b[0].to(ACC), axis=1)
-    for i in tl.static_range(1, len(a)):
-        out += tl.sum(a[i].to(ACC) * b[i].to(ACC), axis=1)
-    return out
-
-
-@triton.jit
-def accumulate(p, x, acc, ACC: tl.constexpr, PRECISION: tl.constexpr):
-    """acc + p x, p rounded to x's dtype; acc None: p x."""
-    out = ()
-    for i in tl.static_range(len(x)):
-        if acc is None:
-            out += (tl.dot(p.to(x[i].dtype), x[i], input_precision=PRECISION, out_dtype=ACC),)
-        else:
-            out += (tl.dot(p.to(x[i].dtype), x[i], acc[i], input_precision=PRECISION, out_dtype=ACC),)
-    return out
-
-
-@triton.jit
-def head_pointers(qkv_ptr, strides, batch, head, UNIT: tl.constexpr):
-    """Where q, k and v of a head start, and how far apart their tokens are."""
-    q_ptr = qkv_ptr + (batch * UNIT * strides[0] + head * UNIT * strides[3])
+def head_pointers(qkv_ptr, strides, batch, begin, N, head, rope, UNIT: tl.constexpr):
+    """Where q, k and v of a head of N tokens start, how far apart its tokens are, and their rope, see `heads`."""
+    stride = tl.cast(strides[1], tl.int64) * UNIT
+    q_ptr = qkv_ptr + (batch * UNIT * strides[0] + begin * stride + head * UNIT * strides[3])
     step = tl.cast(strides[2], tl.int64) * UNIT
-    return q_ptr, q_ptr + step, q_ptr + step + step, tl.cast(strides[1], tl.int64) * UNIT
+    if rope is not None:
+        cos_ptr, sin_ptr, tables, first, NEIGHBOURS = rope
+        offset = batch * tables[0] + begin * tables[1]
+        rope = (cos_ptr + offset, sin_ptr + offset, tables[1], tables[2], first, N, NEIGHBOURS)
+    return q_ptr, q_ptr + step, q_ptr + step + step, stride, rope
+
+
+@triton.jit
+def load_keys(pointers, n, n_ok, HEAD_DIM: tl.constexpr, ACC: tl.constexpr):
+    """Keys n of a head, and their values."""
+    _, k_ptr, v_ptr, stride, rope = pointers
+    k = load_rotated(k_ptr, n, stride, n_ok, rope, HEAD_DIM, ACC)
+    return k, load_head(v_ptr, n, stride, n_ok, HEAD_DIM)
 
 
 @triton.jit
 def key_allowed(n, scoring):
     """Which of keys n there are, and are not masked."""
-    masks, batch, _, N, _ = scoring
-    mask_ptr, strides, _, _ = masks
+    masks, batch, _, N, _, _ = scoring
+    mask_ptr, strides, _, _, _ = masks
     allowed = n < N
     if mask_ptr is not None:
         offset = batch * strides[0] + n.to(tl.int64) * strides[1]
@@ -149,22 +101,38 @@ def key_allowed(n, scoring):
 def add_bias(scores, m, n, scoring):
     """Scores of queries m and keys n, one a column, the other a row, with their bias, and by what they are to be
     multiplied for base 2: 1 where that is done."""
-    masks, batch, head, N, to_base_2 = scoring
-    _, _, bias_ptr, strides = masks
+    masks, batch, head, N, M, to_base_2 = scoring
+    _, _, bias_ptr, strides, _ = masks
     if bias_ptr is None:
         return scores, to_base_2
     else:
         offset = batch * strides[0] + head * strides[1] + m.to(tl.int64) * strides[2] + n.to(tl.int64) * strides[3]
-        bias = tl.load(bias_ptr + offset, mask=(m < N) & (n < N), other=0.0)
+        bias = tl.load(bias_ptr + offset, mask=(m < M) & (n < N), other=0.0)
         return scores * to_base_2 + bias.to(scores.dtype) * LOG2_E, 1.0
 
 
 @triton.jit
-def before_norm_head(
-    dy, y, norm, which, head, H, row, row_ok, tile, COLUMNS, PARTS: tl.constexpr, HEAD_DIM: tl.constexpr
-):
+def kept(m, n, scoring):
+    """Dropout's factors of the probabilities of queries m and keys n, one a column, the other a row: 0, or 1 over the
+    rate that is kept. The random numbers are those of a counter (Philox, doi 10.1145/2063384.2063405), so that they are
+    the same in the backward pass, in whatever tiles."""
+    masks, batch, head, _, _, _ = scoring
+    _, _, _, _, dropout = masks
+    if dropout is None:
+        return 1.0
+    else:
+        seed_ptr, rate = dropout
+        m, n = tl.broadcast(m, n)
+        zero = m * 0
+        random, _, _, _ = tl.philox(tl.load(seed_ptr), n, m, zero + head.to(tl.int32), zero + batch.to(tl.int32))
+        return tl.where(tl.uint_to_uniform_float(random) < rate, 0.0, 1.0 / (1.0 - rate))
+
+
+@triton.jit
+def before_norm_head(dy, y, norm, which, head, H, row, row_ok, tile, COLUMNS, HEAD_DIM: tl.constexpr):
     """`before_norm` of a head of q, k or v (`which`: 0, 1, 2), its sums by column stored as number `tile` of COLUMNS,
     after those of the ones before. Returns s and the sums by row."""
+    PARTS: tl.constexpr = split_head(HEAD_DIM)
     mean_ptr, rstd_ptr, colsum_ptr, bias_ptr, _, by_column_ptr, earlier, _ = norm
     mean = tl.load(mean_ptr + row, mask=row_ok, other=0.0)
     rstd = tl.load(rstd_ptr + row, mask=row_ok, other=0.0)
@@ -198,14 +166,14 @@ def store_by_row(by_colsum, by_y, norm, number, row, row_ok):
 
 
 # Online softmax. A state is of some queries and the keys that they have seen: the largest score in base 2, the sum of
-# the exponentials, and the sum of these times v. `pointers`: of q, k and v of a head, and how far apart its tokens are.
-# `scoring`: the masks (see `attention_kernel`), batch, head, N, and what makes scores base 2.
+# the exponentials, and the sum of these times v. `pointers`: what `head_pointers` returns. `scoring`: the masks (see
+# `attention_kernel`), the sequence's number, head, N, M, and what makes scores base 2.
 
 
 @triton.jit
 def attend(q, k, v, state, m, n, scoring, RAGGED: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
     """The state of queries m after keys n, and before them `state`, None for no key. RAGGED: n goes beyond the last."""
-    masks, _, _, _, _ = scoring
+    masks, _, _, _, _, _ = scoring
     scores, factor = add_bias(product(q, k, ACC, PRECISION), m[:, None], n[None, :], scoring)
     if RAGGED or masks[0] is not None:
         scores = tl.where(key_allowed(n, scoring)[None, :], scores, float("-inf"))
@@ -217,6 +185,7 @@ def attend(q, k, v, state, m, n, scoring, RAGGED: tl.constexpr, ACC: tl.constexp
         shift = tl.where(larger == float("-inf"), 0.0, larger)  # no key so far: avoid -inf - -inf
     p = tl.exp2(scores * factor - shift[:, None])
     total = tl.sum(p, axis=1)
+    p *= kept(m[:, None], n[None, :], scoring)
     if state is None:
         return larger, total, accumulate(p, v, None, ACC, PRECISION)
     else:
@@ -230,7 +199,7 @@ def attend_key(q, k, v, to_base_2, ACC: tl.constexpr):
     """The state after a single key."""
     acc = ()
     for i in tl.static_range(len(v)):
-        acc += (v[i].to(ACC) + tl.zeros_like(q[i].to(ACC)),)
+        acc += (tl.broadcast_to(v[i].to(ACC), (q[0].shape[0], v[i].shape[1])),)
     score = row_product(q, k, ACC) * to_base_2
     return score, tl.zeros_like(score) + 1.0, acc
 
@@ -238,7 +207,7 @@ def attend_key(q, k, v, to_base_2, ACC: tl.constexpr):
 @triton.jit
 def attend_one(q, k, v, state, n, scoring, ACC: tl.constexpr):
     """`attend` for a single query, without matrix products."""
-    _, _, _, N, to_base_2 = scoring
+    _, _, _, N, _, to_base_2 = scoring
     scores = tl.where(n < N, row_product(q, k, ACC) * to_base_2, float("-inf"))
     larger = tl.maximum(state[0], tl.max(scores, axis=0))
     p = tl.exp2(scores - larger)
@@ -250,23 +219,23 @@ def attend_one(q, k, v, state, n, scoring, ACC: tl.constexpr):
 
 
 @triton.jit
-def first_query(pointers, scoring, PARTS: tl.constexpr, HEAD_DIM: tl.constexpr, ACC: tl.constexpr):
+def first_query(pointers, scoring, HEAD_DIM: tl.constexpr, ACC: tl.constexpr):
     """The first query of a head, and its state after the first key."""
-    q_ptr, _, _, stride = pointers
+    q_ptr, _, _, stride, rope = pointers
     n = tl.arange(0, 1)
-    q = load_head(q_ptr, n, stride, None, PARTS, HEAD_DIM)
-    k, v = load_keys(pointers, n, None, PARTS, HEAD_DIM)
-    return q, attend_key(q, k, v, scoring[4], ACC)
+    q = load_rotated(q_ptr, n, stride, None, rope, HEAD_DIM, ACC)
+    k, v = load_keys(pointers, n, None, HEAD_DIM, ACC)
+    return q, attend_key(q, k, v, scoring[5], ACC)
 
 
 @triton.jit
-def store_attended(state, out_ptr, lse_ptr, m, H, ok, PARTS: tl.constexpr, HEAD_DIM: tl.constexpr):
+def store_attended(state, out_ptr, lse_ptr, m, H, ok, HEAD_DIM: tl.constexpr):
     """Output and log-sum-exp of queries m, from their state after all keys."""
     largest, total, acc = state
     safe_total = tl.where(total == 0.0, 1.0, total)
     lse = tl.where(total == 0.0, float("inf"), largest + tl.log2(safe_total))
     tl.store(lse_ptr + m, lse, mask=ok)
-    store_head(out_ptr, m, H * HEAD_DIM, ok, times(acc, (1.0 / safe_total)[:, None]), PARTS, HEAD_DIM)
+    store_head(out_ptr, m, H * HEAD_DIM, ok, times(acc, (1.0 / safe_total)[:, None]), HEAD_DIM)
 
 
 @triton.jit
@@ -277,10 +246,10 @@ def attend_tile(
     keys,
     values,
     m,
+    M,
     H,
     scoring,
     HEAD_DIM: tl.constexpr,
-    PARTS: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -289,43 +258,51 @@ def attend_tile(
     RAGGED: tl.constexpr,
 ):
     """`attention_kernel` of queries m. keys, values: all of the head tile by tile, or empty: they are loaded."""
-    q_ptr, _, _, stride = pointers
-    _, _, _, N, to_base_2 = scoring
-    q = load_head(q_ptr, m, stride, m < N, PARTS, HEAD_DIM)
+    q_ptr, _, _, stride, rope = pointers
+    _, _, _, N, _, to_base_2 = scoring
+    q = load_rotated(q_ptr, m, stride, m < M, rope, HEAD_DIM, ACC)
     state = None
     if PEELED:
-        first_k, first_v = load_keys(pointers, tl.arange(0, 1), None, PARTS, HEAD_DIM)
+        first_k, first_v = load_keys(pointers, tl.arange(0, 1), None, HEAD_DIM, ACC)
         state = attend_key(q, first_k, first_v, to_base_2, ACC)
     if len(keys) == 0:
         if not PEELED:
             nothing = tl.zeros_like(m.to(ACC))
-            state = nothing - float("inf"), nothing, zeros(q, ACC)
+            state = nothing - float("inf"), nothing, zero_rows(m, HEAD_DIM, ACC)
         for begin in range(PEELED, N, BLOCK_N):
             n = begin + tl.arange(0, BLOCK_N)
-            k, v = load_keys(pointers, n, n < N if RAGGED else None, PARTS, HEAD_DIM)
+            k, v = load_keys(pointers, n, n < N if RAGGED else None, HEAD_DIM, ACC)
             state = attend(q, k, v, state, m, n, scoring, RAGGED, ACC, PRECISION)
     else:
         for i in tl.static_range(len(WIDTHS)):
             last = i == len(WIDTHS) - 1
             n_of_tile = PEELED + before(WIDTHS, i) + tl.arange(0, WIDTHS[i])
             state = attend(q, keys[i], values[i], state, m, n_of_tile, scoring, RAGGED and last, ACC, PRECISION)
-    store_attended(state, out_ptr, lse_ptr, m, H, m < N, PARTS, HEAD_DIM)
+    store_attended(state, out_ptr, lse_ptr, m, H, m < M, HEAD_DIM)
 
 
 @triton.jit(launch_metadata=cost.attention_launch)
 def attention_kernel(
     qkv_ptr,  # (B, N, 3, H, HEAD_DIM) by strides, unit stride along HEAD_DIM
-    out_ptr,  # (B, N, H * HEAD_DIM) contiguous
-    lse_ptr,  # (B, H, PADDED) contiguous, 0 after N
-    masks,  # a key padding mask (B, N) in bytes or None, its strides, a bias (B, H, N, N) or None, its strides
+    out_ptr,  # (B, M, H * HEAD_DIM) contiguous
+    lse_ptr,  # (B, H, PADDED) contiguous, 0 after M
+    # A key padding mask (B, N) in bytes or None, its strides, a bias (B, H, M, N) or None, its strides, and dropout's
+    # seed and rate or None.
+    masks,
+    # None, or cos and sin (B, tokens from `first` on, HEAD_DIM / 2), their strides, `first`, and whether the columns of
+    # a pair are neighbours.
+    rope,
+    # None, or of sequences one after the other, a batch of one: where each begins and the last ends, and how many
+    # tokens there are in all. N is then how many a sequence has at most.
+    packed,
     N,
+    M,  # how many tokens, the first ones, ask
     PADDED,
     H,
     scale,
     strides,  # of qkv's first four axes, in UNITs
     UNIT: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    PARTS: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -336,64 +313,74 @@ def attention_kernel(
     RAGGED: tl.constexpr,  # whether the last tile of keys is wider than what is left
 ):
     """softmax(q k^T * scale) v of some tiles of queries of one head, and its log-sum-exp."""
-    programs = tl.cdiv(N - PEELED, BLOCK_M * TILES)
+    programs = tl.cdiv(M - PEELED, BLOCK_M * TILES)
     if PEELED and TILES == 1:
         programs += 1  # number 0, for the first query
     head, number = tl.program_id(0) // programs, tl.program_id(0) % programs
-    batch, head_in_batch = (head // H).to(tl.int64), (head % H).to(tl.int64)
-    pointers = head_pointers(qkv_ptr, strides, batch, head_in_batch, UNIT)
-    out_ptr += batch * N * (H * HEAD_DIM) + head_in_batch * HEAD_DIM
+    nth, head_in_batch = (head // H).to(tl.int64), (head % H).to(tl.int64)
+    batch, begin, N, M = sequence(packed, N, M, nth)
+    pointers = head_pointers(qkv_ptr, strides, batch, begin, N, head_in_batch, rope, UNIT)
+    out_ptr += (batch * M + begin) * (H * HEAD_DIM) + head_in_batch * HEAD_DIM
     lse_ptr += head.to(tl.int64) * PADDED
-    scoring = (masks, batch, head_in_batch, N, scale * LOG2_E)
+    scoring = (masks, nth, head_in_batch, N, M, scale * LOG2_E)
     # What is behind the last query counts for nothing, but an operator's results have to be the same every time.
-    behind = N + tl.arange(0, PADDING)
-    tl.store(lse_ptr + behind, tl.zeros((PADDING,), ACC), mask=(behind < PADDED) & (number == 0))
+    if number == 0:
+        for start in range(M, PADDED, PADDING):
+            behind = start + tl.arange(0, PADDING)
+            tl.store(lse_ptr + behind, tl.zeros((PADDING,), ACC), mask=behind < PADDED)
 
     keys, values = (), ()
     if TILES > 1:
         if PEELED:
-            first_q, first = first_query(pointers, scoring, PARTS, HEAD_DIM, ACC)
+            first_q, first = first_query(pointers, scoring, HEAD_DIM, ACC)
         for i in tl.static_range(len(WIDTHS)):
             n = PEELED + before(WIDTHS, i) + tl.arange(0, WIDTHS[i])
-            k, v = load_keys(pointers, n, n < N, PARTS, HEAD_DIM)
+            k, v = load_keys(pointers, n, n < N, HEAD_DIM, ACC)
             keys, values = keys + (k,), values + (v,)
             if PEELED:
                 first = attend_one(first_q, k, v, first, n, scoring, ACC)
         if PEELED:
             m = tl.arange(0, 1)
-            store_attended(first, out_ptr, lse_ptr, m, H, m + number == 0, PARTS, HEAD_DIM)
-        begin = PEELED + number * (BLOCK_M * TILES)
-        for start in tl.range(begin, tl.minimum(begin + BLOCK_M * TILES, N), BLOCK_M, disable_licm=True):
-            tile = (pointers, out_ptr, lse_ptr, keys, values, start + tl.arange(0, BLOCK_M), H, scoring)
-            attend_tile(*tile, HEAD_DIM, PARTS, ACC, PRECISION, BLOCK_N, WIDTHS, PEELED, RAGGED)
+            store_attended(first, out_ptr, lse_ptr, m, H, m + number == 0, HEAD_DIM)
+        start_of_all = PEELED + number * (BLOCK_M * TILES)
+        end = tl.minimum(start_of_all + BLOCK_M * TILES, M)
+        for start in tl.range(start_of_all, end, BLOCK_M, disable_licm=True):
+            tile = (pointers, out_ptr, lse_ptr, keys, values, start + tl.arange(0, BLOCK_M), M, H, scoring)
+            attend_tile(*tile, HEAD_DIM, ACC, PRECISION, BLOCK_N, WIDTHS, PEELED, RAGGED)
     else:
         if PEELED:  # noqa: SIM102, known at compile time
             if number == 0:
-                first_q, first = first_query(pointers, scoring, PARTS, HEAD_DIM, ACC)
+                first_q, first = first_query(pointers, scoring, HEAD_DIM, ACC)
                 for start in range(1, N, BLOCK_N):
                     n = start + tl.arange(0, BLOCK_N)
-                    k, v = load_keys(pointers, n, n < N, PARTS, HEAD_DIM)
+                    k, v = load_keys(pointers, n, n < N, HEAD_DIM, ACC)
                     first = attend_one(first_q, k, v, first, n, scoring, ACC)
                 n = tl.arange(0, 1)
-                store_attended(first, out_ptr, lse_ptr, n, H, n == 0, PARTS, HEAD_DIM)
+                store_attended(first, out_ptr, lse_ptr, n, H, n == 0, HEAD_DIM)
+                return
+        if packed is not None:  # noqa: SIM102, known at compile time
+            if number * BLOCK_M >= M:
                 return
         m = (number - PEELED) * BLOCK_M + PEELED + tl.arange(0, BLOCK_M)
-        tile = (pointers, out_ptr, lse_ptr, keys, values, m, H, scoring)
-        attend_tile(*tile, HEAD_DIM, PARTS, ACC, PRECISION, BLOCK_N, WIDTHS, PEELED, RAGGED)
+        tile = (pointers, out_ptr, lse_ptr, keys, values, m, M, H, scoring)
+        attend_tile(*tile, HEAD_DIM, ACC, PRECISION, BLOCK_N, WIDTHS, PEELED, RAGGED)
 
 
 @triton.jit(launch_metadata=cost.attention_backward_dq_launch)
 def attention_backward_dq_kernel(
     qkv_ptr,  # (B, N, 3, H, HEAD_DIM) by strides, unit stride along HEAD_DIM
-    out_ptr,  # (B, N, H * HEAD_DIM) contiguous, or None where delta is given
-    dout_ptr,  # (B, N, H * HEAD_DIM) by strides, unit stride along the last axis
+    out_ptr,  # (B, M, H * HEAD_DIM) contiguous, or None where delta is given
+    dout_ptr,  # (B, M, H * HEAD_DIM) by strides, unit stride along the last axis
     lse_ptr,  # (B, H, PADDED) contiguous
     delta_ptr,  # (B, H, PADDED) contiguous, rowsum(out * dout): written here for the other kernel, if not given
     dqkv_ptr,  # (B, N, 3, H, HEAD_DIM) contiguous, of which q's part is written
     norm,  # of the norm before qkv what `before_norm_head` and `store_by_row` take, or None
-    dbias_ptr,  # (B, H, N, N) contiguous, or None
-    masks,  # see `attention_kernel`
+    dbias_ptr,  # (B, H, M, N) contiguous, or None
+    masks,  # see `attention_kernel`, as for rope, packed, N and M
+    rope,
+    packed,
     N,
+    M,
     PADDED,
     H,
     scale,
@@ -401,7 +388,6 @@ def attention_backward_dq_kernel(
     dout_strides,  # of dout's first two, in UNITs
     UNIT: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    PARTS: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -410,39 +396,45 @@ def attention_backward_dq_kernel(
 ):
     """dq of a tile of queries of one head, or rstd * dq with the sums that the norm before qkv needs."""
     tiles = tl.cdiv(N, BLOCK_M)
-    head = tl.program_id(0) // tiles
-    batch, head_in_batch = (head // H).to(tl.int64), (head % H).to(tl.int64)
-    pointers = head_pointers(qkv_ptr, strides, batch, head_in_batch, UNIT)
-    q_ptr, _, _, stride = pointers
+    head, number = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    nth, head_in_batch = (head // H).to(tl.int64), (head % H).to(tl.int64)
+    batch, begin, N, M = sequence(packed, N, M, nth)
+    if packed is not None:  # noqa: SIM102, known at compile time
+        if number * BLOCK_M >= N:
+            return
+    pointers = head_pointers(qkv_ptr, strides, batch, begin, N, head_in_batch, rope, UNIT)
+    q_ptr, _, _, stride, rope = pointers
     columns = head_in_batch * HEAD_DIM
-    dout_ptr += batch * UNIT * dout_strides[0] + columns
+    dout_stride = tl.cast(dout_strides[1], tl.int64) * UNIT
+    dout_ptr += batch * UNIT * dout_strides[0] + begin * dout_stride + columns
     lse_ptr += head.to(tl.int64) * PADDED
     delta_ptr += head.to(tl.int64) * PADDED
-    m = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    row_ok = m < N
+    m = number * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_ok = m < M
 
-    q = load_head(q_ptr, m, stride, row_ok, PARTS, HEAD_DIM)
-    dout = load_head(dout_ptr, m, tl.cast(dout_strides[1], tl.int64) * UNIT, row_ok, PARTS, HEAD_DIM)
+    q = load_rotated(q_ptr, m, stride, row_ok, rope, HEAD_DIM, ACC)
+    dout = load_head(dout_ptr, m, dout_stride, row_ok, HEAD_DIM)
     lse = tl.load(lse_ptr + m, mask=row_ok, other=0.0)
     if out_ptr is None:
         delta = tl.load(delta_ptr + m, mask=row_ok, other=0.0)
     else:
-        out_ptr += batch * N * (H * HEAD_DIM) + columns
-        delta = row_product(load_head(out_ptr, m, H * HEAD_DIM, row_ok, PARTS, HEAD_DIM), dout, ACC)
+        out_ptr += (batch * M + begin) * (H * HEAD_DIM) + columns
+        delta = row_product(load_head(out_ptr, m, H * HEAD_DIM, row_ok, HEAD_DIM), dout, ACC)
         tl.store(delta_ptr + m, delta, mask=row_ok)
     if dbias_ptr is not None:
-        dbias_ptr += head.to(tl.int64) * N * N
+        dbias_ptr += head.to(tl.int64) * M * N
 
-    scoring = (masks, batch, head_in_batch, N, scale * LOG2_E)
+    scoring = (masks, nth, head_in_batch, N, M, scale * LOG2_E)
     dq = zeros(q, ACC)
-    for begin in range(0, N, BLOCK_N):
-        n = begin + tl.arange(0, BLOCK_N)
-        k, v = load_keys(pointers, n, n < N if RAGGED else None, PARTS, HEAD_DIM)
+    for start in range(0, N, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        k, v = load_keys(pointers, n, n < N if RAGGED else None, HEAD_DIM, ACC)
         scores, factor = add_bias(product(q, k, ACC, PRECISION), m[:, None], n[None, :], scoring)
         p = tl.exp2(scores * factor - lse[:, None])
         if RAGGED or masks[0] is not None:
             p = tl.where(key_allowed(n, scoring)[None, :], p, 0.0)
-        dscores = p * (product(dout, v, ACC, PRECISION) - delta[:, None])
+        dp = product(dout, v, ACC, PRECISION) * kept(m[:, None], n[None, :], scoring)
+        dscores = p * (dp - delta[:, None])
         if dbias_ptr is not None:
             offset = m.to(tl.int64)[:, None] * N + n[None, :]
             tile = row_ok[:, None] & (n < N)[None, :]
@@ -451,25 +443,27 @@ def attention_backward_dq_kernel(
 
     dq = times(dq, scale)
     if norm is not None:
-        tile = batch * tiles + tl.program_id(0) % tiles
         dq, by_colsum, by_y = before_norm_head(
-            dq, q, norm, 0, head_in_batch, H, batch * N + m, row_ok, tile, H * HEAD_DIM, PARTS, HEAD_DIM
+            dq, q, norm, 0, head_in_batch, H, nth * N + m, row_ok, nth * tiles + number, H * HEAD_DIM, HEAD_DIM
         )
-        store_by_row(by_colsum, by_y, norm, head_in_batch, batch * N + m, row_ok)
-    dq_ptr = dqkv_ptr + batch * N * (3 * H * HEAD_DIM) + columns
-    store_head(dq_ptr, m, 3 * H * HEAD_DIM, row_ok, dq, PARTS, HEAD_DIM)
+        store_by_row(by_colsum, by_y, norm, head_in_batch, nth * N + m, row_ok)
+    dq_ptr = dqkv_ptr + (batch * N + begin) * (3 * H * HEAD_DIM) + columns
+    store_rotated_back(dq_ptr, m, 3 * H * HEAD_DIM, m < N, dq, rope, HEAD_DIM, ACC)
 
 
 @triton.jit(launch_metadata=cost.attention_backward_dkdv_launch)
 def attention_backward_dkdv_kernel(
     qkv_ptr,  # (B, N, 3, H, HEAD_DIM) by strides, unit stride along HEAD_DIM
-    dout_ptr,  # (B, N, H * HEAD_DIM) by strides, unit stride along the last axis
+    dout_ptr,  # (B, M, H * HEAD_DIM) by strides, unit stride along the last axis
     lse_ptr,  # (B, H, PADDED) contiguous
     delta_ptr,  # (B, H, PADDED) contiguous, rowsum(out * dout)
     dqkv_ptr,  # (B, N, 3, H, HEAD_DIM) contiguous, of which k's and v's parts are written
     norm,  # of the norm before qkv what `before_norm_head` and `store_by_row` take, or None
-    masks,  # see `attention_kernel`
+    masks,  # see `attention_kernel`, as for rope, packed, N and M
+    rope,
+    packed,
     N,
+    M,
     PADDED,
     H,
     scale,
@@ -477,7 +471,6 @@ def attention_backward_dkdv_kernel(
     dout_strides,  # of dout's first two, in UNITs
     UNIT: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    PARTS: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -485,58 +478,134 @@ def attention_backward_dkdv_kernel(
 ):
     """dk and dv of a tile of keys of one head, or rstd times these with the sums that the norm before qkv needs."""
     tiles = tl.cdiv(N, BLOCK_N)
-    head = tl.program_id(0) // tiles
-    batch, head_in_batch = (head // H).to(tl.int64), (head % H).to(tl.int64)
-    pointers = head_pointers(qkv_ptr, strides, batch, head_in_batch, UNIT)
-    q_ptr, _, _, stride = pointers
+    head, number = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    nth, head_in_batch = (head // H).to(tl.int64), (head % H).to(tl.int64)
+    batch, begin, N, M = sequence(packed, N, M, nth)
+    if packed is not None:  # noqa: SIM102, known at compile time
+        if number * BLOCK_N >= N:
+            return
+    pointers = head_pointers(qkv_ptr, strides, batch, begin, N, head_in_batch, rope, UNIT)
+    q_ptr, _, _, stride, rope = pointers
     columns = head_in_batch * HEAD_DIM
-    dout_ptr += batch * UNIT * dout_strides[0] + columns
     dout_stride = tl.cast(dout_strides[1], tl.int64) * UNIT
+    dout_ptr += batch * UNIT * dout_strides[0] + begin * dout_stride + columns
     lse_ptr += head.to(tl.int64) * PADDED
     delta_ptr += head.to(tl.int64) * PADDED
-    n = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    n = number * BLOCK_N + tl.arange(0, BLOCK_N)
     row_ok = n < N
-    scoring = (masks, batch, head_in_batch, N, scale * LOG2_E)
-    k, v = load_keys(pointers, n, row_ok, PARTS, HEAD_DIM)
+    scoring = (masks, nth, head_in_batch, N, M, scale * LOG2_E)
+    k, v = load_keys(pointers, n, row_ok, HEAD_DIM, ACC)
     if masks[0] is not None:
         allowed = key_allowed(n, scoring)
 
     dk, dv = zeros(k, ACC), zeros(v, ACC)
-    for begin in range(0, N, BLOCK_M):
-        m = begin + tl.arange(0, BLOCK_M)
-        q = load_head(q_ptr, m, stride, m < N, PARTS, HEAD_DIM)
-        dout = load_head(dout_ptr, m, dout_stride, m < N, PARTS, HEAD_DIM)
+    for start in range(0, M, BLOCK_M):
+        m = start + tl.arange(0, BLOCK_M)
+        q = load_rotated(q_ptr, m, stride, m < M, rope, HEAD_DIM, ACC)
+        dout = load_head(dout_ptr, m, dout_stride, m < M, HEAD_DIM)
         # Without a mask, so that they load wide: there is memory behind the last query, whose probabilities are 0.
-        lse = tl.where(m < N, tl.load(lse_ptr + m), float("inf"))
-        delta = tl.where(m < N, tl.load(delta_ptr + m), 0.0)
+        lse = tl.where(m < M, tl.load(lse_ptr + m), float("inf"))
+        delta = tl.where(m < M, tl.load(delta_ptr + m), 0.0)
         scores, factor = add_bias(product(k, q, ACC, PRECISION), m[None, :], n[:, None], scoring)
         p = tl.exp2(scores * factor - lse[None, :])
         if masks[0] is not None:
             p = tl.where(allowed[:, None], p, 0.0)
-        dv = accumulate(p, dout, dv, ACC, PRECISION)
-        dscores = p * (product(v, dout, ACC, PRECISION) - delta[None, :])
+        keep = kept(m[None, :], n[:, None], scoring)
+        dv = accumulate(p * keep, dout, dv, ACC, PRECISION)
+        dscores = p * (product(v, dout, ACC, PRECISION) * keep - delta[None, :])
         dk = accumulate(dscores, q, dk, ACC, PRECISION)
 
     dk = times(dk, scale)
     if norm is not None:
-        tile = batch * tiles + tl.program_id(0) % tiles
-        at = (head_in_batch, H, batch * N + n, row_ok, tile, 2 * H * HEAD_DIM)
+        at = (head_in_batch, H, nth * N + n, row_ok, nth * tiles + number, 2 * H * HEAD_DIM)
         # What there is of keys beyond the last would count in the sums by column.
-        dk, by_colsum, by_y = before_norm_head(where(row_ok, dk), k, norm, 1, *at, PARTS, HEAD_DIM)
-        dv, more_by_colsum, more_by_y = before_norm_head(where(row_ok, dv), v, norm, 2, *at, PARTS, HEAD_DIM)
-        store_by_row(by_colsum + more_by_colsum, by_y + more_by_y, norm, H + head_in_batch, batch * N + n, row_ok)
-    dk_ptr = dqkv_ptr + batch * N * (3 * H * HEAD_DIM) + (H * HEAD_DIM + columns)
-    store_head(dk_ptr, n, 3 * H * HEAD_DIM, row_ok, dk, PARTS, HEAD_DIM)
-    store_head(dk_ptr + H * HEAD_DIM, n, 3 * H * HEAD_DIM, row_ok, dv, PARTS, HEAD_DIM)
+        dk, by_colsum, by_y = before_norm_head(where(row_ok, dk), k, norm, 1, *at, HEAD_DIM)
+        dv, more_by_colsum, more_by_y = before_norm_head(where(row_ok, dv), v, norm, 2, *at, HEAD_DIM)
+        store_by_row(by_colsum + more_by_colsum, by_y + more_by_y, norm, H + head_in_batch, nth * N + n, row_ok)
+    dk_ptr = dqkv_ptr + (batch * N + begin) * (3 * H * HEAD_DIM) + (H * HEAD_DIM + columns)
+    store_rotated_back(dk_ptr, n, 3 * H * HEAD_DIM, row_ok, dk, rope, HEAD_DIM, ACC)
+    store_head(dk_ptr + H * HEAD_DIM, n, 3 * H * HEAD_DIM, row_ok, dv, HEAD_DIM)
+
+
+class Options(NamedTuple):
+    """What attention takes beside qkv and its scale: see `fastvit.ops.attention`, and of cu_seqlens and max_seqlen
+    `attention_varlen`, whose qkv comes as a batch of one. seed: of dropout, a tensor of one integer."""
+
+    key_padding_mask: torch.Tensor | None = None
+    attn_bias: torch.Tensor | None = None
+    dropout_p: float = 0.0
+    seed: torch.Tensor | None = None
+    rope_cos: torch.Tensor | None = None
+    rope_sin: torch.Tensor | None = None
+    rope_interleaved: bool = False
+    num_queries: int | None = None
+    cu_seqlens: torch.Tensor | None = None
+    max_seqlen: int = 0
+
+
+class _Call(NamedTuple):
+    """What the kernels are told of qkv and Options: for the choice of a config; as arguments, rope and packed as
+    `attention_kernel` takes them; and how many queries there are of a sequence, at most."""
+
+    shape: tuple[int, int, int, int]
+    scores: Scores
+    masks: tuple
+    rope: tuple | None
+    packed: tuple | None
+    queries: int
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """N, M, PADDED and H."""
+        _, tokens, heads, _ = self.shape
+        return tokens, self.queries, padded(self.queries), heads
+
+
+def _call(qkv, options: Options) -> _Call:
+    batch, tokens, heads, head_dim = _dims(qkv)
+    queries = tokens if options.num_queries is None else options.num_queries
+    mask, bias = options.key_padding_mask, options.attn_bias
+    mask = None if mask is None else mask.view(torch.uint8)
+    mask_strides = (0, 0) if mask is None else mask.stride()
+    dropout = None if options.seed is None else (options.seed, options.dropout_p)
+    scores = Scores(mask is not None, None if bias is None else bias.dtype, dropout=dropout is not None)
+    steps = [0] * 4
+    if bias is not None:
+        bias = bias.expand(batch, heads, queries, tokens)
+        # An axis of one is not stepped along: 0, as for one that is broadcast, so that no kernel is compiled for it.
+        steps = [0 if n == 1 else bias.stride(i) for i, n in enumerate(bias.shape)]
+    rope = packed = None
+    if options.rope_cos is not None:
+        cos, sin = options.rope_cos, options.rope_sin
+        strides = (0 if cos.dim() == 2 or cos.shape[0] == 1 else cos.stride(0), *cos.stride()[-2:])
+        rope = (cos, sin, strides, tokens - cos.shape[-2], tl.constexpr(options.rope_interleaved))
+    asked = queries if queries < tokens else 0
+    if options.cu_seqlens is not None:
+        packed = (options.cu_seqlens, tokens)
+        batch, tokens = options.cu_seqlens.shape[0] - 1, options.max_seqlen
+        queries = tokens
+    shape = (batch, tokens, heads, head_dim)
+    scores = scores._replace(rope=rope is not None, packed=packed is not None, queries=asked)
+    return _Call(shape, scores, (mask, mask_strides, bias, tuple(steps), dropout), rope, packed, queries)
+
+
+def _dims(qkv) -> tuple[int, int, int, int]:
+    """B, N, H and d; packed sequences are a batch of one."""
+    *tokens, _, heads, head_dim = qkv.shape
+    return (tokens[0] if len(tokens) == 2 else 1), tokens[-1], heads, head_dim
+
+
+def _strides(tensor, axes: int) -> tuple[int, ...]:
+    """The strides of all but the last axis, of which a batch has so many."""
+    strides = tensor.stride()[:-1]
+    return strides if len(strides) == axes else (0, *strides)
 
 
 def _constants(request: Request, config: AttentionConfig) -> dict:
     # A program of dk and dv has rows of keys, and steps over queries.
     by_key = request.kernel == "attention_backward_dkdv"
-    head_dim = request.shape[-1]
     constants = dict(
-        HEAD_DIM=head_dim,
-        PARTS=split_head(head_dim),
+        HEAD_DIM=request.shape[-1],
         ACC=TRITON_DTYPES[accumulator_dtype(request.dtype)],
         PRECISION="tf32" if request.tf32 else "ieee",
         BLOCK_M=config.BLOCK_STEP if by_key else config.BLOCK_ROWS,
@@ -551,17 +620,6 @@ def _constants(request: Request, config: AttentionConfig) -> dict:
     return constants | dict(num_warps=config.num_warps, num_stages=config.num_stages)
 
 
-def _masks(qkv, key_padding_mask, attn_bias) -> tuple:
-    """`attention_kernel`'s masks: the bias broadcast to (B, H, N, N)."""
-    batch, tokens, _, heads, _ = qkv.shape
-    mask = None if key_padding_mask is None else key_padding_mask.view(torch.uint8)
-    bias = None if attn_bias is None else attn_bias.expand(batch, heads, tokens, tokens)
-    mask_strides = (0, 0) if mask is None else mask.stride()
-    # An axis of one is not stepped along: 0, as for one that is broadcast, so that no kernel is compiled for it.
-    steps = [0] * 4 if bias is None else [0 if n == 1 else bias.stride(i) for i, n in enumerate(bias.shape)]
-    return mask, mask_strides, bias, tuple(steps)
-
-
 def _in_units(*strides: tuple[int, ...]) -> tuple:
     """Strides in multiples of 8 elements, if all are that, and 8; else as they are, and 1. Of a number Triton is told
     only whether it is a multiple of 16, and a head of 72 columns starts at multiples of 8."""
@@ -574,16 +632,15 @@ def padded(tokens: int) -> int:
     return ceil_div(tokens, MAX_STEP) * MAX_STEP
 
 
-def launch(kernel, name: str, qkv, scores: Scores, args, written, config=None, by_tile=None):
+def launch(kernel, name: str, call: _Call, qkv, args, written, config=None, by_tile=None):
     """Launch a kernel of attention over rows of `qkv`, with the config chosen for it if none is given. by_tile: from
     the number of tiles a head, (tensors filled tile by tile along their first axis, the arguments in place of args).
     Returns `written`, what else it fills, and those tensors."""
-    batch, tokens, _, heads, head_dim = qkv.shape
-    request = Request(name, (batch, tokens, heads, head_dim), qkv.dtype, scores, uses_tf32(qkv.dtype))
+    request = Request(name, call.shape, qkv.dtype, call.scores, uses_tf32(qkv.dtype))
     if config is None:
 
         def repeat(config: AttentionConfig) -> tuple[torch.Tensor, ...]:
-            filled = launch(kernel, name, qkv, scores, args, written, config, by_tile)
+            filled = launch(kernel, name, call, qkv, args, written, config, by_tile)
             return *written, *[tensor.sum(0) for tensor in filled[len(written) :]]
 
         config = choose(request, qkv.device, repeat)
@@ -591,28 +648,38 @@ def launch(kernel, name: str, qkv, scores: Scores, args, written, config=None, b
     partial = ()
     if by_tile is not None:
         partial, args = by_tile(programs)
+    batch, _, heads, _ = call.shape
     launch_kernel(kernel, (programs * batch * heads, 1, 1), qkv.device)(*args, **_constants(request, config))
     return *written, *partial
 
 
-def attention_forward(qkv, scale: float, key_padding_mask=None, attn_bias=None):
-    """qkv (B, N, 3, H, d) with unit stride along d, key_padding_mask (B, N) bool, attn_bias broadcastable to
-    (B, H, N, N) -> out (B, N, H * d) in qkv's dtype, lse (B, H, padded(N)) in base 2, float32 (float64 for float64)."""
-    given, made = forward(qkv, scale, key_padding_mask, attn_bias)
+def attention_forward(qkv, scale: float, *options):
+    """qkv (B, N, 3, H, d), or (N, 3, H, d) of packed sequences, with unit stride along d, and Options -> out in qkv's
+    dtype, lse in base 2 in float32 (float64 for float64), of `result_shapes`."""
+    given, made = forward(qkv, scale, Options(*options))
     if qkv.numel():
         launch(*given)
     return made
 
 
-def forward(qkv, scale: float, key_padding_mask=None, attn_bias=None):
+def result_shapes(qkv, options: Options) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shapes of out and lse."""
+    batch, tokens, heads, head_dim = _dims(qkv)
+    queries = tokens if options.num_queries is None else options.num_queries
+    out = (*qkv.shape[:-4], queries, heads * head_dim)
+    if options.cu_seqlens is not None:
+        batch, queries = options.cu_seqlens.shape[0] - 1, options.max_seqlen
+    return out, (batch, heads, padded(queries))
+
+
+def forward(qkv, scale: float, options: Options):
     """What `launch` takes for `attention_forward`, and the memory of what it returns."""
-    batch, tokens, _, heads, head_dim = qkv.shape
-    out = torch.empty(batch, tokens, heads * head_dim, dtype=qkv.dtype, device=qkv.device)
-    lse = torch.empty(batch, heads, padded(tokens), dtype=accumulator_dtype(qkv.dtype), device=qkv.device)
-    masks = _masks(qkv, key_padding_mask, attn_bias)
-    scores = Scores(masks[0] is not None, None if attn_bias is None else attn_bias.dtype)
-    args = (qkv, out, lse, masks, tokens, padded(tokens), heads, scale, *_in_units(qkv.stride()[:4]))
-    return (attention_kernel, "attention_forward", qkv, scores, args, (out, lse)), (out, lse)
+    call = _call(qkv, options)
+    out_shape, lse_shape = result_shapes(qkv, options)
+    out = torch.empty(out_shape, dtype=qkv.dtype, device=qkv.device)
+    lse = torch.empty(lse_shape, dtype=accumulator_dtype(qkv.dtype), device=qkv.device)
+    args = (qkv, out, lse, call.masks, call.rope, call.packed, *call.sizes, scale, *_in_units(_strides(qkv, 4)))
+    return (attention_kernel, "attention_forward", call, qkv, args, (out, lse)), (out, lse)
 
 
 class BeforeNorm(NamedTuple):
@@ -634,50 +701,54 @@ class NormSums(NamedTuple):
     of_kv: torch.Tensor
 
 
-def attention_backward(
-    dout, qkv, out, lse, scale: float, key_padding_mask=None, attn_bias=None, needs_bias=False, delta=None, norm=None
-):
-    """Gradients of `attention_forward` for dout (B, N, H * d) with unit stride along the last axis.
+def attention_backward(dout, qkv, out, lse, scale: float, needs_bias: bool, *options):
+    """`backward` with Options, of qkv and the bias alone."""
+    dqkv, dbias, _ = backward(dout, qkv, out, lse, scale, Options(*options), needs_bias)
+    return dqkv, dbias
 
-    delta (B, H, padded(N)): the sums of out * dout over each head, if they are known. norm: a BeforeNorm; what is
-    returned in place of dqkv is then rstd * dqkv. Returns dqkv (B, N, 3, H, d) contiguous in qkv's dtype; the gradient
-    of the broadcast bias (B, H, N, N) in float32 (float64 for float64), or None when needs_bias is False; and with a
+
+def backward(dout, qkv, out, lse, scale: float, options: Options, needs_bias=False, delta=None, norm=None):
+    """Gradients of `attention_forward` for dout, of out's shape with unit stride along the last axis.
+
+    delta, as large as lse: the sums of out * dout over each head, if they are known. norm: a BeforeNorm; what is
+    returned in place of dqkv is then rstd * dqkv. Returns dqkv, of qkv's shape and dtype, contiguous; the gradient
+    of the broadcast bias (B, H, M, N) in float32 (float64 for float64), or None when needs_bias is False; and with a
     norm its NormSums, else None.
     """
-    batch, tokens, _, heads, _ = qkv.shape
+    batch, tokens, heads, head_dim = _dims(qkv)
     acc = accumulator_dtype(qkv.dtype)
+    call = _call(qkv, options)
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-    dbias = torch.empty(batch, heads, tokens, tokens, dtype=acc, device=qkv.device) if needs_bias else None
+    dbias = torch.empty(batch, heads, call.queries, tokens, dtype=acc, device=qkv.device) if needs_bias else None
     sums = None
     if dqkv.numel():
         out, delta = (out, torch.empty_like(lse)) if delta is None else (None, delta)
         by_row = None if norm is None else torch.empty(2 * heads, 2, batch * tokens, dtype=acc, device=qkv.device)
-        masks = _masks(qkv, key_padding_mask, attn_bias)
-        sizes = (tokens, padded(tokens), heads, scale, *_in_units(qkv.stride()[:4], dout.stride()[:2]))
-        bias = None if attn_bias is None else attn_bias.dtype
-        scores = Scores(key_padding_mask is not None, bias, needs_bias, norm is not None)
+        how = (call.masks, call.rope, call.packed, *call.sizes, scale)
+        how = (*how, *_in_units(_strides(qkv, 4), _strides(dout, 2)))
+        call = call._replace(scores=call.scores._replace(before_norm=norm is not None))
 
         def with_sums(columns: int, first: int, before: tuple, after: tuple, tiles: int):
             """Room for the sums by column of `columns` of qkv from the `first` on, and a kernel's arguments."""
             by_column = torch.empty(batch * tiles, 2, columns, dtype=acc, device=qkv.device)
             return (by_column,), (*before, (*norm, by_row, by_column, first, batch * tokens), *after)
 
-        def run(kernel, name: str, scores: Scores, columns: int, first: int, before: tuple, after: tuple, written):
+        def run(kernel, name: str, call: _Call, columns: int, first: int, before: tuple, after: tuple, written):
             by_tile = None if norm is None else partial(with_sums, columns, first, before, after)
-            return launch(kernel, name, qkv, scores, (*before, None, *after), written, by_tile=by_tile)
+            return launch(kernel, name, call, qkv, (*before, None, *after), written, by_tile=by_tile)
 
-        width = heads * qkv.shape[4]
-        written = [dqkv[:, :, 0]]
-        if out is not None:
-            written.append(delta[..., :tokens])
+        width = heads * head_dim
+        written = [dqkv.select(-3, 0)]
+        if out is not None and call.packed is None:
+            written.append(delta[..., : call.queries])
         if needs_bias:
             written.append(dbias)
-        before, after = (qkv, out, dout, lse, delta, dqkv), (dbias, masks, *sizes)
-        *_, of_q = run(attention_backward_dq_kernel, "attention_backward_dq", scores, width, 0, before, after, written)
-        scores = scores._replace(bias_gradient=False)
-        before, after, written = (qkv, dout, lse, delta, dqkv), (masks, *sizes), (dqkv[:, :, 1:],)
+        first = call._replace(scores=call.scores._replace(bias_gradient=needs_bias))
+        before, after = (qkv, out, dout, lse, delta, dqkv), (dbias, *how)
+        *_, of_q = run(attention_backward_dq_kernel, "attention_backward_dq", first, width, 0, before, after, written)
+        before, written = (qkv, dout, lse, delta, dqkv), (dqkv.narrow(-3, 1, 2),)
         *_, of_kv = run(
-            attention_backward_dkdv_kernel, "attention_backward_dkdv", scores, 2 * width, width, before, after, written
+            attention_backward_dkdv_kernel, "attention_backward_dkdv", call, 2 * width, width, before, how, written
         )
         sums = None if norm is None else NormSums(by_row, of_q, of_kv)
     return dqkv, dbias, sums

@@ -326,8 +326,8 @@ def block_backward(
         dattention, delta = _attention_gradient(r, folded.proj, saved.out, heads)
         norm1 = (saved.mean1, saved.rstd1)
         norm = attention.BeforeNorm(*norm1, folded.qkv.colsum, folded.qkv.bias)
-        how = (key_padding_mask, attn_bias, needs.attn_bias, delta, norm)
-        s, dbias, by_head = attention.attention_backward(dattention, saved.qkv, saved.out, saved.lse, scale, *how)
+        how = (attention.Options(key_padding_mask, attn_bias), needs.attn_bias, delta, norm)
+        s, dbias, by_head = attention.backward(dattention, saved.qkv, saved.out, saved.lse, scale, *how)
         s = s.view(rows, -1)
         if any(needs.qkv):
             products["qkv"] = _weight_product(s, saved.x, layers.qkv)
@@ -415,7 +415,7 @@ def transformer_block_forward(x, copy, centre, stats, *others) -> tuple[torch.Te
     product, (qkv, _, *norm1, centre) = _folded_product(read, stream, folded.qkv, eps1, train=keep)
     gemm.launch(*product)
     qkv = qkv.view(batch, tokens, 3, num_heads, dim // num_heads)
-    given, (mixed, lse) = attention.forward(qkv, scale, key_padding_mask, attn_bias)
+    given, (mixed, lse) = attention.forward(qkv, scale, attention.Options(key_padding_mask, attn_bias))
     if rows.numel():
         attention.launch(*given)
     product, x1, stream1 = _stream_product(mixed.view(rows.shape), folded.proj, scale1, rows, centre, drop1)

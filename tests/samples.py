@@ -83,6 +83,21 @@ SAMPLES = [
     ),
     Sample("attention", "attention", lambda: _heads(8)),
     Sample("attention-biased", "attention", lambda: _heads(20, "key_padding_mask", "attn_bias"), {"scale": 0.3}),
+    Sample(
+        "attention-rotary",
+        "attention",
+        lambda: _heads(12, *examples.ROPE),
+        {"rope_interleaved": True, "num_queries": 10},
+    ),
+    Sample(
+        "attention_varlen", "attention_varlen", lambda: {"sequences": 4, "heads": H, "head_dim": 8}, {"max_seqlen": 39}
+    ),
+    Sample(
+        "attention_varlen-rotary",
+        "attention_varlen",
+        lambda: {"sequences": 3, "heads": H, "head_dim": 12, "also": examples.ROPE},
+        {"max_seqlen": 30},
+    ),
     Sample("patch_embed", "patch_embed", lambda: _image(), NORMALISED),
     Sample("transformer_block", "transformer_block", lambda: _rows(D, heads=H, hidden=M), {"num_heads": H}),
     Sample(

@@ -14,6 +14,7 @@ import fastvit
 from fastvit import ops, reference
 from fastvit.accuracy import FACTOR, limit, relative_rms, rounding
 from fastvit.dispatch import interpreting
+from fastvit.examples import ROPE
 from fastvit.interpret import sanitizer
 
 pytestmark = pytest.mark.usefixtures("triton_backend")
@@ -28,7 +29,7 @@ def run(function, qkv, upstream, **kwargs):
 def assert_matches(qkv, **kwargs):
     """Output and gradient against float64; the bar is plain PyTorch in the same dtype."""
     dtype = qkv.dtype
-    shape = (*qkv.shape[:2], qkv.shape[3] * qkv.shape[4])
+    shape = (qkv.shape[0], kwargs.get("num_queries", qkv.shape[1]), qkv.shape[3] * qkv.shape[4])
     upstream = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(qkv)
     wide = {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in kwargs.items()}
     truth = run(reference.attention, qkv.double(), upstream, **wide)
@@ -78,7 +79,7 @@ def test_every_tiling_of_every_length(tokens, device):
         truth = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
         plain = relative_rms(reference.attention(qkv), truth)
         for config in ONE_TILE_A_PROGRAM + ALL_KEYS_ON_CHIP if tokens < 1000 else ONE_TILE_A_PROGRAM[:1]:
-            given, (out, lse) = kernels.forward(qkv, head_dim**-0.5)
+            given, (out, lse) = kernels.forward(qkv, head_dim**-0.5, kernels.Options())
             out.fill_(float("nan"))
             kernels.launch(*given, config=config)
             assert relative_rms(out, truth) <= limit(dtype, plain, rounding(dtype)), config
@@ -99,7 +100,7 @@ def test_masks_in_every_tiling(tokens, dtype, device):
         truth = reference.attention(qkv.double(), **masks)
         plain = relative_rms(reference.attention(qkv, **masks), truth)
         for config in ONE_TILE_A_PROGRAM[1:]:
-            given, (out, lse) = kernels.forward(qkv, 0.25, key_padding_mask, attn_bias)
+            given, (out, lse) = kernels.forward(qkv, 0.25, kernels.Options(key_padding_mask, attn_bias))
             out.fill_(float("nan"))
             kernels.launch(*given, config=config)
             assert relative_rms(out, truth) <= limit(dtype, plain, rounding(dtype)), (config, masks)
@@ -136,7 +137,9 @@ def test_with_all_keys_on_chip_everything_is_read_once(tokens, device, monkeypat
         return access(launch, action, pointers, mask, size)
 
     monkeypatch.setattr(sanitizer._Launch, "access", count)
-    given, (out, lse) = kernels.forward(torch.randn(1, tokens, 3, 2, 64, device=device).bfloat16(), 0.125)
+    given, (out, lse) = kernels.forward(
+        torch.randn(1, tokens, 3, 2, 64, device=device).bfloat16(), 0.125, kernels.Options()
+    )
     kernels.launch(*given, config=AttentionConfig(64, 64, 4, 1, 8))
     least = 4 * out.numel() * 2 + 2 * tokens * 4
     assert least <= counted <= 1.05 * least
@@ -273,16 +276,210 @@ def test_scores_far_from_zero(score, device):
 
 def test_what_the_kernels_lack_runs_in_torch(device):
     wide = torch.randn(1, 5, 3, 1, 160, device=device)
-    explanation = fastvit.explain("attention", wide, dropout_p=0.5)
+    explanation = fastvit.explain("attention", wide)
     assert explanation.backend == "torch"
     assert [reason for reason in explanation.reasons if "160" in reason]
-    assert [reason for reason in explanation.reasons if "dropout" in reason]
-    with pytest.raises(RuntimeError, match="head dimension 160.*dropout"):
-        ops.attention(wide, dropout_p=0.5)
+    with pytest.raises(RuntimeError, match="head dimension 160"):
+        ops.attention(wide)
     with fastvit.use_backend("auto"):
         assert relative_rms(ops.attention(wide), reference.attention(wide)) < 1e-6
-        dropped = ops.attention(torch.ones(1, 64, 3, 1, 16, device=device), dropout_p=0.5)
-        assert dropped.std() > 0.01  # all values are ones: only dropout makes the outputs differ
+
+
+def tables(tokens, head_dim, device, batch=()):
+    """cos and sin of random angles."""
+    angles = 6 * torch.rand(*batch, tokens, head_dim // 2, device=device)
+    return {"rope_cos": angles.cos(), "rope_sin": angles.sin()}
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("head_dim", [6, 64, 72])
+def test_rotary_embedding(head_dim, dtype, interleaved, device):
+    """Of the tokens after five, over two tiles; and each image by a table of its own."""
+    qkv = torch.randn(2, 69, 3, 1, head_dim, device=device).to(dtype)
+    for batch in ((), (2,)) if head_dim == 6 else ((),):
+        assert_matches(qkv, **tables(64, head_dim, device, batch), rope_interleaved=interleaved)
+
+
+def test_rotary_tables_of_any_strides_and_dtype(device):
+    """As slices of tables with every angle twice, as DINOv3 and EVA-02 have them."""
+    qkv = torch.randn(2, 37, 3, 2, 16, device=device)
+    made = tables(36, 16, device)
+    expected = ops.attention(qkv, **made)
+    halves = {name: torch.cat([angle, angle], dim=-1)[:, :8] for name, angle in made.items()}
+    assert torch.equal(ops.attention(qkv, **halves), expected)
+    every_other = {name: angle.repeat_interleave(2, -1)[:, ::2] for name, angle in made.items()}
+    assert torch.equal(ops.attention(qkv, **every_other), expected)
+    assert torch.equal(ops.attention(qkv, **{**made, "rope_sin": halves["rope_sin"]}), expected)
+    doubles = {name: angle[None].double() for name, angle in made.items()}
+    assert relative_rms(ops.attention(qkv, **doubles), expected) < 1e-6
+
+
+def test_rotary_embedding_as_timm_and_transformers_have_it(device):
+    """Their own functions on q and k, by timm's table (sin beside cos, every angle twice) and transformers' pair."""
+    layers = pytest.importorskip("timm.layers")
+    dinov3 = pytest.importorskip("transformers.models.dinov3_vit.modeling_dinov3_vit")
+    qkv = torch.randn(2, 21, 3, 2, 16, device=device)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    angles = 6 * torch.rand(16, 8, device=device)
+
+    def attend(q, k):
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+        return out.transpose(1, 2).flatten(2)
+
+    def rotated(x, half, repeat):
+        table = torch.cat([repeat(angles.sin()), repeat(angles.cos())], dim=-1)
+        return torch.cat([x[:, :, :5], layers.apply_rot_embed_cat(x[:, :, 5:], table, half=half)], dim=2)
+
+    given = {"rope_cos": angles.cos(), "rope_sin": angles.sin()}
+    eva = [rotated(x, False, lambda angle: angle.repeat_interleave(2, -1)) for x in (q, k)]
+    assert relative_rms(ops.attention(qkv, **given, rope_interleaved=True), attend(*eva)) < 1e-6
+    halves = [rotated(x, True, lambda angle: angle.repeat(1, 2)) for x in (q, k)]
+    assert relative_rms(ops.attention(qkv, **given), attend(*halves)) < 1e-6
+    theirs = dinov3.apply_rotary_pos_emb(q, k, angles.cos().repeat(1, 2), angles.sin().repeat(1, 2))
+    assert relative_rms(ops.attention(qkv, **given), attend(*theirs)) < 1e-6
+
+
+def test_a_rotary_embedding_that_is_trained_runs_in_torch(device):
+    qkv = torch.randn(1, 9, 3, 2, 8, device=device)
+    given = {name: table.requires_grad_() for name, table in tables(9, 8, device).items()}
+    with pytest.raises(RuntimeError, match="rotary embedding requires a gradient"):
+        ops.attention(qkv, **given)
+    with fastvit.use_backend("auto"):
+        grads = [
+            torch.autograd.grad(f(qkv, **given).square().sum(), given.values())
+            for f in (ops.attention, reference.attention)
+        ]
+    for ours, theirs in zip(*grads, strict=True):
+        assert relative_rms(ours, theirs) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("num_queries", [1, 64, 65, 69])
+def test_queries_of_the_first_tokens_alone(num_queries, dtype, device):
+    """As those rows of all; the others' dq is 0, whatever was in memory."""
+    qkv = torch.randn(2, 70, 3, 2, 32, device=device).to(dtype)
+    out, grad = assert_matches(qkv, num_queries=num_queries)
+    assert out.shape == (2, num_queries, 64)
+    assert not grad[:, num_queries:, 0].any() and grad[:, :, 1:].any(dim=-1).all()
+
+
+PAIRS = {
+    "mask and query": ("mask", "queries"),
+    "bias and queries": ("bias", "queries"),
+    "mask and rotary": ("mask", "rotary"),
+    "bias and rotary": ("bias", "rotary"),
+    "queries and rotary": ("queries", "rotary"),
+    "all": ("mask", "bias", "queries", "rotary"),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS)
+def test_options_in_pairs(pair, dtype, device):
+    qkv = torch.randn(2, 70, 3, 2, 16, device=device).to(dtype)
+    queries = 67 if "queries" in pair else 70
+    mask = torch.rand(2, 70, device=device) < 0.7
+    mask[:, 3] = True
+    options = {
+        "mask": {"key_padding_mask": mask},
+        "bias": {"attn_bias": torch.randn(2, queries, 70, device=device).to(dtype)},
+        "queries": {"num_queries": queries},
+        "rotary": tables(66, 16, device),
+    }
+    given = {}
+    for option in pair:
+        given |= options[option]
+    assert_matches(qkv, **given)
+    if "bias" in pair:
+        grads = []
+        for function, to in (
+            (reference.attention, torch.float64),
+            (reference.attention, dtype),
+            (ops.attention, dtype),
+        ):
+            as_given = {n: t.to(to) if n == "attn_bias" else t for n, t in given.items()}
+            leaf = as_given["attn_bias"] = as_given["attn_bias"].detach().requires_grad_()
+            function(qkv.to(to), **as_given).square().sum().backward()
+            grads.append(leaf.grad)
+        truth, plain, got = grads
+        assert relative_rms(got, truth) <= FACTOR[dtype] * relative_rms(plain, truth)
+
+
+def dropped(qkv, rate, seed, upstream=None, **options):
+    """`attention` with dropout, by this seed, and its gradient."""
+    leaf = qkv.detach().requires_grad_()
+    torch.manual_seed(seed)
+    out = ops.attention(leaf, dropout_p=rate, **options)
+    return out.detach(), torch.autograd.grad(out, leaf, torch.ones_like(out) if upstream is None else upstream)[0]
+
+
+def factors(tokens, heads, rate, seed, device):
+    """Dropout's (1, H, N, N), as the kernels have it: with equal scores and unit vectors for values."""
+    qkv = torch.zeros(1, tokens, 3, heads, 128, device=device)
+    qkv[:, :, 2] = torch.eye(tokens, 128, device=device)[:, None]
+    out = dropped(qkv, rate, seed)[0].view(tokens, heads, 128)[..., :tokens]
+    return out.transpose(0, 1)[None] * tokens
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5])
+def test_dropout(rate, device):
+    """The rate, and no more than chance between heads, queries, keys, seeds; the same mask in the backward pass."""
+    tokens, heads = 70, 2
+    mask = factors(tokens, heads, rate, 1, device)
+    keep = mask != 0
+    torch.testing.assert_close(mask[keep], torch.full_like(mask[keep], 1 / (1 - rate)), rtol=1e-5, atol=0)
+    variance = rate * (1 - rate)
+    for sample in (keep, keep[:, 0], keep[..., 7], keep[..., 9, :]):
+        assert abs(sample.double().mean() - (1 - rate)) < 3.5 * math.sqrt(variance / sample.numel())
+    other = factors(tokens, heads, rate, 2, device) != 0
+    for a, b in (
+        (keep[:, 0], keep[:, 1]),
+        (keep[..., 1:], keep[..., :-1]),
+        (keep[:, :, 1:], keep[:, :, :-1]),
+        (keep, other),
+    ):
+        together = ((a.double() - (1 - rate)) * (b.double() - (1 - rate))).mean() / variance
+        assert abs(together) < 4 / math.sqrt(a.numel())
+
+    qkv = torch.randn(1, tokens, 3, heads, 16, device=device)
+    upstream = torch.randn(1, tokens, heads * 16, device=device)
+    wide = qkv.double().requires_grad_()
+    q, k, v = wide.permute(2, 0, 3, 1, 4)
+    expected = ((q @ k.transpose(-1, -2) / 4).softmax(-1) * mask.double() @ v).transpose(1, 2).flatten(2)
+    out, grad = dropped(qkv, rate, 1, upstream)
+    assert relative_rms(out, expected.detach()) < 1e-5
+    assert relative_rms(grad, torch.autograd.grad(expected, wide, upstream.double())[0]) < 1e-5
+    again = dropped(qkv, rate, 1, upstream)
+    assert torch.equal(out, again[0]) and torch.equal(grad, again[1])
+
+
+def test_dropout_with_the_other_options(device):
+    """Of a padding mask, a bias, a rotary embedding and few queries: the same mask, and it is replayed."""
+    tokens, queries, rate = 70, 66, 0.3
+    mask = factors(tokens, 2, rate, 3, device)[..., :queries, :]
+    allowed = torch.rand(1, tokens, device=device) < 0.8
+    allowed[:, 0] = True
+    options = {"key_padding_mask": allowed, "attn_bias": torch.randn(queries, tokens, device=device)}
+    options |= {"num_queries": queries, **tables(tokens - 1, 16, device)}
+    qkv = torch.randn(1, tokens, 3, 2, 16, device=device)
+    wide = qkv.double().requires_grad_()
+    q, k, v = wide.permute(2, 0, 3, 1, 4)
+    cos, sin = options["rope_cos"].double(), options["rope_sin"].double()
+    q, k = (reference.ops.rotate(x, cos, sin) for x in (q, k))
+    bias = options["attn_bias"].double()
+    p = reference.ops.attention_probabilities(q[:, :, :queries], k, 0.25, allowed, bias)
+    expected = (p * mask.double() @ v).transpose(1, 2).flatten(2)
+    out, grad = dropped(qkv, rate, 3, **options)
+    assert relative_rms(out, expected.detach()) < 1e-5
+    assert relative_rms(grad, torch.autograd.grad(expected.sum(), wide)[0]) < 1e-5
+
+
+def test_dropout_has_no_second_derivative(device):
+    qkv = torch.randn(1, 9, 3, 2, 8, device=device, requires_grad=True)
+    out = ops.attention(qkv, dropout_p=0.2)
+    with pytest.raises(NotImplementedError, match="dropout has no second derivative"):
+        torch.autograd.grad(out.sum(), qkv, create_graph=True)
 
 
 @pytest.mark.parametrize(
@@ -302,6 +499,35 @@ def test_what_the_kernels_lack_runs_in_torch(device):
         ({"attn_bias": torch.zeros(4, 5)}, ValueError, r"attn_bias must broadcast to .* got \(4, 5\)"),
         ({"attn_bias": torch.zeros(1, 2, 1, 5, 5)}, ValueError, "attn_bias must broadcast"),
         ({"attn_bias": torch.zeros(5, 5, dtype=torch.int64)}, TypeError, "attn_bias must have a floating-point dtype"),
+        (
+            {"attn_bias": torch.zeros(5, 5), "num_queries": 3},
+            ValueError,
+            r"broadcast to \(B, H, M, N\) = \(2, 1, 3, 5\)",
+        ),
+        ({"num_queries": 0}, ValueError, "num_queries must be from 1 to N = 5, got 0"),
+        ({"num_queries": 6}, ValueError, "num_queries must be from 1 to N = 5, got 6"),
+        ({"num_queries": 2.0}, TypeError, "num_queries must be an integer or None, got 2.0"),
+        ({"num_queries": True}, TypeError, "num_queries must be an integer or None, got True"),
+        ({"rope_interleaved": 1}, TypeError, "rope_interleaved must be True or False, got 1"),
+        ({"rope_cos": torch.zeros(4, 4)}, ValueError, "rope_cos and rope_sin must come together"),
+        (
+            dict.fromkeys(ROPE, torch.zeros(6, 4)),
+            ValueError,
+            r"with R at most N = 5, B = 2 and d / 2 = 4, got \(6, 4\)",
+        ),
+        (dict.fromkeys(ROPE, torch.zeros(4, 8)), ValueError, r"d / 2 = 4, got \(4, 8\)"),
+        (dict.fromkeys(ROPE, torch.zeros(3, 4, 4)), ValueError, r"B = 2 .* got \(3, 4, 4\)"),
+        (dict.fromkeys(ROPE, torch.zeros(4, 4, dtype=torch.int32)), TypeError, "rope_cos must have a floating-point"),
+        (
+            {"rope_cos": torch.zeros(4, 4), "rope_sin": torch.zeros(3, 4)},
+            ValueError,
+            "rope_sin must have rope_cos's shape",
+        ),
+        (
+            {"qkv": torch.zeros(2, 5, 3, 1, 7), **dict.fromkeys(ROPE, torch.zeros(4, 3))},
+            ValueError,
+            "needs an even head dimension, got 7",
+        ),
     ],
 )
 def test_bad_input(changes, error, message):

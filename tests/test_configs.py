@@ -275,7 +275,7 @@ def test_a_wider_bias_is_another_request():
     for dtype in (BF16, FP32):
         bias = torch.empty(2, 64, 64, dtype=dtype, device="meta")
         with choice.watching(lambda request, _: requests.append(request)), contextlib.suppress(Exception):
-            attention.attention_forward(qkv, 0.125, attn_bias=bias)
+            attention.attention_forward(qkv, 0.125, None, bias)
         needed.append(shared_memory(AttentionConfig(128, 64, 8, 1), requests[-1], ARCHS["sm_89"]))
     assert [request.key.split()[3:] for request in requests] == [["bias"], ["bias", "bias=float32"]]
     assert needed[1] - needed[0] == 2 * 128 * 64
@@ -440,7 +440,7 @@ def test_every_candidate_is_right(arch, dtype, device, triton_backend):
     with choice.watching(lambda request, run: shown.append((request, run))):
         gemm.weight_gradient(dy, tiles.MATRIX, tiles.plain(x), 40, dtype, wide=True)
         out, lse = attention.attention_forward(qkv, 0.25)
-        attention.attention_backward(out, qkv, out, lse, 0.25)
+        attention.attention_backward(out, qkv, out, lse, 0.25, False)
     assert len(shown) == 4
     for request, run in shown:
         first, *others = search_space(request, ARCHS[arch], SMS)
@@ -479,7 +479,7 @@ def product():
 def heads():
     qkv = meta(8, 197, 3, 12, 64)
     out, lse = attention.attention_forward(qkv, 0.125)
-    attention.attention_backward(out, qkv, out, lse, 0.125)
+    attention.attention_backward(out, qkv, out, lse, 0.125, False)
 
 original, found = JITFunction.run, []
 def run(kernel, *args, grid, warmup, **kwargs):

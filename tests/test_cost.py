@@ -248,7 +248,7 @@ def test_every_kernel_tells_its_cost(monkeypatch, device, triton_backend):
         qkv, mask = tensor(2, 5, 3, 2, 16), torch.ones(2, 5, dtype=torch.bool, device=device)
         bias = tensor(2, 5, 5)
         out, lse = attention.attention_forward(qkv, 0.25, mask, bias)
-        attention.attention_backward(out, qkv, out, lse, 0.25, mask, bias, needs_bias=True)
+        attention.attention_backward(out, qkv, out, lse, 0.25, True, mask, bias)
         x, vector = tensor(10, 32), tensor(32)
         y, mean, rstd = layer_norm.layer_norm_forward(x, vector, vector, 1e-6)
         layer_norm.layer_norm_backward(y, x, mean, rstd, vector, vector, dresidual=x)

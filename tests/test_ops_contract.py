@@ -202,7 +202,7 @@ def test_threads_take_turns_in_the_interpreter(device):
                 assert all(torch.equal(got[name], value) for name, value in want.items())
 
 
-WITH_WEIGHTS = [sample for sample in SAMPLES if sample.op not in ("layer_norm", "attention")]
+WITH_WEIGHTS = [sample for sample in SAMPLES if sample.op not in ("layer_norm", "attention", "attention_varlen")]
 
 
 @with_dtypes(WITH_WEIGHTS)
@@ -311,6 +311,8 @@ def test_backward_is_deterministic(sample, device):
 @every_op
 @pytest.mark.parametrize("batch", [0, 1])
 def test_batch_of_none_and_of_one(sample, batch, device):
+    if sample.op == "attention_varlen":
+        pytest.skip("it has no batch: test_attention_varlen.py has none and one sequence")
     tensors = sample.tensors(device=device)
     for name in BATCHED:
         if name in tensors:
@@ -395,7 +397,7 @@ def test_the_output_may_be_changed_in_place(sample, device):
         expected = 2 * out.detach()
         assert torch.equal(out.mul_(2), expected)
         needed = contextlib.nullcontext()
-        if sample.op == "attention":
+        if sample.op.startswith("attention"):
             needed = pytest.raises(RuntimeError, match="modified by an inplace operation")
         with needed:
             for name, gradient in gradients(out, tensors, torch.ones_like(out)).items():
@@ -416,7 +418,7 @@ def test_frozen_tensors_cost_nothing(sample, device, monkeypatch):
     """With only the last bias to train, fewer products and sums run than with everything."""
     from fastvit.kernels import gemm, reduce
 
-    if sample.op in ("layer_norm", "attention"):
+    if sample not in WITH_WEIGHTS:
         pytest.skip("one set of launches makes all of its gradients")
     launches = []
     for module, name in ((gemm, "launch"), (gemm, "weight_gradient"), (reduce, "column_sum")):

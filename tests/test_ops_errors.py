@@ -42,12 +42,15 @@ def test_mixed_devices_are_refused(sample):
 def test_none_for_a_required_tensor_is_refused(sample):
     optional = {"bias", "residual", "layer_scale", "drop_path_scale", "key_padding_mask", "attn_bias"}
     optional |= {"fc1_bias", "fc2_bias", "pos_embed", "prefix", "qkv_bias", "proj_bias", *examples.BLOCK_SCALES}
+    optional |= {"rope_cos", "rope_sin"}
     optional -= {"bias"} if sample.op == "layer_norm" else {"residual"} if sample.op == "linear_residual" else set()
     for name in sample.tensors():
         tensors = {**sample.tensors(), name: None}
         if name in optional:
             if name == "prefix":
                 tensors["pos_embed"] = None  # which may have rows for it
+            if name in examples.ROPE:
+                tensors |= dict.fromkeys(examples.ROPE)  # come together
             sample.run(tensors)
         else:
             for backend in ("torch", "triton"):

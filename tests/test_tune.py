@@ -111,7 +111,7 @@ def test_calls_of_a_model():
     config = model_entry("vit_tiny_patch16_224").config
     inference, training = (calls.calls_of(config, 8, torch.bfloat16, mode) for mode in calls.MODES)
     names = {call.op.name for call in inference}
-    assert names == set(ops.OPS) and len(inference) == len(names)
+    assert names == set(ops.OPS) - {"attention_varlen"} and len(inference) == len(names)
     attention = next(call for call in inference if call.op.name == "attention")
     assert attention.args[0].shape == (8, 197, 3, 3, 64) and attention.args[0].dtype == torch.bfloat16
     assert not any(a.requires_grad for call in inference for a in call.args if isinstance(a, torch.Tensor))

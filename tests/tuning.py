@@ -52,7 +52,7 @@ def norm_call(grad=False):
 
 def attention_call(grad=False):
     qkv = torch.randn(2, 21, 3, 2, 16, dtype=torch.bfloat16, requires_grad=grad)
-    return tune.Call.like(dispatch.OPS["attention"], (qkv, None, None, None, 0.0))
+    return tune.Call.like(dispatch.OPS["attention"], (qkv, None, None, None, 0.0, None, None, False, None))
 
 
 def price_of(cheap):

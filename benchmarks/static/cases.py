@@ -15,20 +15,29 @@ from fastvit.kernels import (
     transformer_block,
 )
 
-from fastvit.examples import BLOCK_SCALES, SCALES, TABLES, Draw, tensors
+from fastvit.examples import BLOCK_SCALES, LONGER, ROPE, SCALES, TABLES, Draw, tensors
 
 from .compile import Case
 
 BATCH = 64
 
 
-def _attention(tokens, heads, head_dim, dtype, masked=False, batch=BATCH):
-    also = ["key_padding_mask", "attn_bias"] if masked else []
+def _attention(tokens, heads, head_dim, dtype, *also, batch=BATCH, **options):
+    """also: which of the optional tensors there are; options: others of `attention.Options`."""
     sizes = {"batch": batch, "tokens": tokens, "heads": heads, "head_dim": head_dim}
-    made = tensors("attention", Draw(dtype, "meta"), also, **sizes)
-    qkv, mask, bias = made["qkv"], made.get("key_padding_mask"), made.get("attn_bias")
-    out, lse = attention.attention_forward(qkv, head_dim**-0.5, mask, bias)
-    attention.attention_backward(out, qkv, out, lse, head_dim**-0.5, mask, bias, needs_bias=masked)
+    made = tensors("attention", Draw(dtype, "meta", dtypes=dict.fromkeys(ROPE, torch.float32)), also, **sizes)
+    _attend(made.pop("qkv"), attention.Options(**made, **options))
+
+
+def _attention_varlen(sequences, heads, head_dim, dtype):
+    made = tensors("attention_varlen", Draw(dtype, "meta"), sequences=sequences, heads=heads, head_dim=head_dim)
+    _attend(made.pop("qkv"), attention.Options(**made, max_seqlen=LONGER * (sequences - 1)))
+
+
+def _attend(qkv, options):
+    scale = qkv.shape[-1] ** -0.5
+    out, lse = attention.attention_forward(qkv, scale, *options)
+    attention.attention_backward(out, qkv, out, lse, scale, options.attn_bias is not None, *options)
 
 
 def whole_block(
@@ -137,7 +146,7 @@ def cases() -> list[Case]:
         call = lambda width=width: _attention(197, 12, width, bf16)  # noqa: E731
         listed.append(Case(f"attention d={width} bf16", call, candidates=width == 64))
     for width in (64, 80, 128):
-        masked = lambda width=width: _attention(197, 12, width, bf16, masked=True)  # noqa: E731
+        masked = lambda width=width: _attention(197, 12, width, bf16, "key_padding_mask", "attn_bias")  # noqa: E731
         listed.append(Case(f"attention d={width} bf16, masked", masked))
         listed.append(Case(f"attention d={width} fp32", lambda width=width: _attention(197, 12, width, fp32)))
     # A class token before whole tiles; keys that do not fit on chip; so few heads that each tile gets a program.
@@ -147,4 +156,12 @@ def cases() -> list[Case]:
     listed.append(Case("attention d=64 bf16, batch 1", lambda: _attention(197, 12, 64, bf16, batch=1)))
     listed.append(Case("attention d=96 bf16, batch 1", lambda: _attention(197, 12, 96, bf16, batch=1)))
     listed.append(Case("attention d=80 bf16, 320 tokens", lambda: _attention(320, 16, 80, bf16)))
+    seed = torch.empty(1, dtype=torch.int64, device="meta")
+    listed.append(Case("attention d=64 bf16, dropout", lambda: _attention(197, 12, 64, bf16, seed=seed)))
+    for width in (64, 128):
+        for label, neighbours in (("halves", False), ("neighbours", True)):
+            rope = partial(_attention, 201, 12, width, bf16, *ROPE, rope_interleaved=neighbours)
+            listed.append(Case(f"attention d={width} bf16, rotary {label}", rope))
+        listed.append(Case(f"attention d={width} bf16, packed", partial(_attention_varlen, 30, 12, width, bf16)))
+    listed.append(Case("attention d=64 bf16, a query", lambda: _attention(197, 12, 64, bf16, num_queries=1)))
     return listed

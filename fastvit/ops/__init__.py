@@ -16,7 +16,7 @@ import torch
 from fastvit import dispatch
 
 from . import _common
-from .attention import AttentionFunction, attention
+from .attention import AttentionFunction, attention, attention_varlen
 from .layer_norm import LayerNormFunction, layer_norm
 from .layer_norm_linear import LayerNormLinearFunction, layer_norm_linear
 from .layer_norm_mlp import LayerNormMLPFunction, layer_norm_mlp
@@ -73,6 +73,7 @@ __all__ = [
     "PatchEmbedFunction",
     "TransformerBlockFunction",
     "attention",
+    "attention_varlen",
     "carrying",
     "layer_norm",
     "layer_norm_linear",

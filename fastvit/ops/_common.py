@@ -93,7 +93,7 @@ def launches(op: dispatch.Op, args: tuple) -> tuple[str, ...]:
     without memory."""
     empty: dict[int, torch.Tensor] = {}
     for value in args:
-        if isinstance(value, torch.Tensor):
+        if dispatch.is_drawn(value):
             like = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
             empty.setdefault(id(value), like.requires_grad_(value.requires_grad))
     given = [empty.get(id(value), value) for value in args]

@@ -2,6 +2,7 @@
 
 from .ops import (
     attention,
+    attention_varlen,
     layer_norm,
     layer_norm_linear,
     layer_norm_mlp,
@@ -13,6 +14,7 @@ from .vit import vision_transformer
 
 __all__ = [
     "attention",
+    "attention_varlen",
     "layer_norm",
     "layer_norm_linear",
     "layer_norm_mlp",

@@ -74,17 +74,76 @@ def attention(
     key_padding_mask: torch.Tensor | None = None,
     attn_bias: torch.Tensor | None = None,
     dropout_p: float = 0.0,
+    rope_cos: torch.Tensor | None = None,
+    rope_sin: torch.Tensor | None = None,
+    rope_interleaved: bool = False,
+    num_queries: int | None = None,
 ) -> torch.Tensor:
     """Multi-head self-attention: softmax(q k^T * scale + bias) v (arXiv 1706.03762, eq. 1).
 
     qkv (B, N, 3, H, d); scale defaults to d ** -0.5; key_padding_mask (B, N) bool, True = attend; attn_bias,
-    added to the scaled scores, broadcastable to (B, H, N, N). A query that may attend to no key gets zeros.
-    Returns (B, N, H * d).
+    added to the scaled scores, broadcastable to (B, H, M, N). A query that may attend to no key gets zeros.
+    rope_cos, rope_sin, rope_interleaved: of `rotate`, applied to q and k. num_queries: M, of which only the first so
+    many tokens ask; N for None. Returns (B, M, H * d).
     """
     q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, N, d)
+    if rope_cos is not None:
+        q, k = (rotate(x, rope_cos, rope_sin, rope_interleaved) for x in (q, k))
+    q = q[:, :, :num_queries]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     probabilities = F.dropout(attention_probabilities(q, k, scale, key_padding_mask, attn_bias), dropout_p)
     return (probabilities @ v).transpose(1, 2).flatten(2)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool = False) -> torch.Tensor:
+    """Rotary position embedding (arXiv 2104.09864, eq. 34) of the last R tokens of x (B, H, N, d).
+
+    cos, sin (R, d / 2) or (B, R, d / 2): of each pair of columns (a, b), which becomes (a cos - b sin, b cos + a sin).
+    b is d / 2 columns after a (DINOv3), or the next one, where interleaved (EVA-02). Computed in the wider dtype of x
+    and cos, returned in x's.
+    """
+    prefix, x = x.tensor_split([x.shape[2] - cos.shape[-2]], dim=2)
+    cos, sin = (angle if angle.dim() == 2 else angle[:, None] for angle in (cos, sin))
+    pairs = x.unflatten(-1, (-1, 2) if interleaved else (2, -1))
+    where = -1 if interleaved else -2
+    a, b = pairs.unbind(where)
+    rotated = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=where).flatten(-2)
+    return torch.cat([prefix, rotated.to(x.dtype)], dim=2)
+
+
+def attention_varlen(
+    qkv: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    *,
+    max_seqlen: int | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    rope_cos: torch.Tensor | None = None,
+    rope_sin: torch.Tensor | None = None,
+    rope_interleaved: bool = False,
+) -> torch.Tensor:
+    """`attention` of sequences of different lengths, one after the other, each by itself.
+
+    qkv (T, 3, H, d); cu_seqlens (S + 1,) integers: sequence i is of tokens cu_seqlens[i] to cu_seqlens[i + 1];
+    max_seqlen has no use here; rope_cos, rope_sin (T, d / 2). Returns (T, H * d).
+    """
+    bounds = cu_seqlens.tolist()
+    if len(bounds) == 1:
+        return qkv[:, 0].flatten(1)
+    outs = []
+    for begin, end in zip(bounds, bounds[1:], strict=False):
+        rope = [None if angle is None else angle[begin:end] for angle in (rope_cos, rope_sin)]
+        outs.append(
+            attention(
+                qkv[None, begin:end],
+                scale=scale,
+                dropout_p=dropout_p,
+                rope_cos=rope[0],
+                rope_sin=rope[1],
+                rope_interleaved=rope_interleaved,
+            )[0]
+        )
+    return torch.cat(outs)
 
 
 def attention_probabilities(

@@ -275,8 +275,9 @@ def sections_launch(grid, metadata, args: dict) -> dict:
 
 
 def _attention_launch(of_op, grid, metadata, args: dict) -> dict:
-    qkv = args["qkv_ptr"]
-    batch, tokens, _, heads, head_dim = qkv.shape
+    qkv, tokens = args["qkv_ptr"], args["N"]
+    heads, head_dim = qkv.shape[-2:]
+    batch = ceil_div(math.prod(qkv.shape[:-3]), tokens)  # of packed sequences, as if all were as long as the longest
     others = _matrix_bytes(*args["masks"], args.get("dbias_ptr"))
     cost = of_op(batch, tokens, heads, head_dim, qkv.element_size()) + Cost(0.0, others)
     about = f"B={batch} N={tokens} H={heads} d={head_dim}"

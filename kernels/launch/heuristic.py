@@ -126,7 +126,7 @@ def _attention_forward(request: Request, arch: Arch, sms: int) -> AttentionConfi
     # read registers, and spills; and of wider heads.
     together = next_power_of_2(ceil_div(tokens, 64))
     config = AttentionConfig(BLOCK_ROWS=64, BLOCK_STEP=128, num_warps=4, num_stages=1, ROW_TILES=together)
-    spills = not arch.has_wgmma or masked or head_dim > 96 or tiling(request, config).peeled
+    spills = not arch.has_wgmma or not request.parts.plain or head_dim > 96 or tiling(request, config).peeled
     room = arch.shared - 2 * (shared_memory(config, request, arch) + 1024)
     if together > 1 and not spills and room >= 0 and batch * heads >= 2 * sms:
         return config
@@ -140,7 +140,7 @@ def _attention_forward(request: Request, arch: Arch, sms: int) -> AttentionConfi
 
 def _attention_backward(request: Request, arch: Arch) -> AttentionConfig:
     """The tile of either backward kernel."""
-    head_dim, masked = request.shape[3], request.parts.masked
+    head_dim, masked, rope = request.shape[3], request.parts.masked, request.parts.rope
     queries = request.kernel == "attention_backward_dq"
     if request.dtype.itemsize > 2:
         config = FULL_PRECISION_ATTENTION[head_dim > 64]
@@ -148,6 +148,8 @@ def _attention_backward(request: Request, arch: Arch) -> AttentionConfig:
         spills = request.parts.before_norm and arch.name in ("gfx942", "sm_120") and not queries
         return config._replace(BLOCK_STEP=16) if spills else config
     if not arch.has_wgmma:
+        if head_dim <= 64 and rope:  # what is rotated passes through registers
+            return AttentionConfig(BLOCK_ROWS=64, BLOCK_STEP=16, num_warps=8, num_stages=2)
         if head_dim <= 64:
             # Not pipelined, dq for a norm spills.
             stages = 2 if request.parts.before_norm and arch.name == "sm_80" and queries else 1
@@ -156,8 +158,8 @@ def _attention_backward(request: Request, arch: Arch) -> AttentionConfig:
             return AttentionConfig(BLOCK_ROWS=64, BLOCK_STEP=32, num_warps=warps, num_stages=stages)
         # Wider steps of wide heads spill with these compilers, of three parts with all.
         wide = head_dim > 80 and arch.name in ("sm_120", "gfx942")
-        spills = not queries and (wide or len(split_head(head_dim)) > 2)
+        spills = not queries and (wide or len(split_head(head_dim)) > 2) or (rope and arch.backend == "hip")
         return AttentionConfig(BLOCK_ROWS=32, BLOCK_STEP=16 if masked or spills else 32, num_warps=8, num_stages=1)
     if head_dim <= 64:
         return AttentionConfig(BLOCK_ROWS=64, BLOCK_STEP=64, num_warps=8 if masked else 4, num_stages=1)
-    return AttentionConfig(BLOCK_ROWS=64, BLOCK_STEP=32 if masked else 64, num_warps=8, num_stages=1)
+    return AttentionConfig(BLOCK_ROWS=64, BLOCK_STEP=32 if masked or rope else 64, num_warps=8, num_stages=1)

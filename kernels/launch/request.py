@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import triton
 
 from .._math import float32_precision
 
@@ -164,22 +165,33 @@ class Product(NamedTuple):
 
 class Scores(NamedTuple):
     """What is done with attention's scores: a key padding mask, a bias of this dtype, the bias's gradient stored;
-    before_norm: whether qkv's gradient is made for the norm before it (see
-    `transformer_block`)."""
+    before_norm: whether qkv's gradient is made for the norm before it (see `transformer_block`); dropout; a rotary
+    embedding; packed sequences; how many queries there are, if not as many as keys."""
 
     mask: bool = False
     bias: torch.dtype | None = None
     bias_gradient: bool = False
     before_norm: bool = False
+    dropout: bool = False
+    rope: bool = False
+    packed: bool = False
+    queries: int = 0
 
     def words(self, dtype: torch.dtype) -> list[str]:
         bias = {None: [], dtype: ["bias"]}.get(self.bias, ["bias", f"bias={dtype_name(self.bias)}"])
-        return ["mask"] * self.mask + bias + ["bias_gradient"] * self.bias_gradient + ["before_norm"] * self.before_norm
+        flags = ("bias_gradient", "before_norm", "dropout", "rope", "packed")
+        queries = [f"queries={self.queries}"] if self.queries else []
+        return ["mask"] * self.mask + bias + [flag for flag in flags if getattr(self, flag)] + queries
 
     @property
     def masked(self) -> bool:
         """Whether something is loaded between a tile's two products."""
         return self.mask or self.bias is not None
+
+    @property
+    def plain(self) -> bool:
+        """Whether nothing is done but scale them."""
+        return not (self.masked or self.dropout or self.rope or self.packed or self.queries)
 
 
 class Rows(NamedTuple):
@@ -233,6 +245,7 @@ def rows_per_program(kernel: str, rows: int, block: int) -> int:
     return ceil_div(ceil_div(rows, MAX_PARTIALS[kernel]), block) * block
 
 
+@triton.constexpr_function
 def split_head(head_dim: int) -> tuple[int, ...]:
     """Widths of the parts that a head is loaded in."""
     return cover(head_dim, 128)
@@ -256,23 +269,24 @@ class Tiling(NamedTuple):
 
 def tiling(request: Request, config: AttentionConfig) -> Tiling:
     """The tiles of attention with a config."""
-    tokens = request.shape[1]
-    peeled = request.kernel == "attention_forward" and not request.parts.masked
-    peeled = peeled and tokens > 1 and tokens % config.BLOCK_ROWS == 1
+    tokens, scores = request.shape[1], request.parts
+    forward = request.kernel == "attention_forward"
+    peeled = forward and scores.plain and tokens > 1 and tokens % config.BLOCK_ROWS == 1
     others = tokens - peeled
-    tiles = ceil_div(others, config.BLOCK_ROWS)
+    tiles = ceil_div(scores.queries if forward and scores.queries else others, config.BLOCK_ROWS)
     if config.ROW_TILES > 1:
         programs, widths = ceil_div(tiles, config.ROW_TILES), cover(others, config.BLOCK_STEP)
         steps = ceil_div(tiles, programs)
     else:
         programs, steps = tiles + peeled, ceil_div(others, config.BLOCK_STEP)
         widths = (config.BLOCK_STEP,) * steps
-    return Tiling(peeled, tiles, programs, widths, sum(widths) > others, steps)
+    return Tiling(peeled, tiles, programs, widths, scores.packed or sum(widths) > others, steps)
 
 
+@triton.constexpr_function
 def cover(size: int, widest: int) -> tuple[int, ...]:
     """Widths of tiles that cover `size`: of the widest, then of smaller and smaller powers of two, of 16 at least."""
-    blocks = ceil_div(size, 16)
+    blocks = (size + 15) // 16
     whole, rest = divmod(blocks, widest // 16)
     return (widest,) * whole + tuple([16 << bit for bit in reversed(range(rest.bit_length())) if rest >> bit & 1])
 

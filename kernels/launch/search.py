@@ -107,7 +107,7 @@ def _gemm_candidates(request: Request, arch: Arch, sms: int) -> Iterator[Config]
 
 
 def _attention_candidates(request: Request, first: AttentionConfig, arch: Arch, sms: int) -> Iterator[AttentionConfig]:
-    if request.kernel == "attention_forward" and request.dtype.itemsize == 2 and not request.parts.masked:
+    if request.kernel == "attention_forward" and request.dtype.itemsize == 2 and request.parts.plain:
         for rows, warps in ((64, 4), (128, 8)):
             together = next_power_of_2(ceil_div(request.shape[1], rows))
             for step in (32, 64, 128):

@@ -107,8 +107,8 @@ def _attention_rules(config: AttentionConfig, request: Request, arch: Arch) -> l
     ]
     if config.BLOCK_STEP > MAX_STEP:
         reasons.append(f"BLOCK_STEP is {config.BLOCK_STEP}, rows of numbers a token are padded to {MAX_STEP}")
-    if config.ROW_TILES > 1 and (request.kernel != "attention_forward" or request.parts.masked):
-        reasons.append(f"ROW_TILES is {config.ROW_TILES}, which is for the forward pass without masks")
+    if config.ROW_TILES > 1 and (request.kernel != "attention_forward" or not request.parts.plain):
+        reasons.append(f"ROW_TILES is {config.ROW_TILES}, which is for the forward pass without options")
     if config.ROW_TILES > 1 and config.num_stages > 1:
         reasons.append(f"{config.num_stages} stages, but nothing passes through a program of {config.ROW_TILES} tiles")
     if arch.name == "sm_90" and request.dtype.itemsize <= 2 and request.parts.masked and config.num_stages > 1:
