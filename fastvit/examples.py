@@ -119,8 +119,8 @@ def _transformer_block(batch, tokens, dim, heads, hidden, gated=False):
     required = {"x": (batch, tokens, dim)}
     for name, shape in layers.items():
         required |= {f"{name}_weight": shape or (dim,), f"{name}_bias": shape[:1] or (dim,)}
-    scales = {name: (batch if name.startswith("drop") else dim,) for name in BLOCK_SCALES}
-    return required, scales | {"key_padding_mask": (batch, tokens), "attn_bias": (heads, tokens, tokens)}
+    optional = {name: (batch if name.startswith("drop") else dim,) for name in BLOCK_SCALES}
+    return required, optional | _attention(batch, tokens, heads, dim // heads)[1]
 
 
 # Of each op, the shapes of its tensors: those that it requires, and the optional ones.

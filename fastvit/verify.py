@@ -432,6 +432,8 @@ def _cases_of(sizes: Sizes, dtype: torch.dtype) -> Iterator[Case]:
     yield whole("gated, silu", 3, block | {"gated": True}, activation="silu", **heads)
     masks = ["key_padding_mask", "attn_bias"]
     yield whole("mask and bias", 3, block | {"batch": 3, "also": masks}, **heads)
+    rotary, tables = {"also": examples.ROPE}, dict.fromkeys(examples.ROPE, torch.float32)
+    yield whole("rotary", 3, block | rotary, tables, **heads)
     yield whole("heads of 32", 3, block | {"heads": dim // 32}, num_heads=dim // 32)
     odd = {"batch": 1, "tokens": 13, "dim": 100, "out": 77, "bias": False}
     yield op("layer_norm_linear", "no bias, odd sizes", 3, odd)
@@ -461,9 +463,8 @@ def _cases_of(sizes: Sizes, dtype: torch.dtype) -> Iterator[Case]:
     yield op("attention", "bias", 3, qkv | {"also": ["attn_bias"]}, scale=0.1)
     yield op("attention", "mask and bias", 3, qkv | {"also": ["key_padding_mask", "attn_bias"]})
     yield op("attention", "a query", 3, qkv, num_queries=1)
-    rotary, tables = qkv | {"also": examples.ROPE}, dict.fromkeys(examples.ROPE, torch.float32)
-    yield op("attention", "rotary, halves", 3, rotary, tables)
-    yield op("attention", "rotary, neighbours", 3, rotary, tables, rope_interleaved=True)
+    yield op("attention", "rotary, halves", 3, qkv | rotary, tables)
+    yield op("attention", "rotary, neighbours", 3, qkv | rotary, tables, rope_interleaved=True)
     packed = {"sequences": 3 + 2 * batch, "heads": 2, "head_dim": 64, "also": examples.ROPE}
     yield op("attention_varlen", "packed, rotary", 3, packed, tables)
     yield op("patch_embed", "uint8", 3, image, **uint8)

@@ -31,12 +31,15 @@ from ._math import TRITON_DTYPES, accumulator_dtype, before_norm
 from .heads import (
     accumulate,
     before,
+    column_numbers,
+    load_by_pairs,
     load_head,
     load_rotated,
     product,
+    rotate,
     row_product,
+    store_by_pairs,
     store_head,
-    store_rotated_back,
     times,
     where,
     zero_rows,
@@ -45,7 +48,7 @@ from .heads import (
 from .launch import cost
 from .launch.choice import choose
 from .launch.launcher import launch as launch_kernel
-from .launch.request import MAX_STEP, AttentionConfig, Request, Scores, ceil_div, split_head, tiling, uses_tf32
+from .launch.request import MAX_STEP, AttentionConfig, Request, Scores, ceil_div, tiling, uses_tf32
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 PADDING = tl.constexpr(MAX_STEP)
@@ -71,17 +74,17 @@ def head_pointers(qkv_ptr, strides, batch, begin, N, head, rope, UNIT: tl.conste
     q_ptr = qkv_ptr + (batch * UNIT * strides[0] + begin * stride + head * UNIT * strides[3])
     step = tl.cast(strides[2], tl.int64) * UNIT
     if rope is not None:
-        cos_ptr, sin_ptr, tables, first, NEIGHBOURS = rope
+        cos_ptr, sin_ptr, tables, first = rope
         offset = batch * tables[0] + begin * tables[1]
-        rope = (cos_ptr + offset, sin_ptr + offset, tables[1], tables[2], first, N, NEIGHBOURS)
+        rope = (cos_ptr + offset, sin_ptr + offset, tables[1], tables[2], first, N)
     return q_ptr, q_ptr + step, q_ptr + step + step, stride, rope
 
 
 @triton.jit
-def load_keys(pointers, n, n_ok, HEAD_DIM: tl.constexpr, ACC: tl.constexpr):
+def load_keys(pointers, n, n_ok, HEAD_DIM: tl.constexpr, NEIGHBOURS: tl.constexpr, ACC: tl.constexpr):
     """Keys n of a head, and their values."""
     _, k_ptr, v_ptr, stride, rope = pointers
-    k = load_rotated(k_ptr, n, stride, n_ok, rope, HEAD_DIM, ACC)
+    k = load_rotated(k_ptr, n, stride, n_ok, rope, HEAD_DIM, NEIGHBOURS, ACC)
     return k, load_head(v_ptr, n, stride, n_ok, HEAD_DIM)
 
 
@@ -129,19 +132,19 @@ def kept(m, n, scoring):
 
 
 @triton.jit
-def before_norm_head(dy, y, norm, which, head, H, row, row_ok, tile, COLUMNS, HEAD_DIM: tl.constexpr):
-    """`before_norm` of a head of q, k or v (`which`: 0, 1, 2), its sums by column stored as number `tile` of COLUMNS,
-    after those of the ones before. Returns s and the sums by row."""
-    PARTS: tl.constexpr = split_head(HEAD_DIM)
+def before_norm_head(
+    dy, y, norm, which, head, H, row, row_ok, tile, COLUMNS, rope, HEAD_DIM: tl.constexpr, NEIGHBOURS: tl.constexpr
+):
+    """`before_norm` of a head of q, k or v (`which`: 0, 1, 2), held by pairs where there is a rope, its sums by column
+    stored as number `tile` of COLUMNS, after those of the ones before. Returns s and the sums by row."""
     mean_ptr, rstd_ptr, colsum_ptr, bias_ptr, _, by_column_ptr, earlier, _ = norm
     mean = tl.load(mean_ptr + row, mask=row_ok, other=0.0)
     rstd = tl.load(rstd_ptr + row, mask=row_ok, other=0.0)
     head_s = ()
     by_colsum = tl.zeros_like(mean)
     by_y = by_colsum
-    for i in tl.static_range(len(PARTS)):
-        d = before(PARTS, i) + tl.arange(0, PARTS[i])
-        column_ok = d < HEAD_DIM
+    for i in tl.static_range(len(dy)):
+        d, column_ok = column_numbers(i, rope, HEAD_DIM, NEIGHBOURS)
         column = (which * H + head) * HEAD_DIM + d
         colsum = tl.load(colsum_ptr + column, mask=column_ok, other=0.0)
         bias = tl.load(bias_ptr + column, mask=column_ok, other=0.0)
@@ -219,12 +222,12 @@ def attend_one(q, k, v, state, n, scoring, ACC: tl.constexpr):
 
 
 @triton.jit
-def first_query(pointers, scoring, HEAD_DIM: tl.constexpr, ACC: tl.constexpr):
+def first_query(pointers, scoring, HEAD_DIM: tl.constexpr, NEIGHBOURS: tl.constexpr, ACC: tl.constexpr):
     """The first query of a head, and its state after the first key."""
     q_ptr, _, _, stride, rope = pointers
     n = tl.arange(0, 1)
-    q = load_rotated(q_ptr, n, stride, None, rope, HEAD_DIM, ACC)
-    k, v = load_keys(pointers, n, None, HEAD_DIM, ACC)
+    q = load_rotated(q_ptr, n, stride, None, rope, HEAD_DIM, NEIGHBOURS, ACC)
+    k, v = load_keys(pointers, n, None, HEAD_DIM, NEIGHBOURS, ACC)
     return q, attend_key(q, k, v, scoring[5], ACC)
 
 
@@ -250,6 +253,7 @@ def attend_tile(
     H,
     scoring,
     HEAD_DIM: tl.constexpr,
+    NEIGHBOURS: tl.constexpr,  # of a rope, see `heads`
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -260,10 +264,10 @@ def attend_tile(
     """`attention_kernel` of queries m. keys, values: all of the head tile by tile, or empty: they are loaded."""
     q_ptr, _, _, stride, rope = pointers
     _, _, _, N, _, to_base_2 = scoring
-    q = load_rotated(q_ptr, m, stride, m < M, rope, HEAD_DIM, ACC)
+    q = load_rotated(q_ptr, m, stride, m < M, rope, HEAD_DIM, NEIGHBOURS, ACC)
     state = None
     if PEELED:
-        first_k, first_v = load_keys(pointers, tl.arange(0, 1), None, HEAD_DIM, ACC)
+        first_k, first_v = load_keys(pointers, tl.arange(0, 1), None, HEAD_DIM, NEIGHBOURS, ACC)
         state = attend_key(q, first_k, first_v, to_base_2, ACC)
     if len(keys) == 0:
         if not PEELED:
@@ -271,7 +275,7 @@ def attend_tile(
             state = nothing - float("inf"), nothing, zero_rows(m, HEAD_DIM, ACC)
         for begin in range(PEELED, N, BLOCK_N):
             n = begin + tl.arange(0, BLOCK_N)
-            k, v = load_keys(pointers, n, n < N if RAGGED else None, HEAD_DIM, ACC)
+            k, v = load_keys(pointers, n, n < N if RAGGED else None, HEAD_DIM, NEIGHBOURS, ACC)
             state = attend(q, k, v, state, m, n, scoring, RAGGED, ACC, PRECISION)
     else:
         for i in tl.static_range(len(WIDTHS)):
@@ -289,8 +293,7 @@ def attention_kernel(
     # A key padding mask (B, N) in bytes or None, its strides, a bias (B, H, M, N) or None, its strides, and dropout's
     # seed and rate or None.
     masks,
-    # None, or cos and sin (B, tokens from `first` on, HEAD_DIM / 2), their strides, `first`, and whether the columns of
-    # a pair are neighbours.
+    # None, or cos and sin (B, tokens from `first` on, HEAD_DIM / 2), their strides, and `first`.
     rope,
     # None, or of sequences one after the other, a batch of one: where each begins and the last ends, and how many
     # tokens there are in all. N is then how many a sequence has at most.
@@ -303,6 +306,7 @@ def attention_kernel(
     strides,  # of qkv's first four axes, in UNITs
     UNIT: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    NEIGHBOURS: tl.constexpr,  # of a rope, see `heads`
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -332,10 +336,10 @@ def attention_kernel(
     keys, values = (), ()
     if TILES > 1:
         if PEELED:
-            first_q, first = first_query(pointers, scoring, HEAD_DIM, ACC)
+            first_q, first = first_query(pointers, scoring, HEAD_DIM, NEIGHBOURS, ACC)
         for i in tl.static_range(len(WIDTHS)):
             n = PEELED + before(WIDTHS, i) + tl.arange(0, WIDTHS[i])
-            k, v = load_keys(pointers, n, n < N, HEAD_DIM, ACC)
+            k, v = load_keys(pointers, n, n < N, HEAD_DIM, NEIGHBOURS, ACC)
             keys, values = keys + (k,), values + (v,)
             if PEELED:
                 first = attend_one(first_q, k, v, first, n, scoring, ACC)
@@ -346,14 +350,14 @@ def attention_kernel(
         end = tl.minimum(start_of_all + BLOCK_M * TILES, M)
         for start in tl.range(start_of_all, end, BLOCK_M, disable_licm=True):
             tile = (pointers, out_ptr, lse_ptr, keys, values, start + tl.arange(0, BLOCK_M), M, H, scoring)
-            attend_tile(*tile, HEAD_DIM, ACC, PRECISION, BLOCK_N, WIDTHS, PEELED, RAGGED)
+            attend_tile(*tile, HEAD_DIM, NEIGHBOURS, ACC, PRECISION, BLOCK_N, WIDTHS, PEELED, RAGGED)
     else:
         if PEELED:  # noqa: SIM102, known at compile time
             if number == 0:
-                first_q, first = first_query(pointers, scoring, HEAD_DIM, ACC)
+                first_q, first = first_query(pointers, scoring, HEAD_DIM, NEIGHBOURS, ACC)
                 for start in range(1, N, BLOCK_N):
                     n = start + tl.arange(0, BLOCK_N)
-                    k, v = load_keys(pointers, n, n < N, HEAD_DIM, ACC)
+                    k, v = load_keys(pointers, n, n < N, HEAD_DIM, NEIGHBOURS, ACC)
                     first = attend_one(first_q, k, v, first, n, scoring, ACC)
                 n = tl.arange(0, 1)
                 store_attended(first, out_ptr, lse_ptr, n, H, n == 0, HEAD_DIM)
@@ -363,7 +367,7 @@ def attention_kernel(
                 return
         m = (number - PEELED) * BLOCK_M + PEELED + tl.arange(0, BLOCK_M)
         tile = (pointers, out_ptr, lse_ptr, keys, values, m, M, H, scoring)
-        attend_tile(*tile, HEAD_DIM, ACC, PRECISION, BLOCK_N, WIDTHS, PEELED, RAGGED)
+        attend_tile(*tile, HEAD_DIM, NEIGHBOURS, ACC, PRECISION, BLOCK_N, WIDTHS, PEELED, RAGGED)
 
 
 @triton.jit(launch_metadata=cost.attention_backward_dq_launch)
@@ -388,6 +392,7 @@ def attention_backward_dq_kernel(
     dout_strides,  # of dout's first two, in UNITs
     UNIT: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    NEIGHBOURS: tl.constexpr,  # of a rope, see `heads`
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -412,7 +417,7 @@ def attention_backward_dq_kernel(
     m = number * BLOCK_M + tl.arange(0, BLOCK_M)
     row_ok = m < M
 
-    q = load_rotated(q_ptr, m, stride, row_ok, rope, HEAD_DIM, ACC)
+    q = load_rotated(q_ptr, m, stride, row_ok, rope, HEAD_DIM, NEIGHBOURS, ACC)
     dout = load_head(dout_ptr, m, dout_stride, row_ok, HEAD_DIM)
     lse = tl.load(lse_ptr + m, mask=row_ok, other=0.0)
     if out_ptr is None:
@@ -428,7 +433,7 @@ def attention_backward_dq_kernel(
     dq = zeros(q, ACC)
     for start in range(0, N, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
-        k, v = load_keys(pointers, n, n < N if RAGGED else None, HEAD_DIM, ACC)
+        k, v = load_keys(pointers, n, n < N if RAGGED else None, HEAD_DIM, NEIGHBOURS, ACC)
         scores, factor = add_bias(product(q, k, ACC, PRECISION), m[:, None], n[None, :], scoring)
         p = tl.exp2(scores * factor - lse[:, None])
         if RAGGED or masks[0] is not None:
@@ -441,14 +446,15 @@ def attention_backward_dq_kernel(
             tl.store(dbias_ptr + offset, dscores.to(dbias_ptr.dtype.element_ty), mask=tile)
         dq = accumulate(dscores, k, dq, ACC, PRECISION)
 
-    dq = times(dq, scale)
+    dq = rotate(times(dq, scale), m, rope, HEAD_DIM, ACC, BACK=True)
     if norm is not None:
-        dq, by_colsum, by_y = before_norm_head(
-            dq, q, norm, 0, head_in_batch, H, nth * N + m, row_ok, nth * tiles + number, H * HEAD_DIM, HEAD_DIM
-        )
+        if rope is not None:
+            q = load_by_pairs(q_ptr, m, stride, row_ok, rope, HEAD_DIM, NEIGHBOURS)
+        at = (head_in_batch, H, nth * N + m, row_ok, nth * tiles + number, H * HEAD_DIM)
+        dq, by_colsum, by_y = before_norm_head(dq, q, norm, 0, *at, rope, HEAD_DIM, NEIGHBOURS)
         store_by_row(by_colsum, by_y, norm, head_in_batch, nth * N + m, row_ok)
     dq_ptr = dqkv_ptr + (batch * N + begin) * (3 * H * HEAD_DIM) + columns
-    store_rotated_back(dq_ptr, m, 3 * H * HEAD_DIM, m < N, dq, rope, HEAD_DIM, ACC)
+    store_by_pairs(dq_ptr, m, 3 * H * HEAD_DIM, m < N, dq, rope, HEAD_DIM, NEIGHBOURS)
 
 
 @triton.jit(launch_metadata=cost.attention_backward_dkdv_launch)
@@ -471,6 +477,7 @@ def attention_backward_dkdv_kernel(
     dout_strides,  # of dout's first two, in UNITs
     UNIT: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    NEIGHBOURS: tl.constexpr,  # of a rope, see `heads`
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -485,7 +492,7 @@ def attention_backward_dkdv_kernel(
         if number * BLOCK_N >= N:
             return
     pointers = head_pointers(qkv_ptr, strides, batch, begin, N, head_in_batch, rope, UNIT)
-    q_ptr, _, _, stride, rope = pointers
+    q_ptr, k_ptr, _, stride, rope = pointers
     columns = head_in_batch * HEAD_DIM
     dout_stride = tl.cast(dout_strides[1], tl.int64) * UNIT
     dout_ptr += batch * UNIT * dout_strides[0] + begin * dout_stride + columns
@@ -494,14 +501,14 @@ def attention_backward_dkdv_kernel(
     n = number * BLOCK_N + tl.arange(0, BLOCK_N)
     row_ok = n < N
     scoring = (masks, nth, head_in_batch, N, M, scale * LOG2_E)
-    k, v = load_keys(pointers, n, row_ok, HEAD_DIM, ACC)
+    k, v = load_keys(pointers, n, row_ok, HEAD_DIM, NEIGHBOURS, ACC)
     if masks[0] is not None:
         allowed = key_allowed(n, scoring)
 
     dk, dv = zeros(k, ACC), zeros(v, ACC)
     for start in range(0, M, BLOCK_M):
         m = start + tl.arange(0, BLOCK_M)
-        q = load_rotated(q_ptr, m, stride, m < M, rope, HEAD_DIM, ACC)
+        q = load_rotated(q_ptr, m, stride, m < M, rope, HEAD_DIM, NEIGHBOURS, ACC)
         dout = load_head(dout_ptr, m, dout_stride, m < M, HEAD_DIM)
         # Without a mask, so that they load wide: there is memory behind the last query, whose probabilities are 0.
         lse = tl.where(m < M, tl.load(lse_ptr + m), float("inf"))
@@ -515,15 +522,17 @@ def attention_backward_dkdv_kernel(
         dscores = p * (product(v, dout, ACC, PRECISION) * keep - delta[None, :])
         dk = accumulate(dscores, q, dk, ACC, PRECISION)
 
-    dk = times(dk, scale)
+    dk = rotate(times(dk, scale), n, rope, HEAD_DIM, ACC, BACK=True)
     if norm is not None:
+        if rope is not None:
+            k = load_by_pairs(k_ptr, n, stride, row_ok, rope, HEAD_DIM, NEIGHBOURS)
         at = (head_in_batch, H, nth * N + n, row_ok, nth * tiles + number, 2 * H * HEAD_DIM)
         # What there is of keys beyond the last would count in the sums by column.
-        dk, by_colsum, by_y = before_norm_head(where(row_ok, dk), k, norm, 1, *at, HEAD_DIM)
-        dv, more_by_colsum, more_by_y = before_norm_head(where(row_ok, dv), v, norm, 2, *at, HEAD_DIM)
+        dk, by_colsum, by_y = before_norm_head(where(row_ok, dk), k, norm, 1, *at, rope, HEAD_DIM, NEIGHBOURS)
+        dv, more_by_colsum, more_by_y = before_norm_head(where(row_ok, dv), v, norm, 2, *at, None, HEAD_DIM, NEIGHBOURS)
         store_by_row(by_colsum + more_by_colsum, by_y + more_by_y, norm, H + head_in_batch, nth * N + n, row_ok)
     dk_ptr = dqkv_ptr + (batch * N + begin) * (3 * H * HEAD_DIM) + (H * HEAD_DIM + columns)
-    store_rotated_back(dk_ptr, n, 3 * H * HEAD_DIM, row_ok, dk, rope, HEAD_DIM, ACC)
+    store_by_pairs(dk_ptr, n, 3 * H * HEAD_DIM, row_ok, dk, rope, HEAD_DIM, NEIGHBOURS)
     store_head(dk_ptr + H * HEAD_DIM, n, 3 * H * HEAD_DIM, row_ok, dv, HEAD_DIM)
 
 
@@ -574,18 +583,18 @@ def _call(qkv, options: Options) -> _Call:
         bias = bias.expand(batch, heads, queries, tokens)
         # An axis of one is not stepped along: 0, as for one that is broadcast, so that no kernel is compiled for it.
         steps = [0 if n == 1 else bias.stride(i) for i, n in enumerate(bias.shape)]
-    rope = packed = None
+    rope = packed = kind = None
     if options.rope_cos is not None:
-        cos, sin = options.rope_cos, options.rope_sin
+        cos, sin, kind = options.rope_cos, options.rope_sin, "neighbours" if options.rope_interleaved else "halves"
         strides = (0 if cos.dim() == 2 or cos.shape[0] == 1 else cos.stride(0), *cos.stride()[-2:])
-        rope = (cos, sin, strides, tokens - cos.shape[-2], tl.constexpr(options.rope_interleaved))
+        rope = (cos, sin, strides, tokens - cos.shape[-2])
     asked = queries if queries < tokens else 0
     if options.cu_seqlens is not None:
         packed = (options.cu_seqlens, tokens)
         batch, tokens = options.cu_seqlens.shape[0] - 1, options.max_seqlen
         queries = tokens
     shape = (batch, tokens, heads, head_dim)
-    scores = scores._replace(rope=rope is not None, packed=packed is not None, queries=asked)
+    scores = scores._replace(rope=kind, packed=packed is not None, queries=asked)
     return _Call(shape, scores, (mask, mask_strides, bias, tuple(steps), dropout), rope, packed, queries)
 
 
@@ -606,6 +615,7 @@ def _constants(request: Request, config: AttentionConfig) -> dict:
     by_key = request.kernel == "attention_backward_dkdv"
     constants = dict(
         HEAD_DIM=request.shape[-1],
+        NEIGHBOURS=request.parts.rope == "neighbours",
         ACC=TRITON_DTYPES[accumulator_dtype(request.dtype)],
         PRECISION="tf32" if request.tf32 else "ieee",
         BLOCK_M=config.BLOCK_STEP if by_key else config.BLOCK_ROWS,

@@ -48,69 +48,110 @@ def store_head(ptr, tokens, stride, token_ok, head, HEAD_DIM: tl.constexpr):
 
 
 # Rotary position embedding (arXiv 2104.09864): each pair of columns (x, y) of a query or a key becomes
-# (x cos - y sin, y cos + x sin). Such a head is held as the x of all pairs, in parts, and then the y, since scores do
-# not depend on the order of columns. `rope`: None, or cos and sin, by token and pair, of the sequence at hand, their
-# strides, the first token that they are for, the tokens behind the last, and whether a pair's columns are neighbours;
-# else y comes half a head after x.
+# (x cos - y sin, y cos + x sin). Such a head is held by pairs: the x of all, in parts, and then the y, since scores do
+# not depend on the order of columns. `rope`: None, where a head is held as it is; or cos and sin, by token and pair, of
+# the sequence at hand, their strides, the first token that they are for, and the one behind the last. NEIGHBOURS:
+# whether a pair's columns are; else y comes half a head after x.
 
 
 @triton.jit
-def angles(tokens, rope, pair, pair_ok, ACC: tl.constexpr, KEEP: tl.constexpr):
-    """cos and sin of tokens and pairs: 1 and 0 where there are none. KEEP: a hint to the cache; loads that differ in it
-    are two, so that the compiler does not hold what the first one brought, in registers, until the second."""
-    cos_ptr, sin_ptr, stride, column_stride, first, end, _ = rope
-    offset = ((tokens - first).to(tl.int64) * stride)[:, None] + (pair.to(tl.int64) * column_stride)[None, :]
-    mask = ((tokens >= first) & (tokens < end))[:, None] & pair_ok[None, :]
-    cos = tl.load(cos_ptr + offset, mask=mask, other=1.0, eviction_policy=KEEP)
-    sin = tl.load(sin_ptr + offset, mask=mask, other=0.0, eviction_policy=KEEP)
-    return cos.to(ACC), sin.to(ACC)
+def column_numbers(i, rope, HEAD_DIM: tl.constexpr, NEIGHBOURS: tl.constexpr):
+    """The columns of part number i of a head, and which of them there are."""
+    if rope is None:
+        PARTS: tl.constexpr = split_head(HEAD_DIM)
+        d = before(PARTS, i) + tl.arange(0, PARTS[i])
+        return d, d < HEAD_DIM
+    else:
+        PAIRS: tl.constexpr = HEAD_DIM // 2
+        PARTS_OF_PAIRS: tl.constexpr = split_head(PAIRS)
+        COUNT: tl.constexpr = len(PARTS_OF_PAIRS)
+        pair = before(PARTS_OF_PAIRS, i % COUNT) + tl.arange(0, PARTS_OF_PAIRS[i % COUNT])
+        if NEIGHBOURS:
+            return 2 * pair + i // COUNT, pair < PAIRS
+        else:
+            return pair + PAIRS * (i // COUNT), pair < PAIRS
 
 
 @triton.jit
-def load_rotated(ptr, tokens, stride, token_ok, rope, HEAD_DIM: tl.constexpr, ACC: tl.constexpr):
-    """`load_head`, rotated where there is a rope."""
+def load_by_pairs(ptr, tokens, stride, token_ok, rope, HEAD_DIM: tl.constexpr, NEIGHBOURS: tl.constexpr):
+    """`load_head`, held by pairs where there is a rope."""
     if rope is None:
         return load_head(ptr, tokens, stride, token_ok, HEAD_DIM)
     else:
-        _, _, _, _, _, _, NEIGHBOURS = rope
-        PAIRS: tl.constexpr = HEAD_DIM // 2
-        PARTS: tl.constexpr = split_head(PAIRS)
+        PARTS: tl.constexpr = split_head(HEAD_DIM // 2)
         head_x, head_y = (), ()
         for i in tl.static_range(len(PARTS)):
-            pair = before(PARTS, i) + tl.arange(0, PARTS[i])
             if NEIGHBOURS:
                 d = 2 * before(PARTS, i) + tl.arange(0, 2 * PARTS[i])
                 both = load_columns(ptr, tokens, stride, token_ok, d, d < HEAD_DIM)
                 x, y = tl.split(tl.reshape(both, (tokens.shape[0], PARTS[i], 2)))
             else:
-                x = load_columns(ptr, tokens, stride, token_ok, pair, pair < PAIRS)
-                y = load_columns(ptr, tokens, stride, token_ok, pair + PAIRS, pair < PAIRS)
-            cos, sin = angles(tokens, rope, pair, pair < PAIRS, ACC, "evict_last")
-            head_x += ((x.to(ACC) * cos - y.to(ACC) * sin).to(x.dtype),)
-            head_y += ((y.to(ACC) * cos + x.to(ACC) * sin).to(x.dtype),)
+                d, d_ok = column_numbers(i, rope, HEAD_DIM, NEIGHBOURS)
+                x = load_columns(ptr, tokens, stride, token_ok, d, d_ok)
+                d, d_ok = column_numbers(i + len(PARTS), rope, HEAD_DIM, NEIGHBOURS)
+                y = load_columns(ptr, tokens, stride, token_ok, d, d_ok)
+            head_x += (x,)
+            head_y += (y,)
         return head_x + head_y
 
 
 @triton.jit
-def store_rotated_back(ptr, tokens, stride, token_ok, head, rope, HEAD_DIM: tl.constexpr, ACC: tl.constexpr):
-    """`store_head` of the gradient of what `load_rotated` returns."""
+def store_by_pairs(ptr, tokens, stride, token_ok, head, rope, HEAD_DIM: tl.constexpr, NEIGHBOURS: tl.constexpr):
+    """`store_head` of what is held as `load_by_pairs` returns it."""
     if rope is None:
         store_head(ptr, tokens, stride, token_ok, head, HEAD_DIM)
     else:
-        _, _, _, _, _, _, NEIGHBOURS = rope
-        PAIRS: tl.constexpr = HEAD_DIM // 2
-        PARTS: tl.constexpr = split_head(PAIRS)
+        PARTS: tl.constexpr = split_head(HEAD_DIM // 2)
         for i in tl.static_range(len(PARTS)):
-            pair = before(PARTS, i) + tl.arange(0, PARTS[i])
-            cos, sin = angles(tokens, rope, pair, pair < PAIRS, ACC, "")
-            x, y = head[i] * cos + head[len(PARTS) + i] * sin, head[len(PARTS) + i] * cos - head[i] * sin
+            x, y = head[i], head[i + len(PARTS)]
             if NEIGHBOURS:
                 d = 2 * before(PARTS, i) + tl.arange(0, 2 * PARTS[i])
                 both = tl.reshape(tl.join(x, y), (tokens.shape[0], 2 * PARTS[i]))
                 store_columns(ptr, tokens, stride, token_ok, d, d < HEAD_DIM, both)
             else:
-                store_columns(ptr, tokens, stride, token_ok, pair, pair < PAIRS, x)
-                store_columns(ptr, tokens, stride, token_ok, pair + PAIRS, pair < PAIRS, y)
+                d, d_ok = column_numbers(i, rope, HEAD_DIM, NEIGHBOURS)
+                store_columns(ptr, tokens, stride, token_ok, d, d_ok, x)
+                d, d_ok = column_numbers(i + len(PARTS), rope, HEAD_DIM, NEIGHBOURS)
+                store_columns(ptr, tokens, stride, token_ok, d, d_ok, y)
+
+
+@triton.jit
+def rotate(head, tokens, rope, HEAD_DIM: tl.constexpr, ACC: tl.constexpr, BACK: tl.constexpr):
+    """A head that is held by pairs, rotated in ACC, or BACK, which its gradient is; as it is without a rope."""
+    if rope is None:
+        return head
+    else:
+        cos_ptr, sin_ptr, stride, column_stride, first, end = rope
+        PAIRS: tl.constexpr = HEAD_DIM // 2
+        PARTS: tl.constexpr = split_head(PAIRS)
+        # Loads that differ in their hint to the cache are two, and so the compiler does not hold what the first one
+        # brought, in registers, until the second.
+        HINT: tl.constexpr = "" if BACK else "evict_last"
+        token_ok = (tokens >= first) & (tokens < end)
+        head_x, head_y = (), ()
+        for i in tl.static_range(len(PARTS)):
+            pair = before(PARTS, i) + tl.arange(0, PARTS[i])
+            offset = ((tokens - first).to(tl.int64) * stride)[:, None] + (pair.to(tl.int64) * column_stride)[None, :]
+            mask = token_ok[:, None] & (pair < PAIRS)[None, :]
+            cos = tl.load(cos_ptr + offset, mask=mask, other=1.0, eviction_policy=HINT).to(ACC)
+            sin = tl.load(sin_ptr + offset, mask=mask, other=0.0, eviction_policy=HINT).to(ACC)
+            x, y = head[i].to(ACC), head[i + len(PARTS)].to(ACC)
+            if BACK:
+                head_x += (x * cos + y * sin,)
+                head_y += (y * cos - x * sin,)
+            else:
+                head_x += ((x * cos - y * sin).to(head[i].dtype),)
+                head_y += ((y * cos + x * sin).to(head[i].dtype),)
+        return head_x + head_y
+
+
+@triton.jit
+def load_rotated(
+    ptr, tokens, stride, token_ok, rope, HEAD_DIM: tl.constexpr, NEIGHBOURS: tl.constexpr, ACC: tl.constexpr
+):
+    """`load_by_pairs`, rotated where there is a rope."""
+    head = load_by_pairs(ptr, tokens, stride, token_ok, rope, HEAD_DIM, NEIGHBOURS)
+    return rotate(head, tokens, rope, HEAD_DIM, ACC, BACK=False)
 
 
 @triton.jit

@@ -288,15 +288,14 @@ def block_backward(
     scale: float,
     eps2: float,
     activation: str,
-    key_padding_mask: torch.Tensor | None,
-    attn_bias: torch.Tensor | None,
+    options: attention.Options,
     drop_path_scales: tuple[torch.Tensor | None, torch.Tensor | None],
     needs: Needs,
 ) -> tuple[torch.Tensor | None, list[LayerGradients], torch.Tensor | None]:
     """The gradients of the forward pass for dout (M, D): of x in dout's dtype, of each of the four layers, and of the
     broadcast attn_bias (B, H, N, N) in float32 (float64); None for each that is not needed.
 
-    layers: as they are; folded: as the forward pass had them.
+    layers: as they are; folded: as the forward pass had them; options: attention's.
     """
     batch, tokens, _, heads, _ = saved.qkv.shape
     dtype, rows = saved.qkv.dtype, batch * tokens
@@ -326,7 +325,7 @@ def block_backward(
         dattention, delta = _attention_gradient(r, folded.proj, saved.out, heads)
         norm1 = (saved.mean1, saved.rstd1)
         norm = attention.BeforeNorm(*norm1, folded.qkv.colsum, folded.qkv.bias)
-        how = (attention.Options(key_padding_mask, attn_bias), needs.attn_bias, delta, norm)
+        how = (options, needs.attn_bias, delta, norm)
         s, dbias, by_head = attention.backward(dattention, saved.qkv, saved.out, saved.lse, scale, *how)
         s = s.view(rows, -1)
         if any(needs.qkv):
@@ -394,14 +393,20 @@ def _layers(parameters: tuple, layer_scales: tuple) -> Weights:
     )
 
 
+def _options(key_padding_mask, attn_bias, rope_cos, rope_sin, rope_interleaved: bool) -> attention.Options:
+    rope = {"rope_cos": rope_cos, "rope_sin": rope_sin, "rope_interleaved": rope_interleaved}
+    return attention.Options(key_padding_mask, attn_bias, **rope)
+
+
 def transformer_block_forward(x, copy, centre, stats, *others) -> tuple[torch.Tensor | None, ...]:
     """x (B, N, D) contiguous; copy, centre, stats: its `Stream`, or None thrice; twelve parameters; two layer-scales
-    (D,), two drop-path scales (B,), key_padding_mask and attn_bias or None; num_heads, scale, eps1, eps2, activation,
-    recompute_fc1, keep, and the products' dtype. Returns the block's output (B, N, D); its Stream; where there was
-    none, what products read of x, if that is not x; what `Saved` has after x; and the four `Folded` layers' weight,
-    bias and colsum, None where they are what came. What is only for a backward pass is None unless keep is set."""
-    *parameters, scale1, scale2, drop1, drop2, key_padding_mask, attn_bias = others[:18]
-    num_heads, scale, eps1, eps2, activation, recompute_fc1, keep, dtype = others[18:]
+    (D,), two drop-path scales (B,), key_padding_mask, attn_bias, rope_cos and rope_sin or None; rope_interleaved,
+    num_heads, scale, eps1, eps2, activation, recompute_fc1, keep, and the products' dtype. Returns the block's output
+    (B, N, D); its Stream; where there was none, what products read of x, if that is not x; what `Saved` has after x;
+    and the four `Folded` layers' weight, bias and colsum, None where they are what came. What is only for a backward
+    pass is None unless keep is set."""
+    *parameters, scale1, scale2, drop1, drop2 = others[:16]
+    num_heads, scale, eps1, eps2, activation, recompute_fc1, keep, dtype = others[21:]
     batch, tokens, dim = x.shape
     layers = _layers(parameters, (scale1, scale2))
     folded, to_fold = fold(layers, dtype)
@@ -415,7 +420,7 @@ def transformer_block_forward(x, copy, centre, stats, *others) -> tuple[torch.Te
     product, (qkv, _, *norm1, centre) = _folded_product(read, stream, folded.qkv, eps1, train=keep)
     gemm.launch(*product)
     qkv = qkv.view(batch, tokens, 3, num_heads, dim // num_heads)
-    given, (mixed, lse) = attention.forward(qkv, scale, attention.Options(key_padding_mask, attn_bias))
+    given, (mixed, lse) = attention.forward(qkv, scale, _options(*others[16:21]))
     if rows.numel():
         attention.launch(*given)
     product, x1, stream1 = _stream_product(mixed.view(rows.shape), folded.proj, scale1, rows, centre, drop1)
@@ -443,14 +448,15 @@ def transformer_block_forward(x, copy, centre, stats, *others) -> tuple[torch.Te
 
 def transformer_block_backward(dout, read, *others) -> tuple[torch.Tensor | None, ...]:
     """dout (B, N, D); read: what products read of x (B * N, D); what `transformer_block_forward` returned from mean1
-    on; what it took from the parameters to attn_bias; scale, eps2 and activation; needs: bools for x, the twelve
+    on; what it took from the parameters to rope_interleaved; scale, eps2 and activation; needs: bools for x, the twelve
     parameters, the two layer-scales and attn_bias. Returns their gradients, that of attn_bias broadcast; None where not
     needed."""
-    saved, made, given = Saved(read, *others[:10]), others[10:22], others[22:40]
-    scale, eps2, activation, needs = others[40:]
-    *parameters, scale1, scale2, drop1, drop2, key_padding_mask, attn_bias = given
+    saved, made, given = Saved(read, *others[:10]), others[10:22], others[22:43]
+    scale, eps2, activation, needs = others[43:]
+    *parameters, scale1, scale2, drop1, drop2 = given[:16]
+    options = _options(*given[16:])
     if dout.numel() == 0:
-        likes = (dout, *parameters, scale1, scale2, attn_bias)
+        likes = (dout, *parameters, scale1, scale2, options.attn_bias)
         return tuple([torch.zeros_like(like) if need else None for like, need in zip(likes, needs, strict=True)])
     layers = _layers(parameters, (scale1, scale2))
     folded = []
@@ -459,7 +465,7 @@ def transformer_block_backward(dout, read, *others) -> tuple[torch.Tensor | None
         folded.append(Folded(layer.weight if weight is None else weight, layer.bias if bias is None else bias, colsum))
     x, n1w, n1b, qkv, qkv_b, proj, proj_b, n2w, n2b, fc1, fc1_b, fc2, fc2_b, ls1, ls2, bias = needs
     needed = Needs(x, (qkv, qkv_b, n1w or n1b), (proj, proj_b, ls1), (fc1, fc1_b, n2w or n2b), (fc2, fc2_b, ls2), bias)
-    how = (scale, eps2, activation, key_padding_mask, attn_bias, (drop1, drop2), needed)
+    how = (scale, eps2, activation, options, (drop1, drop2), needed)
     dx, (of_qkv, of_proj, of_fc1, of_fc2), dbias = block_backward(
         dout.flatten(0, 1), saved, layers, Weights(*folded), *how
     )

@@ -41,15 +41,26 @@ def _attend(qkv, options):
 
 
 def whole_block(
-    tokens, dim, dtype, stream=None, scaled=False, batch=BATCH, backward=True, activation="gelu", hidden=None
+    tokens,
+    dim,
+    dtype,
+    stream=None,
+    scaled=False,
+    batch=BATCH,
+    backward=True,
+    activation="gelu",
+    hidden=None,
+    rope=False,
 ):
     """A block as one op: forward, the first of a row and a later one, and backward. stream: the dtype of x and of the
-    parameters, as under autocast. backward=False: forward only, with nothing kept. hidden: of a gated MLP."""
+    parameters, as under autocast. backward=False: forward only, with nothing kept. hidden: of a gated MLP. rope: with a
+    rotary embedding of all tokens but the first."""
     stream = stream or dtype
     sizes = {"batch": batch, "tokens": tokens, "dim": dim, "heads": dim // 64, "hidden": hidden or 4 * dim}
     sizes["gated"] = hidden is not None
     x, *given = tensors("transformer_block", Draw(stream, "meta"), BLOCK_SCALES if scaled else (), **sizes).values()
     given += [None] * (18 - len(given))
+    given += [Draw(torch.float32, "meta")(name, tokens - 1, 32) if rope else None for name in ROPE] + [False]
     how = (dim // 64, 0.125, 1e-6, 1e-6, activation, False)
     forward = transformer_block.transformer_block_forward
     out, *handed = forward(x, None, None, None, *given, *how, False, dtype)[:4]
@@ -137,6 +148,7 @@ def cases() -> list[Case]:
         Case("whole block B/16 fp16, scaled", lambda: whole_block(197, 768, fp16, scaled=True, backward=False)),
         Case("whole block g/14 bf16, gated", lambda: whole_block(257, 1536, bf16, activation="silu", hidden=4096)),
         Case("whole block B/16 fp32", lambda: whole_block(197, 768, fp32, scaled=True)),
+        Case("whole block B/16 bf16, rotary", lambda: whole_block(201, 768, bf16, scaled=True, rope=True)),
     ]
     for name in ("gelu_tanh", "quick_gelu", "silu"):
         listed.append(Case(f"block S/16 bf16, {name}", lambda name=name: _block(197, 384, bf16, activation=name)))

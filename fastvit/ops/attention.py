@@ -116,21 +116,21 @@ def _check(qkv, scale, key_padding_mask, attn_bias, dropout_p, rope_cos, rope_si
     if qkv.dim() != 5 or qkv.shape[2] != 3:
         raise ValueError(f"{name}: qkv must have shape (B, N, 3, H, d), got {tuple(qkv.shape)}")
     batch, tokens, _, heads, head_dim = qkv.shape
-    _check_numbers(name, qkv, scale, dropout_p, rope_interleaved)
+    _check_numbers(name, qkv, scale, dropout_p)
     if num_queries is not None:
         if isinstance(num_queries, bool) or not isinstance(num_queries, (int, torch.SymInt)):
             raise TypeError(f"{name}: num_queries must be an integer or None, got {num_queries!r}")
         if not 0 < num_queries <= tokens:
             raise ValueError(f"{name}: num_queries must be from 1 to N = {tokens}, got {num_queries}")
     check_masks(name, batch, tokens, heads, qkv.device, key_padding_mask, attn_bias, num_queries)
-    _check_rope(name, rope_cos, rope_sin, (batch, tokens, head_dim), "N")
+    check_rope(name, rope_cos, rope_sin, rope_interleaved, (batch, tokens, head_dim))
 
 
 def _rope(arguments: dict) -> dict:
     return {name: arguments[name] for name in ("rope_cos", "rope_sin")}
 
 
-def _check_numbers(name: str, qkv, scale, dropout_p, rope_interleaved) -> None:
+def _check_numbers(name: str, qkv, scale, dropout_p) -> None:
     if qkv.shape[-1] == 0:
         raise ValueError(f"{name}: qkv must have a head dimension of at least 1, got shape {tuple(qkv.shape)}")
     if scale is not None:
@@ -138,12 +138,13 @@ def _check_numbers(name: str, qkv, scale, dropout_p, rope_interleaved) -> None:
     _common.check_number(name, "dropout_p", dropout_p)
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"{name}: dropout_p must be in [0, 1), got {dropout_p}")
-    if not isinstance(rope_interleaved, bool):
-        raise TypeError(f"{name}: rope_interleaved must be True or False, got {rope_interleaved!r}")
 
 
-def _check_rope(name: str, cos, sin, sizes: tuple[int, int, int], tokens_letter: str) -> None:
-    """Raise ValueError unless the tables are of tokens and pairs of columns of q of these sizes (B, N, d)."""
+def check_rope(name: str, cos, sin, interleaved, sizes: tuple[int, int, int], tokens_letter: str = "N") -> None:
+    """Raise ValueError, or TypeError for an `interleaved` that is no bool, unless the tables are of tokens and pairs of
+    columns of q of these sizes (B, N, d)."""
+    if not isinstance(interleaved, bool):
+        raise TypeError(f"{name}: rope_interleaved must be True or False, got {interleaved!r}")
     if (cos is None) != (sin is None):
         raise ValueError(f"{name}: rope_cos and rope_sin must come together, got only one of them")
     if cos is None:
@@ -192,12 +193,15 @@ def _unsupported(qkv, scale, key_padding_mask, attn_bias, dropout_p, rope_cos, r
         reasons += _common.unsupported_dtypes(attn_bias.dtype)
     if qkv.shape[-1] > MAX_HEAD_DIM:
         reasons.append(f"head dimension {qkv.shape[-1]}, and the kernels take at most {MAX_HEAD_DIM}")
-    if rope_cos is not None:
-        if rope_cos.dtype != qkv.dtype:
-            reasons += _common.unsupported_dtypes(rope_cos.dtype)
-        if dispatch.needs_grad(rope_cos, rope_sin):
-            reasons.append("the rotary embedding requires a gradient, and the kernels make none for it")
-    return [*reasons, *unsupported_scale(scale)]
+    return [*reasons, *unsupported_rope(rope_cos, rope_sin, qkv.dtype), *unsupported_scale(scale)]
+
+
+def unsupported_rope(rope_cos, rope_sin, dtype: torch.dtype) -> list[str]:
+    """Why the kernels do not take these tables beside q and k in `dtype`."""
+    reasons = [] if rope_cos is None or rope_cos.dtype == dtype else _common.unsupported_dtypes(rope_cos.dtype)
+    if dispatch.needs_grad(rope_cos, rope_sin):
+        reasons.append("the rotary embedding requires a gradient, and the kernels make none for it")
+    return reasons
 
 
 def unsupported_scale(scale: float | None) -> list[str]:
@@ -250,10 +254,15 @@ def _prepare(qkv, scale, key_padding_mask, attn_bias, dropout_p, rope_cos, rope_
     qkv = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
     (qkv,) = _common.cast(qkv, qkv)
     seed = torch.randint(1 << 62, (1,), device=qkv.device) if dropout_p > 0 else None
-    if rope_cos is not None and rope_cos.stride() != rope_sin.stride():
-        rope_cos, rope_sin = rope_cos.contiguous(), rope_sin.contiguous()
-    masks = (key_padding_mask, attn_bias)
-    return qkv, scale, *masks, float(dropout_p), seed, rope_cos, rope_sin, rope_interleaved, num_queries
+    options = (float(dropout_p), seed, *alike_strides(rope_cos, rope_sin), rope_interleaved, num_queries)
+    return qkv, scale, key_padding_mask, attn_bias, *options
+
+
+def alike_strides(rope_cos, rope_sin) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The tables as the kernels read them: of the same strides."""
+    if rope_cos is None or rope_cos.stride() == rope_sin.stride():
+        return rope_cos, rope_sin
+    return rope_cos.contiguous(), rope_sin.contiguous()
 
 
 def _pinned(backend: SDPBackend, function, *args):
@@ -345,7 +354,7 @@ def _check_varlen(qkv, cu_seqlens, max_seqlen, scale, dropout_p, rope_cos, rope_
     if qkv.dim() != 4 or qkv.shape[1] != 3:
         raise ValueError(f"{name}: qkv must have shape (T, 3, H, d), got {tuple(qkv.shape)}")
     tokens, _, _, head_dim = qkv.shape
-    _check_numbers(name, qkv, scale, dropout_p, rope_interleaved)
+    _check_numbers(name, qkv, scale, dropout_p)
     if not isinstance(cu_seqlens, torch.Tensor):
         raise TypeError(f"{name}: cu_seqlens must be a torch.Tensor, got {type(cu_seqlens).__name__}")
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
@@ -361,7 +370,7 @@ def _check_varlen(qkv, cu_seqlens, max_seqlen, scale, dropout_p, rope_cos, rope_
             raise TypeError(f"{name}: max_seqlen must be an integer or None, got {max_seqlen!r}")
         if max_seqlen < 1:
             raise ValueError(f"{name}: max_seqlen must be at least 1, got {max_seqlen}")
-    _check_rope(name, rope_cos, rope_sin, (1, tokens, head_dim), "T")
+    check_rope(name, rope_cos, rope_sin, rope_interleaved, (1, tokens, head_dim), "T")
     if rope_cos is not None and rope_cos.shape != (tokens, head_dim // 2):
         raise ValueError(
             f"{name}: rope_cos must have shape (T, d / 2) = {(tokens, head_dim // 2)}, got {tuple(rope_cos.shape)}"

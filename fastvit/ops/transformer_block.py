@@ -15,7 +15,15 @@ from fastvit.reference.ops import gate, is_gated
 
 from . import _common
 from ._common import Operator, dense, or_none, statistics_dtype
-from .attention import MAX_HEAD_DIM, attention, check_masks, unsupported_scale
+from .attention import (
+    MAX_HEAD_DIM,
+    alike_strides,
+    attention,
+    check_masks,
+    check_rope,
+    unsupported_rope,
+    unsupported_scale,
+)
 from .layer_norm import check_norm, unsupported_norm
 from .layer_norm_linear import layer_norm_linear
 from .layer_norm_mlp import ACTIVATIONS, layer_norm_mlp
@@ -53,8 +61,8 @@ def _version(x: torch.Tensor | None) -> int | None:
 
 
 def _fake_forward(x, copy, centre, stats, *others):
-    *parameters, scale1, scale2, _, _, _, _ = others[:18]
-    num_heads, _, _, _, _, recompute_fc1, keep, dtype = others[18:]
+    *parameters, scale1, scale2, _, _ = others[:16]
+    num_heads, _, _, _, _, recompute_fc1, keep, dtype = others[21:]
     batch, tokens, dim = x.shape
     rows, acc = batch * tokens, statistics_dtype(x)
     hidden = parameters[8].shape[0]
@@ -112,7 +120,8 @@ _PARAMETERS = (
     "Tensor norm1_weight, Tensor norm1_bias, Tensor qkv_weight, Tensor? qkv_bias, Tensor proj_weight,"
     " Tensor? proj_bias, Tensor norm2_weight, Tensor norm2_bias, Tensor fc1_weight, Tensor? fc1_bias,"
     " Tensor fc2_weight, Tensor? fc2_bias, Tensor? layer_scale1, Tensor? layer_scale2, Tensor? drop_path_scale1,"
-    " Tensor? drop_path_scale2, Tensor? key_padding_mask, Tensor? attn_bias"
+    " Tensor? drop_path_scale2, Tensor? key_padding_mask, Tensor? attn_bias, Tensor? rope_cos, Tensor? rope_sin,"
+    " bool rope_interleaved"
 )
 _SAVED = (
     "Tensor mean1, Tensor rstd1, Tensor qkv, Tensor out, Tensor lse, Tensor x1, Tensor mean2, Tensor rstd2,"
@@ -137,16 +146,16 @@ BACKWARD = Operator(
 
 class TransformerBlockFunction(torch.autograd.Function):
     """transformer_block on the kernels: (x (B, N, D), the twelve parameters, layer_scale1, layer_scale2,
-    drop_path_scale1, drop_path_scale2, key_padding_mask, attn_bias, num_heads, scale, eps1, eps2, activation,
-    recompute_fc1, keep, dtype, carry) -> (B, N, D). keep: a backward pass may come; dtype: of the products; carry: a
-    Carry or None."""
+    drop_path_scale1, drop_path_scale2, key_padding_mask, attn_bias, rope_cos, rope_sin, rope_interleaved, num_heads,
+    scale, eps1, eps2, activation, recompute_fc1, keep, dtype, carry) -> (B, N, D). keep: a backward pass may come;
+    dtype: of the products; carry: a Carry or None."""
 
     @staticmethod
     def forward(ctx, x, *others):
-        *given, num_heads, scale, eps1, eps2, activation, recompute_fc1, keep, dtype, carry = others
+        *given, interleaved, num_heads, scale, eps1, eps2, activation, recompute_fc1, keep, dtype, carry = others
         stream = (None, None, None) if carry is None else carry.take(x, dtype)
         how = (num_heads, scale, eps1, eps2, activation)
-        out, *found = FORWARD.of(x, *given)(x, *stream, *given, *how, recompute_fc1, keep, dtype)
+        out, *found = FORWARD.of(x, *given)(x, *stream, *given, interleaved, *how, recompute_fc1, keep, dtype)
         if carry is not None:
             carry.stream = tuple([value if value is not None and value.numel() else None for value in found[:3]])
         if keep:
@@ -157,28 +166,28 @@ class TransformerBlockFunction(torch.autograd.Function):
                 read = x.flatten(0, 1)
             made = [value if value is not None and value.numel() else None for value in saved[8:]]
             ctx.save_for_backward(x, read, *saved[:8], *made, *given)
-        ctx.how = how
+        ctx.how = (interleaved, *how)
         return _common.shaped(out, *x.shape)
 
     @staticmethod
     def backward(ctx, dout):
         x, *saved = ctx.saved_tensors
         needs = (*ctx.needs_input_grad[:15], ctx.needs_input_grad[18])
-        num_heads, scale, eps1, eps2, activation = ctx.how
+        interleaved, num_heads, scale, eps1, eps2, activation = ctx.how
         given = saved[23:]
         if _common.differentiating_again(dout):
-            *parameters, scale1, scale2, drop1, drop2, key_padding_mask, attn_bias = given
+            *parameters, scale1, scale2, drop1, drop2, key_padding_mask, attn_bias = given[:18]
 
             def block(x, *inputs):
                 *parameters, scale1, scale2, attn_bias = inputs
-                scales = (scale1, scale2, drop1, drop2, key_padding_mask, attn_bias, False)
-                return _reference(x, *parameters, num_heads, scale, eps1, eps2, activation, *scales)
+                others = (scale1, scale2, drop1, drop2, key_padding_mask, attn_bias, *given[18:], interleaved, False)
+                return _reference(x, *parameters, num_heads, scale, eps1, eps2, activation, *others)
 
             grads = _common.again_differentiable(block, (x, *parameters, scale1, scale2, attn_bias), needs, dout)
         else:
             dout = dout if dout.stride(-1) == 1 else dout.contiguous()
-            grads = or_none(BACKWARD.of(dout, *saved)(dout, *saved, scale, eps2, activation, needs), needs)
-        return *grads[:15], None, None, None, grads[15], *[None] * 9
+            grads = or_none(BACKWARD.of(dout, *saved)(dout, *saved, interleaved, scale, eps2, activation, needs), needs)
+        return *grads[:15], None, None, None, grads[15], *[None] * 12
 
 
 def _check(
@@ -206,6 +215,9 @@ def _check(
     drop_path_scale2,
     key_padding_mask,
     attn_bias,
+    rope_cos,
+    rope_sin,
+    rope_interleaved,
     recompute_fc1,
 ):
     name = "transformer_block"
@@ -231,6 +243,8 @@ def _check(
         drop_path_scale1=drop_path_scale1,
         drop_path_scale2=drop_path_scale2,
         attn_bias=attn_bias,
+        rope_cos=rope_cos,
+        rope_sin=rope_sin,
     )
     optional = ("qkv_bias", "proj_bias", "fc1_bias", "fc2_bias", *others)
     _common.check_tensors(name, optional, x=x, **weights, **others)
@@ -259,10 +273,11 @@ def _check(
     linear = {key: value for key, value in weights.items() if not key.startswith("norm")}
     _common.check_operands(name, x, **linear)
     check_masks(name, *x.shape[:2], num_heads, x.device, key_padding_mask, attn_bias)
+    check_rope(name, rope_cos, rope_sin, rope_interleaved, (*x.shape[:2], dim // num_heads))
 
 
 def _unsupported(x, *others):
-    parameters, attn_bias, num_heads = others[:12], others[-2], others[12]
+    parameters, num_heads, attn_bias, rope_cos, rope_sin = others[:12], others[12], *others[22:25]
     dtypes = [x.dtype, parameters[0].dtype, parameters[6].dtype, _common.compute_dtype(x, parameters[2])]
     if attn_bias is not None:
         dtypes.append(attn_bias.dtype)
@@ -278,7 +293,7 @@ def _unsupported(x, *others):
         reasons.append("an MLP of no hidden units")
     if x.shape[2] // num_heads > MAX_HEAD_DIM:
         reasons.append(f"head dimension {x.shape[2] // num_heads}, and the kernels take at most {MAX_HEAD_DIM}")
-    return [*reasons, *unsupported_scale(others[13])]
+    return [*reasons, *unsupported_rope(rope_cos, rope_sin, dtypes[3]), *unsupported_scale(others[13])]
 
 
 def takes_float16(x: torch.Tensor, dtype: torch.dtype, trained: list[torch.Tensor | None]) -> bool:
@@ -315,9 +330,10 @@ def _torch(*args):
     heads = given["num_heads"]
     norm1, qkv = (given["norm1_weight"], given["norm1_bias"]), (given["qkv_weight"], given["qkv_bias"])
     packed = layer_norm_linear(x, *norm1, *qkv, eps=given["eps1"]).view(batch, tokens, 3, heads, dim // heads)
-    masks = {name: given[name] for name in ("scale", "key_padding_mask", "attn_bias")}
+    names = ("scale", "key_padding_mask", "attn_bias", "rope_cos", "rope_sin", "rope_interleaved")
+    how = {name: given[name] for name in names}
     scales = [{name: given[f"{name}{number}"] for name in ("layer_scale", "drop_path_scale")} for number in (1, 2)]
-    x = linear_residual(attention(packed, **masks), given["proj_weight"], given["proj_bias"], x, **scales[0])
+    x = linear_residual(attention(packed, **how), given["proj_weight"], given["proj_bias"], x, **scales[0])
     norm2, fc1 = (given["norm2_weight"], given["norm2_bias"]), (given["fc1_weight"], given["fc1_bias"])
     fc2 = (given["fc2_weight"], given["fc2_bias"])
     if is_gated(fc1[0], fc2[0]):
@@ -329,13 +345,14 @@ def _torch(*args):
 
 def _prepare(x, *others):
     *parameters, num_heads, scale, eps1, eps2, activation = others[:17]
-    scale1, scale2, drop1, drop2, key_padding_mask, attn_bias, recompute_fc1 = others[17:]
+    scale1, scale2, drop1, drop2, key_padding_mask, attn_bias, *rope, interleaved, recompute_fc1 = others[17:]
     keep = dispatch.needs_grad(x, *parameters, scale1, scale2, attn_bias)
     scale = float((x.shape[2] // num_heads) ** -0.5 if scale is None else scale)
     vectors = (*parameters, scale1, scale2, drop1, drop2)
     how = (num_heads, scale, float(eps1), float(eps2), activation, bool(recompute_fc1), keep)
     dtype = _common.compute_dtype(x, parameters[2])
-    return x.contiguous(), *map(dense, vectors), key_padding_mask, attn_bias, *how, dtype, None
+    options = (key_padding_mask, attn_bias, *alike_strides(*rope), interleaved)
+    return x.contiguous(), *map(dense, vectors), *options, *how, dtype, None
 
 
 def _product(x, *others):
@@ -371,6 +388,9 @@ def transformer_block(
     drop_path_scale2: torch.Tensor | None = None,
     key_padding_mask: torch.Tensor | None = None,
     attn_bias: torch.Tensor | None = None,
+    rope_cos: torch.Tensor | None = None,
+    rope_sin: torch.Tensor | None = None,
+    rope_interleaved: bool = False,
     recompute_fc1: bool = False,
 ) -> torch.Tensor:
     """A pre-norm transformer block (arXiv 2010.11929, eqs. 2 and 3): one small launch for the weights, and five.
@@ -381,17 +401,18 @@ def transformer_block(
     x (B, N, D), in the linear layers' dtype or wider; norms (D,); qkv (3 D, D), rows in the order q, k, v; proj (D, D);
     fc1 (M, D), fc2 (D, M), or gated, activation(gate) * value in place of activation (arXiv 2002.05202), fc1 (2 M, D),
     the gates first; biases or None; num_heads divides D; scale defaults to (D / num_heads) ** -0.5; activation
-    as in `layer_norm_mlp`; layer-scales (D,) and drop-path scales (B,) as in `linear_residual`; masks as in
-    `attention`. recompute_fc1: on the kernels, keep no output of fc1 for a backward pass, and run its product once more
-    in it: in bfloat16, with an MLP of 4 D, 12 bytes a token and channel, not 20. Returns (B, N, D) in x's dtype. Sums
-    are float32, and gradients are rounded once, to their parameter's dtype. Raises TypeError for a dtype, ValueError
-    for a shape, name or device that does not fit, before any launch.
+    as in `layer_norm_mlp`; layer-scales (D,) and drop-path scales (B,) as in `linear_residual`; masks and a rotary
+    position embedding as in `attention`. recompute_fc1: on the kernels, keep no output of fc1 for a backward pass, and
+    run its product once more in it: in bfloat16, with an MLP of 4 D, 12 bytes a token and channel, not 20. Returns
+    (B, N, D) in x's dtype. Sums are float32, and gradients are rounded once, to their parameter's dtype. Raises
+    TypeError for a dtype, ValueError for a shape, name or device that does not fit, before any launch.
     """
     layers = (norm1_weight, norm1_bias, qkv_weight, qkv_bias, proj_weight, proj_bias)
     layers += (norm2_weight, norm2_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     how = (num_heads, scale, eps1, eps2, activation)
     scales = (layer_scale1, layer_scale2, drop_path_scale1, drop_path_scale2)
-    run, args = dispatch.choose(OP, (x, *layers, *how, *scales, key_padding_mask, attn_bias, recompute_fc1))
+    options = (key_padding_mask, attn_bias, rope_cos, rope_sin, rope_interleaved, recompute_fc1)
+    run, args = dispatch.choose(OP, (x, *layers, *how, *scales, *options))
     carry = None if torch.compiler.is_compiling() else getattr(_here, "carry", None)
     if carry is None:
         return run(*args)

@@ -190,6 +190,9 @@ def transformer_block(
     drop_path_scale2: torch.Tensor | None = None,
     key_padding_mask: torch.Tensor | None = None,
     attn_bias: torch.Tensor | None = None,
+    rope_cos: torch.Tensor | None = None,
+    rope_sin: torch.Tensor | None = None,
+    rope_interleaved: bool = False,
     recompute_fc1: bool = False,
 ) -> torch.Tensor:
     """A pre-norm transformer block (arXiv 2010.11929, eqs. 2 and 3): x (B, N, D) -> (B, N, D).
@@ -201,7 +204,8 @@ def transformer_block(
     batch, tokens, dim = x.shape
     qkv = layer_norm_linear(x, norm1_weight, norm1_bias, qkv_weight, qkv_bias, eps=eps1)
     heads = qkv.view(batch, tokens, 3, num_heads, dim // num_heads)
-    mixed = attention(heads, scale=scale, key_padding_mask=key_padding_mask, attn_bias=attn_bias)
+    rope = {"rope_cos": rope_cos, "rope_sin": rope_sin, "rope_interleaved": rope_interleaved}
+    mixed = attention(heads, scale=scale, key_padding_mask=key_padding_mask, attn_bias=attn_bias, **rope)
     scales = {"layer_scale": layer_scale1, "drop_path_scale": drop_path_scale1}
     x = linear_residual(mixed, proj_weight, proj_bias, x, **scales)
     scales = {"layer_scale": layer_scale2, "drop_path_scale": drop_path_scale2}

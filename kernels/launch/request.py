@@ -165,23 +165,24 @@ class Product(NamedTuple):
 
 class Scores(NamedTuple):
     """What is done with attention's scores: a key padding mask, a bias of this dtype, the bias's gradient stored;
-    before_norm: whether qkv's gradient is made for the norm before it (see `transformer_block`); dropout; a rotary
-    embedding; packed sequences; how many queries there are, if not as many as keys."""
+    before_norm: whether qkv's gradient is made for the norm before it (see `transformer_block`); dropout; rope: the
+    pairs of columns of a rotary embedding, "halves" or "neighbours"; packed sequences; how many queries there are, if
+    not as many as keys."""
 
     mask: bool = False
     bias: torch.dtype | None = None
     bias_gradient: bool = False
     before_norm: bool = False
     dropout: bool = False
-    rope: bool = False
+    rope: str | None = None
     packed: bool = False
     queries: int = 0
 
     def words(self, dtype: torch.dtype) -> list[str]:
         bias = {None: [], dtype: ["bias"]}.get(self.bias, ["bias", f"bias={dtype_name(self.bias)}"])
-        flags = ("bias_gradient", "before_norm", "dropout", "rope", "packed")
-        queries = [f"queries={self.queries}"] if self.queries else []
-        return ["mask"] * self.mask + bias + [flag for flag in flags if getattr(self, flag)] + queries
+        flags = [flag for flag in ("bias_gradient", "before_norm", "dropout", "packed") if getattr(self, flag)]
+        others = [f"{name}={value}" for name in ("rope", "queries") if (value := getattr(self, name))]
+        return ["mask"] * self.mask + bias + flags + others
 
     @property
     def masked(self) -> bool:
