@@ -68,6 +68,9 @@ LAYERS = {
     ),
     "fastvit.nn": Layer(("fastvit.dispatch", "fastvit.ops"), others=("torch",)),
     "fastvit.maps": Layer(("fastvit.nn", "fastvit.reference"), others=("torch",)),
+    "fastvit.dropin": Layer(
+        ("fastvit.dispatch", "fastvit.nn", "fastvit.ops", "fastvit.report"), others=("torch", "transformers")
+    ),
     "fastvit.models": Layer(("fastvit.dispatch", "fastvit.ops", "fastvit.nn")),
     "fastvit.frozen": Layer(
         ("fastvit", "fastvit.accuracy", "fastvit.decide", "fastvit.environment", "fastvit.graphs", "fastvit.models",

@@ -1,0 +1,131 @@
+"""Which forward passes are known: a module may only be stood in for where its class's `forward` is one of these, to the
+letter, whatever the class is called and wherever it is defined.
+
+A forward pass is known by a digest of its syntax tree, without comments, docstrings and annotations. What it calls by
+name has to be torch's, its own library's, or known as well.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import functools
+import hashlib
+import inspect
+import textwrap
+import types
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+# What a function does, by the first 16 digits of its digest; the names are what layouts.py goes by.
+KNOWN = {
+    "336932f7ba6725f6": "timm block",
+    "a7ba3574a4d7f15f": "timm attention",
+    "04f65198a5a633e7": "timm mlp",
+    "533c2fb3f3fa9201": "timm packed glu",
+    "5d7203a790a9a1fb": "timm swiglu",
+    "15e724f5200478db": "layer scale by gamma",
+    "bafe392ead95312d": "drop path",  # calls the next
+    "d0b421ec780289ba": "drop path, as a function",
+    "225654455a32964d": "timm layer norm",
+    "d38cfa9d692acfd5": "gelu",
+    "20b39c0e43529b23": "gelu_tanh",
+    "3cc7af57b55ea063": "quick_gelu",  # calls the next
+    "f6192b3609a0b3cb": "quick_gelu, as a function",
+    "755052d218f929e5": "torchvision block",
+    "c84bd1f48258a6a2": "sequence",  # torch.nn.Sequential's, which torchvision's MLP has
+    "f84ed9e2ab70aaa8": "transformers block",
+    "9e5cff99f0757b1b": "transformers scaled block",  # Dinov2's
+    "77ef972e919e460a": "transformers tower block",  # CLIP's and SigLIP's
+    "d2858c8c58a357c8": "transformers attention",
+    "763ef8b311c01113": "transformers tower attention",  # CLIP's
+    "b42db7c923dfc367": "transformers tower attention",  # SigLIP's
+    "7e157d7c92171ef6": "transformers mlp",
+    "c0ca1abe0922ae1a": "transformers swiglu",
+    "527930fdc52c5fec": "layer scale by lambda1",
+    "518eed25f0ba5a57": "drop path by rounding",
+    "2354a1f2c726f8bb": "function in act",
+    "ea8ee0549d0042b7": "quick_gelu",
+    "c98cced60da98b72": "silu",
+}
+
+_LIBRARIES = frozenset(("torch", "timm", "torchvision", "transformers"))
+_WORDS = {"torch": torch, "nn": nn, "F": F}
+_LEFT_OUT = frozenset(("annotation", "returns", "decorator_list", "type_comment", "type_params", "ctx", "kind", "name"))
+
+
+def known_forward(cls: type) -> str | None:
+    """The name in KNOWN of a module class's forward pass; None where it is not known, or calls what is not."""
+    return known(cls.forward) if cls.__call__ is nn.Module.__call__ else None
+
+
+@functools.cache
+def known(function) -> str | None:
+    """The name in KNOWN of a function; None as `known_forward` has it."""
+    function = _inner(function)
+    if not isinstance(function, types.FunctionType) or hasattr(function, "__wrapped__") or function.__closure__:
+        return None
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
+    except (OSError, TypeError, SyntaxError):
+        return None
+    name = KNOWN.get(digest(tree))
+    return name if name is not None and all(_trusted(function, word) for word in _words(tree)) else None
+
+
+def digest(tree: ast.AST) -> str:
+    """16 digits for a function's syntax tree, the same under every version of Python."""
+    return hashlib.sha256(repr(_plain(tree)).encode()).hexdigest()[:16]
+
+
+def _inner(function):
+    """The function that transformers' layers wrap for gradient checkpointing."""
+    while getattr(function, "__globals__", {}).get("__name__") == "transformers.modeling_layers":
+        function = function.__wrapped__
+    return function
+
+
+def _plain(node):
+    if isinstance(node, list):
+        return [_plain(child) for child in node]
+    if isinstance(node, ast.AnnAssign) and node.value is not None:
+        node = ast.Assign(targets=[node.target], value=node.value)
+    if not isinstance(node, ast.AST):
+        return node
+    fields = [(name, value) for name, value in ast.iter_fields(node) if name not in _LEFT_OUT]
+    fields = [(name, value) for name, value in fields if value is not None and value != []]
+    if isinstance(node, ast.FunctionDef) and ast.get_docstring(node) is not None:
+        fields = [(name, value[1:] if name == "body" else value) for name, value in fields]
+    return (type(node).__name__, *((name, _plain(value)) for name, value in fields))
+
+
+def _words(tree: ast.AST) -> set[str]:
+    """The global names that a function reads, but for annotations."""
+    names: set[str] = set()
+    nodes = [tree]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
+            names.add(node.id)
+        for field, value in ast.iter_fields(node):
+            if field not in _LEFT_OUT:
+                children = value if isinstance(value, list) else [value]
+                nodes += [child for child in children if isinstance(child, ast.AST)]
+    local = {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}
+    local |= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    return names - local
+
+
+def _trusted(function, word: str) -> bool:
+    """Whether a global name of a function means what it meant in the function that is known."""
+    if word not in function.__globals__:
+        return hasattr(builtins, word)
+    value = function.__globals__[word]
+    if word in _WORDS:
+        return value is _WORDS[word]
+    home = value.__module__ if isinstance(value, (type, types.FunctionType)) else type(value).__module__
+    return str(home).partition(".")[0] in _LIBRARIES or (
+        isinstance(value, types.FunctionType) and known(value) is not None
+    )
