@@ -53,8 +53,8 @@ class Entry:
 
 @dataclass(frozen=True)
 class Summary:
-    """What `accelerate` did: an entry for each module, options of the whole model, and the accelerated model. As text it
-    is a table, with alike modules in one row."""
+    """What `accelerate` did: an entry for each module, options of the whole model, and the accelerated model. As text
+    it is a table, with alike modules in one row."""
 
     model: nn.Module = field(repr=False)
     entries: tuple[Entry, ...]
@@ -102,8 +102,8 @@ def accelerate(
 
     model may be, or hold, any model of theirs, or of code copied from theirs; it keeps its class, parameters, buffers,
     hooks, state_dict and options. Each module whose structure and forward pass are known gets a subclass of its class,
-    whose forward pass is one op wherever the kernels may run and nobody can tell, and else its own: on a CPU the numbers
-    are the same to the bit. inplace=False leaves model alone and swaps a deep copy, the summary's `model`.
+    whose forward pass is one op wherever the kernels may run and nobody can tell, and else its own: on a CPU the
+    numbers are the same to the bit. inplace=False leaves model alone and swaps a deep copy, the summary's `model`.
     modules: what to swap, of "block" (whole blocks as `ops.transformer_block`), "attention" and "mlp" (where a block is
     not swapped whole: the attention itself, and a block's second branch with its LayerNorm) and "patch_embed".
 
@@ -191,11 +191,10 @@ def _find(model: nn.Module, kinds: list[str]) -> Iterator[tuple[Entry | None, st
         if type(module) is nn.Sequential and len(module) > 1:
             if all(f"{_prefix(name)}{child}" in whole for child in module._modules):
                 yield None, name, SequencePlan()
-        elif "patch_embed" in kinds and type(module) is nn.Conv2d and module.out_channels in widths:
-            if is_patch_projection(module) and plain(module.parameters()):
-                ph, pw = module.kernel_size
-                options = f"patches of {ph} x {pw}, {_bias('bias', module.bias)}"
-                yield Entry(name, "patch_embed", "torch.nn.Conv2d", True, options), name, PatchPlan()
+        elif "patch_embed" in kinds and _is_patch_embedding(module, widths):
+            ph, pw = module.kernel_size
+            options = f"patches of {ph} x {pw}, {_bias('bias', module.bias)}"
+            yield Entry(name, "patch_embed", "torch.nn.Conv2d", True, options), name, PatchPlan()
 
 
 def _unknown(block: nn.Module) -> str:
@@ -222,6 +221,12 @@ def _tried(where: str, kind: str, cls: str, planner: Callable, module: nn.Module
     except NotTaken as reason:
         return Entry(where, kind, cls, False, reason=str(reason)), None
     return Entry(where, kind, cls, True, options), plan
+
+
+def _is_patch_embedding(module: nn.Module, widths: set[int]) -> bool:
+    """Whether it projects patches to tokens as wide as blocks are."""
+    plain_conv = type(module) is nn.Conv2d and module.out_channels in widths
+    return plain_conv and is_patch_projection(module) and plain(module.parameters())
 
 
 def _looks_like_block(module: nn.Module) -> bool:

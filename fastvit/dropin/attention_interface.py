@@ -8,6 +8,7 @@ from torch import nn
 from fastvit import ops
 from fastvit.nn.attention import masks
 
+from .layouts import asks_for_more
 from .plans import may_run
 
 
@@ -35,13 +36,12 @@ def register_attention(name: str = "fastvit") -> None:
     ) -> tuple[torch.Tensor, None]:
         """query, key, value (B, H, N, d) -> (B, N, H, d)."""
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-        asked = [key for key, value in others.items() if value is not None and value is not False]
         if (
             not may_run(query)
             or not query.shape == key.shape == value.shape
             or dropout
             or (causal and attention_mask is None)
-            or asked not in ([], ["output_hidden_states"])
+            or asks_for_more(others)
         ):
             how = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal}
             return sdpa_attention_forward(module, query, key, value, attention_mask, **how, **others)

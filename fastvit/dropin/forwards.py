@@ -61,18 +61,23 @@ def known_forward(cls: type) -> str | None:
     return known(cls.forward) if cls.__call__ is nn.Module.__call__ else None
 
 
-@functools.cache
 def known(function) -> str | None:
     """The name in KNOWN of a function; None as `known_forward` has it."""
     function = _inner(function)
     if not isinstance(function, types.FunctionType) or hasattr(function, "__wrapped__") or function.__closure__:
         return None
+    name, words = _read(function)
+    return name if name is not None and all(_trusted(function, word) for word in words) else None
+
+
+@functools.cache
+def _read(function) -> tuple[str | None, frozenset[str]]:
+    """The name in KNOWN for a function's text, and the global names that the text reads."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
     except (OSError, TypeError, SyntaxError):
-        return None
-    name = KNOWN.get(digest(tree))
-    return name if name is not None and all(_trusted(function, word) for word in _words(tree)) else None
+        return None, frozenset()
+    return KNOWN.get(digest(tree)), frozenset(_words(tree))
 
 
 def digest(tree: ast.AST) -> str:

@@ -23,8 +23,8 @@ class AttentionLayout:
 
     qkv: its linear layers, packed as one or three apart; none where it holds in_proj_weight itself. proj: the linear
     layer after it; heads: the attribute that has their number; rate: the one that has a rate of dropout; dropouts: its
-    modules of dropout; nothing: those that must be nn.Identity. arguments(x, ...) are (attn_mask, is_causal) of a call,
-    None where it asks for more; scale(module) is of the scores; refuse(module) says why the module is not plain
+    modules of dropout; nothing: those that must be nn.Identity. arguments(module, x, ...) are (attn_mask, is_causal) of
+    a call, None where it asks for more; scale(module) is of the scores; refuse(module) says why the module is not plain
     attention, if it is not; alone(module) whether its output is all that it has to return. paired: it returns (output,
     None).
     """
@@ -58,8 +58,8 @@ class MlpLayout:
 @dataclass(frozen=True)
 class BlockLayout:
     """A pre-norm block: x + after(attention(norm1(x))), then x + after(mlp(norm2(x))), where after is dropout,
-    layer-scale and drop path, those that there are, in this order. arguments as in `AttentionLayout`; attend(attention,
-    x, args, kwargs) calls the attention as the block does."""
+    layer-scale and drop path, those that there are, in this order. arguments(attention, x, ...) as in
+    `AttentionLayout`; attend(attention, x, args, kwargs) calls the attention as the block does."""
 
     norm1: str
     attention: str
@@ -72,23 +72,32 @@ class BlockLayout:
     attend: Callable[..., torch.Tensor] = lambda attention, x, args, kwargs: attention(x, *args, **kwargs)
 
 
-def _timm_arguments(x, attn_mask=None, is_causal=False):
+def _timm_arguments(attention, x, attn_mask=None, is_causal=False):
     return attn_mask, is_causal
 
 
-def _no_arguments(x):
+def _no_arguments(attention, x):
     return None, False
 
 
-def _transformers_arguments(hidden_states, attention_mask=None, **others):
-    """None where anything is asked for that changes what is computed, or a mask has another form than SDPA's."""
+def asks_for_more(others: dict) -> bool:
+    """Whether the further arguments of a call of transformers' layers change what it computes."""
     asked = [name for name, value in others.items() if value is not None and value is not False]
-    if asked not in ([], ["output_hidden_states"]) or (attention_mask is not None and attention_mask.dim() != 4):
+    return asked not in ([], ["output_hidden_states"])
+
+
+def _transformers_arguments(attention, hidden_states, attention_mask=None, **others):
+    if asks_for_more(others):
         return None
+    if attention_mask is not None:
+        eager = attention.config._attn_implementation == "eager"  # which adds True as 1
+        if attention_mask.dim() != 4 or (eager and attention_mask.dtype == torch.bool):
+            return None
     return attention_mask, False
 
 
 def _multihead_arguments(
+    attention,
     query,
     key,
     value,

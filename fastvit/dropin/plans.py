@@ -138,10 +138,10 @@ class BlockPlan:
 
     def run(self, block: nn.Module, otherwise: Otherwise, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         """The block's output for x (B, N, D)."""
-        given = self.layout.arguments(x, *args, **kwargs)
         first, second = self.first.modules(block), self.second.modules(block)
         norm1, attention, *layers = first
         norm2, mlp, *mlp_layers = second
+        given = self.layout.arguments(attention, x, *args, **kwargs)
         heads = getattr(attention, self.attention.heads)
         dim = norm1.normalized_shape[0]
         if (
@@ -228,7 +228,7 @@ class AttentionPlan:
     def run(self, attention: nn.Module, otherwise: Otherwise, x: torch.Tensor, *args, **kwargs):
         """What the module returns for x (B, N, D)."""
         layout = self.layout
-        given = layout.arguments(x, *args, **kwargs)
+        given = layout.arguments(attention, x, *args, **kwargs)
         layers = submodules(attention, self.layers)
         heads = getattr(attention, layout.heads)
         if (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import copyreg
 import functools
 import inspect
 
@@ -34,7 +33,7 @@ def swapped_class(original: type[nn.Module], plan: Plan) -> type[nn.Module]:
     def reduce_ex(self, protocol):
         # By its own library's class: pickle finds no other, and whoever reads it needs no fastvit.
         _, _, *state = original.__reduce_ex__(self, protocol)
-        return copyreg.__newobj__, (original,), *state
+        return object.__new__, (original,), *state
 
     def deepcopy(self, memo):
         copied = memo[id(self)] = type(self).__new__(type(self))
