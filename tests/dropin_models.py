@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+from fastvit.benchmarks.peers import _torchvision_shim
 from torch import nn
 
+_torchvision_shim.install()
 timm, torchvision, transformers = (pytest.importorskip(name) for name in ("timm", "torchvision", "transformers"))
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
@@ -26,12 +28,18 @@ CONFIG = {
 
 @dataclass(frozen=True)
 class Family:
-    """A kind of model: what builds it, its blocks' options as the summary has them, and arguments of a call."""
+    """A kind of model: what builds it, its blocks' options as the summary has them, and arguments of a call beside
+    images."""
 
     name: str
     build: Callable[..., nn.Module]
     options: str
     arguments: dict = field(default_factory=dict)
+
+    @property
+    def input(self) -> str:
+        """What the model calls its images."""
+        return "pixel_values" if self.name.startswith("transformers") else "x"
 
     def __str__(self):
         return self.name
@@ -139,6 +147,10 @@ every_family = pytest.mark.parametrize("family", FAMILIES, ids=str)
 one_of_each = pytest.mark.parametrize(
     "family", [BY_NAME[name] for name in ("timm DINOv2", "torchvision ViT", "transformers Dinov2")], ids=str
 )
+
+
+def first(out: dict[str, torch.Tensor]) -> torch.Tensor:
+    return next(iter(out.values()))
 
 
 def images(batch: int = 2, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -346,6 +346,15 @@ def test_blocks_in_a_row_hand_on_their_statistics(monkeypatch):
         taken.clear()
 
 
+@torch.no_grad()
+def test_an_accelerated_model_freezes_as_it_was():
+    model = VIT.model()
+    want = fastvit.freeze(model, runtime="torch")(images())
+    fastvit.accelerate(model)
+    torch.testing.assert_close(fastvit.freeze(model, runtime="torch")(images()), want, rtol=0, atol=0)
+    assert len(fastvit.accelerate(model).left_alone) == 3  # and it still is
+
+
 def test_gradient_checkpointing():
     """timm's and transformers' own, around blocks on the kernels."""
     for family in (VIT, DINOV2):
@@ -625,6 +634,8 @@ def test_a_block_alone_and_a_model_in_a_module():
     assert (entry.name, entry.kind, entry.swapped) == ("the model itself", "block", True)
     assert ops_of(lambda: block(torch.randn(2, 5, 48))) == ["transformer_block"]
     assert type(fastvit.restore(block)) is timm.models.vision_transformer.Block
+    ours = fastvit.create_model("vit_tiny_patch16_224", **SMALL)
+    assert {entry.reason for entry in fastvit.accelerate(ours, modules=("block",)).entries} == {"it is fastvit's own"}
     outer = nn.ModuleDict({"a": VIT.model(), "b": DINOV2.model()})
     assert len(fastvit.accelerate(outer).swapped) == 6
 

@@ -199,6 +199,8 @@ def _find(model: nn.Module, kinds: list[str]) -> Iterator[tuple[Entry | None, st
 
 def _unknown(block: nn.Module) -> str:
     """Why a block is left alone whose forward pass is not known, as far as its arguments tell."""
+    if type(block).__module__.startswith("fastvit."):
+        return "it is fastvit's own"
     asked = inspect.signature(type(block).forward).parameters
     positions = [what for name, what in _POSITIONS.items() if name in asked]
     return "; ".join(["fastvit does not know its forward pass", *positions])

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from fastvit.nn.layers import FUSED_ACTIVATION, activation_name, dropout_active, sample_scale
+from fastvit.nn.layers import FUSED_ACTIVATION, activation_name, sample_scale
 
 from .forwards import known_forward
 
@@ -131,9 +131,10 @@ _IMPLEMENTATIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "
 
 
 def _transformers_refuse(attention):
-    if attention.config._attn_implementation not in _IMPLEMENTATIONS:
-        return f"its attn_implementation is {attention.config._attn_implementation!r}"
-    causal = attention.is_causal is not False or hasattr(attention.config, "vocab_size")
+    implementation = attention.config._attn_implementation
+    if implementation not in _IMPLEMENTATIONS:
+        return f"its attn_implementation is {implementation!r}"
+    causal = attention.is_causal is not False or "vocab_size" in attention.config.__dict__
     return "it is of a model of text, which may attend causally" if causal else None
 
 
@@ -306,8 +307,3 @@ def activation_of(module: nn.Module) -> str | None:
         tanh = isinstance(module.act, functools.partial) and module.act.func is F.gelu and not module.act.args
         return "gelu_tanh" if tanh and module.act.keywords == {"approximate": "tanh"} else None
     return name if name in ("gelu", "gelu_tanh", "quick_gelu", "silu") else None
-
-
-def drops(module: nn.Module) -> bool:
-    """Whether a module that may be dropout changes its input now."""
-    return type(module) is nn.Dropout and dropout_active(module)

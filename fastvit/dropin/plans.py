@@ -16,9 +16,17 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 
 from fastvit import dispatch, ops
 from fastvit.nn.attention import masks
-from fastvit.nn.layers import FUSED_ACTIVATION, activation_name, can_fuse, norm_complete, submodules, weights
+from fastvit.nn.layers import (
+    FUSED_ACTIVATION,
+    activation_name,
+    can_fuse,
+    dropout_active,
+    norm_complete,
+    submodules,
+    weights,
+)
 
-from .layouts import AttentionLayout, BlockLayout, MlpLayout, drops
+from .layouts import AttentionLayout, BlockLayout, MlpLayout
 
 Otherwise = Callable[[], torch.Tensor]
 _PLAIN = (torch.Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
@@ -26,7 +34,7 @@ _PLAIN = (torch.Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
 
 def plain(tensors: Iterable[torch.Tensor | None]) -> bool:
     """Whether none of the tensors is of a class that stands for other numbers than it holds: quantised, distributed."""
-    return all([tensor is None or type(tensor) in _PLAIN for tensor in tensors])
+    return not any([tensor is not None and type(tensor) not in _PLAIN for tensor in tensors])
 
 
 def may_run(x) -> bool:
@@ -64,13 +72,16 @@ def _records_nothing(module: nn.Module) -> bool:
 
 def _unseen(modules: list[nn.Module], roles: tuple[tuple[type, ...], ...]) -> bool:
     """Whether nobody can tell that these modules are not called, as `can_fuse` has it, and they hold plain numbers."""
-    pairs = list(zip(modules, roles, strict=True))
-    if any([module._forward_hooks for module in modules]):
-        quiet = [pair for pair in pairs if pair[0]._forward_hooks and _records_nothing(pair[0])]
-        if any([type(module) not in types or "forward" in module.__dict__ for module, types in quiet]):
+    for module in modules:
+        if not plain(module._parameters.values()) or (type(module) is nn.Dropout and dropout_active(module)):
             return False
-        pairs = [pair for pair in pairs if pair not in quiet]
-    return can_fuse(*zip(*pairs, strict=True)) and all([plain(module._parameters.values()) for module in modules])
+    if can_fuse(modules, roles):
+        return True
+    quiet = {module for module in modules if module._forward_hooks and _records_nothing(module)}
+    pairs = list(zip(modules, roles, strict=True))
+    if not quiet or any([type(m) not in types or "forward" in m.__dict__ for m, types in pairs if m in quiet]):
+        return False
+    return can_fuse(*zip(*[pair for pair in pairs if pair[0] not in quiet], strict=True))
 
 
 def _dropping(attention: nn.Module, layout: AttentionLayout) -> bool:
@@ -106,11 +117,7 @@ class Branch:
 
     def unseen(self, modules: list[nn.Module]) -> bool:
         """Whether nobody can tell that the branch's modules are not called."""
-        return (
-            _unseen(modules, self.roles)
-            and norm_complete(modules[0])
-            and not any([drops(module) for module in modules])
-        )
+        return _unseen(modules, self.roles) and norm_complete(modules[0])
 
     def scales(self, block: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """The factors of each channel, and of each sample."""
@@ -235,7 +242,6 @@ class AttentionPlan:
             given is None
             or x.dim() != 3
             or not _unseen(layers, self.roles)
-            or any([drops(layer) for layer in layers])
             or _dropping(attention, layout)
             or layout.refuse(attention) is not None
             or not layout.alone(attention)
