@@ -1,5 +1,5 @@
-"""Writes the table of what `fastvit.accelerate` supports into docs/drop-in.md: `TRITON_INTERPRET=1 python
-tests/dropin_table.py`, which takes some minutes. A cell is what the check of dropin_checks.py found, run there and then on a model of the family."""
+"""Writes the table of what `fastvit.accelerate` supports into docs/drop-in.md, in some minutes: `TRITON_INTERPRET=1
+python tests/dropin_table.py`. A cell is what a check of dropin_checks.py found, run there and then."""
 
 from __future__ import annotations
 

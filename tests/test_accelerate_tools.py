@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import io
+import json
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -112,6 +115,25 @@ def test_a_cpu_is_not_asked_to_do_more(family):
     finally:
         fastvit.dropin.plans.BlockPlan.run = run
     assert calls == []
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler for the stand-in for a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, its own driver would be in the way")
+def test_on_a_gpu_as_far_as_a_stand_in_goes():
+    """By Triton's own launches: in bfloat16 and under autocast blocks run on the kernels; in float32, of which nothing
+    was measured, their own code."""
+    tests = Path(__file__).parent
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": os.pathsep.join([str(tests), *sys.path]), "FASTVIT_TUNING": "off"}
+    command = [sys.executable, tests / "stub_gpu" / "accelerated.py"]
+    done = subprocess.run(command, env=environment | {"STUB_GPU_COMPILE": "no"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert len(found) == 9
+    for case, (launched, *ops) in found.items():
+        way = "torch" if "float32" in case else "kernels"
+        assert ops == [f"patch_embed: {way}", *[f"transformer_block: {way}"] * 2], case
+        assert (launched > 30) == (way == "kernels"), case
 
 
 # --------------------------------------------------------------------------------------------------------------------
