@@ -255,6 +255,8 @@ def _part(module: nn.Module, name: str, test: Callable[[nn.Module], bool], expec
 def _inner(block: nn.Module, name: str, layouts: dict):
     """The module `name` of a block, and its layout."""
     inner = block._modules.get(name)
+    if inner is not None and swapped_kind(inner) is not None:
+        raise NotTaken(f"its {name} is accelerated already")
     layout = None if inner is None else known_layout(layouts, inner)
     if layout is None:
         raise NotTaken(f"fastvit does not know the forward pass of its {name}, a {type(inner).__name__}")
@@ -276,7 +278,9 @@ def _after(block: nn.Module, layout, number: int) -> dict:
     """The part of a `Branch` that comes after the module inside it."""
     found: dict = {"after": layout.dropouts, "layer_scale": None, "drop_path": None}
     _layers(block, (), layout.dropouts, ())
-    if layout.layer_scales:
+    if layout.layer_scales and layout.layer_scales[number] in block._parameters:
+        found["layer_scale"] = ("", layout.layer_scales[number])
+    elif layout.layer_scales:
         name = layout.layer_scales[number]
         module = _part(block, name, is_layer_scale, "a layer-scale")
         found["after"] += (name,)
@@ -310,10 +314,11 @@ def _first(block: nn.Module, layout, attention: nn.Module, inside) -> Branch:
 def _second(block: nn.Module, layout) -> tuple[Branch, object, str]:
     mlp, inside = _inner(block, layout.mlp, MLPS)
     _layers(mlp, (*inside.fc1, inside.fc2), inside.dropouts, inside.nothing)
-    activation = activation_of(_part(mlp, inside.act, lambda act: True, ""))
+    acts = (inside.act,) if inside.act else ()
+    activation = activation_of(_part(mlp, inside.act, lambda act: True, "an activation")) if acts else "silu"
     if activation is None:
         raise NotTaken(f"its activation is a {type(mlp._modules[inside.act]).__name__}, which the ops have not")
-    layers = (*inside.fc1, inside.act, inside.fc2, *inside.dropouts, *inside.nothing)
+    layers = (*inside.fc1, *acts, inside.fc2, *inside.dropouts, *inside.nothing)
     branch = _branch(block, layout.norm2, layout.mlp, layers, _after(block, layout, 1))
     return branch, inside, activation
 
@@ -341,7 +346,10 @@ def _mlp_plan(block: nn.Module) -> tuple[MlpPlan, str]:
     inner = block._modules[layout.mlp]
     if len(mlp.fc1) > 1 or inner._modules[mlp.fc1[0]].out_features != inner._modules[mlp.fc2].in_features:
         raise NotTaken("it is gated, which only whole blocks may be")
-    before = _after(block, layout, 0)["after"]
+    first = _after(block, layout, 0)
+    if first["layer_scale"] and not first["layer_scale"][0]:
+        raise NotTaken("its layer-scale is no module, which only whole blocks may have")
+    before = first["after"]
     plan = MlpPlan(layout, mlp, second, before, activation)
     return plan, ", ".join([_eps(block, layout.norm2), activation, *_branch_options(block, second)])
 

@@ -8,7 +8,6 @@ name has to be torch's, its own library's, or known as well.
 from __future__ import annotations
 
 import ast
-import builtins
 import functools
 import hashlib
 import inspect
@@ -19,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+_AS_ITS_BASE = "what its base class's does"
 # What a function does, by the first 16 digits of its digest; the names are what layouts.py goes by.
 KNOWN = {
     "336932f7ba6725f6": "timm block",
@@ -49,22 +49,43 @@ KNOWN = {
     "2354a1f2c726f8bb": "function in act",
     "ea8ee0549d0042b7": "quick_gelu",
     "c98cced60da98b72": "silu",
+    # github.com/facebookresearch/dinov2, dinov2/layers, at 05c66df0cf
+    "51828c1e356e5c4d": "dinov2 block",  # calls the next
+    "2da82a2bcb54455f": "stochastic depth, as a function",
+    "4c712eeef45f5abc": _AS_ITS_BASE,  # NestedTensorBlock, for a tensor
+    "742df1441a0ba0fd": "attention without masks",
+    "b1e4e950655dbd98": _AS_ITS_BASE,  # MemEffAttention
+    "1503988054e02684": "mlp with one dropout",
+    "629bf9b2febfa720": "silu glu",
+    "aea624f99c7fae9e": "drop path",  # calls the next
+    "b81147193381da11": "drop path, as a function",
+    # github.com/facebookresearch/deit, models_v2.py, at 279faa0607
+    "c8cfc29ccbe6e679": "attention without masks",
+    "24f3357fa3606bff": "deit block",
+    "397060f6c78bb4dd": "deit scaled block",
 }
 
-_LIBRARIES = frozenset(("torch", "timm", "torchvision", "transformers"))
+_LIBRARIES = frozenset(("torch", "timm", "torchvision", "transformers", "xformers"))
 _WORDS = {"torch": torch, "nn": nn, "F": F}
 _LEFT_OUT = frozenset(("annotation", "returns", "decorator_list", "type_comment", "type_params", "ctx", "kind", "name"))
 
 
 def known_forward(cls: type) -> str | None:
     """The name in KNOWN of a module class's forward pass; None where it is not known, or calls what is not."""
-    return known(cls.forward) if cls.__call__ is nn.Module.__call__ else None
+    if cls.__call__ is not nn.Module.__call__:
+        return None
+    name = known(cls.forward)
+    if name == _AS_ITS_BASE:
+        return known_forward([base for base in cls.__mro__ if "forward" in base.__dict__][1])
+    return name
 
 
 def known(function) -> str | None:
     """The name in KNOWN of a function; None as `known_forward` has it."""
     function = _inner(function)
-    if not isinstance(function, types.FunctionType) or hasattr(function, "__wrapped__") or function.__closure__:
+    if not isinstance(function, types.FunctionType) or hasattr(function, "__wrapped__"):
+        return None
+    if function.__code__.co_freevars not in ((), ("__class__",)):  # the latter of super()
         return None
     name, words = _read(function)
     return name if name is not None and all(_trusted(function, word) for word in words) else None
@@ -119,6 +140,7 @@ def _words(tree: ast.AST) -> set[str]:
                 children = value if isinstance(value, list) else [value]
                 nodes += [child for child in children if isinstance(child, ast.AST)]
     local = {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}
+    local |= {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
     local |= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
     return names - local
 
@@ -126,8 +148,10 @@ def _words(tree: ast.AST) -> set[str]:
 def _trusted(function, word: str) -> bool:
     """Whether a global name of a function means what it meant in the function that is known."""
     if word not in function.__globals__:
-        return hasattr(builtins, word)
+        return True  # a builtin, or what raises a NameError
     value = function.__globals__[word]
+    if isinstance(value, bool):  # whether xformers is there
+        return True
     if word in _WORDS:
         return value is _WORDS[word]
     home = value.__module__ if isinstance(value, (type, types.FunctionType)) else type(value).__module__

@@ -44,8 +44,8 @@ class AttentionLayout:
 
 @dataclass(frozen=True)
 class MlpLayout:
-    """Two linear layers with an activation between. fc1: one layer, or the gates' and the values' apart; refuse,
-    dropouts and nothing as in `AttentionLayout`."""
+    """Two linear layers with an activation between, SiLU where no module is named. fc1: one layer, or the gates' and
+    the values' apart; refuse, dropouts and nothing as in `AttentionLayout`."""
 
     fc1: tuple[str, ...]
     act: str
@@ -58,8 +58,9 @@ class MlpLayout:
 @dataclass(frozen=True)
 class BlockLayout:
     """A pre-norm block: x + after(attention(norm1(x))), then x + after(mlp(norm2(x))), where after is dropout,
-    layer-scale and drop path, those that there are, in this order. arguments(attention, x, ...) as in
-    `AttentionLayout`; attend(attention, x, args, kwargs) calls the attention as the block does."""
+    layer-scale and drop path, those that there are, in this order. layer_scales: modules, or parameters of the block
+    itself. arguments(attention, x, ...) as in `AttentionLayout`; attend(attention, x, args, kwargs) calls the attention
+    as the block does; own_way(block) says whether it computes something else now."""
 
     norm1: str
     attention: str
@@ -70,6 +71,7 @@ class BlockLayout:
     drop_paths: tuple[str, ...] = ()
     dropouts: tuple[str, ...] = ()
     attend: Callable[..., torch.Tensor] = lambda attention, x, args, kwargs: attention(x, *args, **kwargs)
+    own_way: Callable[[nn.Module], bool] = lambda block: False
 
 
 def _timm_arguments(attention, x, attn_mask=None, is_causal=False):
@@ -84,6 +86,10 @@ def asks_for_more(others: dict) -> bool:
     """Whether the further arguments of a call of transformers' layers change what it computes."""
     asked = [name for name, value in others.items() if value is not None and value is not False]
     return asked not in ([], ["output_hidden_states"])
+
+
+def _without_masks(attention, x, attn_bias=None):
+    return (None, False) if attn_bias is None else None
 
 
 def _transformers_arguments(attention, hidden_states, attention_mask=None, **others):
@@ -142,6 +148,10 @@ def _not_eager(attention):
     return attention.config._attn_implementation != "eager"  # which returns the probabilities too
 
 
+def _leaves_out_samples(block):
+    return block.training and block.sample_drop_ratio > 0
+
+
 def _glu_refuse(mlp):
     return "its gates come last" if mlp.gate_last or mlp.chunk_dim != -1 else None
 
@@ -163,6 +173,15 @@ ATTENTIONS = {
         _timm_refuse,
         dropouts=("attn_drop", "proj_drop"),
         nothing=("q_norm", "k_norm", "norm"),
+    ),
+    "attention without masks": AttentionLayout(
+        ("qkv",),
+        "proj",
+        "num_heads",
+        _without_masks,
+        lambda attention: attention.scale,
+        lambda attention: None,
+        dropouts=("attn_drop", "proj_drop"),
     ),
     "multi-head attention": AttentionLayout(
         (),
@@ -189,6 +208,8 @@ MLPS = {
     "timm mlp": MlpLayout(("fc1",), "act", "fc2", ("drop1", "drop2"), ("norm",)),
     "timm packed glu": MlpLayout(("fc1",), "act", "fc2", ("drop1", "drop2"), ("norm",), _glu_refuse),
     "timm swiglu": MlpLayout(("fc1_g", "fc1_x"), "act", "fc2", ("drop1",), ("norm",)),
+    "mlp with one dropout": MlpLayout(("fc1",), "act", "fc2", ("drop",)),
+    "silu glu": MlpLayout(("w12",), "", "w3"),
     "sequence": MlpLayout(
         ("0",),
         "1",
@@ -202,6 +223,13 @@ MLPS = {
 BLOCKS = {
     "timm block": BlockLayout(
         "norm1", "attn", "norm2", "mlp", _timm_arguments, ("ls1", "ls2"), ("drop_path1", "drop_path2")
+    ),
+    "dinov2 block": BlockLayout(
+        "norm1", "attn", "norm2", "mlp", _no_arguments, ("ls1", "ls2"), own_way=_leaves_out_samples
+    ),
+    "deit block": BlockLayout("norm1", "attn", "norm2", "mlp", _no_arguments, (), ("drop_path", "drop_path")),
+    "deit scaled block": BlockLayout(
+        "norm1", "attn", "norm2", "mlp", _no_arguments, ("gamma_1", "gamma_2"), ("drop_path", "drop_path")
     ),
     "torchvision block": BlockLayout(
         "ln_1",

@@ -100,7 +100,8 @@ def _masks(given: tuple, x: torch.Tensor, heads: int) -> tuple | None:
 @dataclass(frozen=True)
 class Branch:
     """One residual branch of a block: the names of its norm, of the module inside, of the layers in that, and of what
-    comes after it; the types that all of these have; layer-scale's attribute, and what draws for drop path, if any."""
+    comes after it; the types that all of these have; layer-scale's module ("" for the block) and attribute, and what
+    draws for drop path, if any."""
 
     norm: str
     inner: str
@@ -122,7 +123,10 @@ class Branch:
     def scales(self, block: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """The factors of each channel, and of each sample."""
         own = block._modules
-        gamma = self.layer_scale and getattr(own[self.layer_scale[0]], self.layer_scale[1])
+        gamma = None
+        if self.layer_scale:
+            name, attribute = self.layer_scale
+            gamma = getattr(own[name] if name else block, attribute)
         return gamma, self.drop_path and self.drop_path[1](own[self.drop_path[0]], x)
 
 
@@ -148,7 +152,7 @@ class BlockPlan:
         first, second = self.first.modules(block), self.second.modules(block)
         norm1, attention, *layers = first
         norm2, mlp, *mlp_layers = second
-        given = self.layout.arguments(attention, x, *args, **kwargs)
+        given = None if self.layout.own_way(block) else self.layout.arguments(attention, x, *args, **kwargs)
         heads = getattr(attention, self.attention.heads)
         dim = norm1.normalized_shape[0]
         if (
@@ -158,6 +162,7 @@ class BlockPlan:
             or not x.is_floating_point()
             or not self.first.unseen(first)
             or not self.second.unseen(second)
+            or not plain(block._parameters.values())
             or _dropping(attention, self.attention)
             or self.attention.refuse(attention) is not None
             or self.mlp.refuse(mlp) is not None
@@ -172,13 +177,13 @@ class BlockPlan:
             *weights(layers[count]),
             *weights(norm2),
             *packed(mlp_layers[:split]),
-            *weights(mlp_layers[split + 1]),
+            *weights(mlp_layers[split + bool(self.mlp.act)]),
         ]
         linear = parameters[2:5:2] + parameters[8:11:2]
         if not ops.takes_block(x, linear, lambda: [*block.parameters(), found[1]]):
             return otherwise()
         (scale1, drawn1), (scale2, drawn2) = self.first.scales(block, x), self.second.scales(block, x)
-        activation = _activation(mlp_layers[split], self.activation)
+        activation = _activation(mlp_layers[split], self.activation) if self.mlp.act else self.activation
         how = (heads, self.attention.scale(attention), norm1.eps, norm2.eps, activation)
         return ops.run_transformer_block(
             (x, *parameters, *how, scale1, scale2, drawn1, drawn2, *found, False), otherwise
@@ -201,7 +206,7 @@ class MlpPlan:
         """The block's output for x (B, N, D)."""
         modules = self.second.modules(block)
         norm, mlp, *layers = modules
-        if not self.second.unseen(modules) or self.mlp.refuse(mlp) is not None:
+        if self.layout.own_way(block) or not self.second.unseen(modules) or self.mlp.refuse(mlp) is not None:
             return otherwise()
         norm1, attention = submodules(block, (self.layout.norm1, self.layout.attention))
         y = self.layout.attend(attention, norm1(x), args, kwargs)
