@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import time
 
 import pytest
 import torch
@@ -344,6 +345,22 @@ def test_blocks_in_a_row_hand_on_their_statistics(monkeypatch):
         torch.testing.assert_close(got, family.run(other, images()), rtol=1e-4, atol=1e-4)
         assert taken == [False, True]
         taken.clear()
+
+
+@pytest.mark.parametrize("modules", [("block",), ("attention",)], ids=str)
+def test_attention_maps_of_an_accelerated_model(modules):
+    model, other = pair(VIT, modules=modules)
+    with fastvit.use_backend("triton"):
+        got = fastvit.attention_maps(model, images())
+    torch.testing.assert_close(got, fastvit.attention_maps(other, images()), rtol=1e-4, atol=1e-5)
+
+
+def test_a_whole_model_takes_less_than_half_a_second():
+    model = timm.create_model("vit_base_patch16_224", device="meta")
+    fastvit.accelerate(VIT.model())  # what only the first call does
+    start = time.perf_counter()
+    fastvit.accelerate(model, strict=True)
+    assert time.perf_counter() - start < 0.5
 
 
 @torch.no_grad()

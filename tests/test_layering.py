@@ -67,10 +67,10 @@ LAYERS = {
         ("torch",),
     ),
     "fastvit.nn": Layer(("fastvit.dispatch", "fastvit.ops"), others=("torch",)),
-    "fastvit.maps": Layer(("fastvit.nn", "fastvit.reference"), others=("torch",)),
     "fastvit.dropin": Layer(
         ("fastvit.dispatch", "fastvit.nn", "fastvit.ops", "fastvit.report"), others=("torch", "transformers")
     ),
+    "fastvit.maps": Layer(("fastvit.dropin", "fastvit.nn", "fastvit.reference"), others=("torch",)),
     "fastvit.models": Layer(("fastvit.dispatch", "fastvit.ops", "fastvit.nn")),
     "fastvit.frozen": Layer(
         ("fastvit", "fastvit.accuracy", "fastvit.decide", "fastvit.dropin", "fastvit.environment", "fastvit.graphs",

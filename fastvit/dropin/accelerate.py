@@ -16,6 +16,9 @@ from .layouts import (
     ATTENTIONS,
     BLOCKS,
     MLPS,
+    AttentionLayout,
+    BlockLayout,
+    MlpLayout,
     activation_of,
     draw_of,
     gamma_name,
@@ -142,9 +145,11 @@ def restore(model: nn.Module) -> nn.Module:
         raise TypeError(f"model is a {type(model).__name__}, expected a torch.nn.Module")
     for name, module in model.named_modules():
         if is_wrapped(module):
-            raise ValueError(f"model.{name} is a {type(module).__name__} now, which no longer can be restored")
+            where = f"model.{name}" if name else "model"
+            raise ValueError(f"{where} is a {type(module).__name__} now, which no longer can be restored")
     for module in model.modules():
-        module.__class__ = original_class(module) or type(module)
+        if (original := original_class(module)) is not None:
+            module.__class__ = original
     return model
 
 
@@ -159,7 +164,7 @@ def _find(model: nn.Module, kinds: list[str]) -> Iterator[tuple[Entry | None, st
     whole: set[str] = set()
     selves: set[nn.Module] = set()  # the attentions of known blocks: what else is nn.MultiheadAttention may be any
     for name, module in model.named_modules():
-        if name.startswith(inside) and inside:
+        if name.startswith(inside):  # () begins nothing
             continue
         where = name or "the model itself"
         cls = f"{type(module).__module__}.{type(module).__qualname__}"
@@ -274,7 +279,7 @@ def _layers(inner: nn.Module, linear: Iterable[str], dropouts: Iterable[str], no
         _part(inner, name, is_nothing, "nn.Identity")
 
 
-def _after(block: nn.Module, layout, number: int) -> dict:
+def _after(block: nn.Module, layout: BlockLayout, number: int) -> dict:
     """The part of a `Branch` that comes after the module inside it."""
     found: dict = {"after": layout.dropouts, "layer_scale": None, "drop_path": None}
     _layers(block, (), layout.dropouts, ())
@@ -304,14 +309,14 @@ def _branch(block: nn.Module, norm: str, inner: str, layers: tuple[str, ...], af
     return Branch(norm, inner, layers, **after, roles=tuple((type(module),) for module in modules))
 
 
-def _first(block: nn.Module, layout, attention: nn.Module, inside) -> Branch:
+def _first(block: nn.Module, layout: BlockLayout, attention: nn.Module, inside: AttentionLayout) -> Branch:
     names = (*inside.qkv, inside.proj)
     _layers(attention, names, inside.dropouts, inside.nothing)
     layers = (*names, *inside.dropouts, *inside.nothing)
     return _branch(block, layout.norm1, layout.attention, layers, _after(block, layout, 0))
 
 
-def _second(block: nn.Module, layout) -> tuple[Branch, object, str]:
+def _second(block: nn.Module, layout: BlockLayout) -> tuple[Branch, MlpLayout, str]:
     mlp, inside = _inner(block, layout.mlp, MLPS)
     _layers(mlp, (*inside.fc1, inside.fc2), inside.dropouts, inside.nothing)
     acts = (inside.act,) if inside.act else ()
