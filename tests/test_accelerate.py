@@ -112,6 +112,10 @@ def test_copies_and_pickles(family):
     torch.testing.assert_close(family.run(loaded, images()), family.run(model, images()), rtol=0, atol=0)
 
 
+def _add_one(module, args, output):
+    output[..., :3] += 1
+
+
 @one_of_each
 @torch.no_grad()
 def test_hooks_are_called_wherever_they_are(family):
@@ -122,6 +126,13 @@ def test_hooks_are_called_wherever_they_are(family):
     handle = block.register_forward_hook(lambda module, args, output: seen.append(output))
     assert ops_of(lambda: family.run(model, images())) == BLOCKS and len(seen) == 1
     handle.remove()
+    changing = [which.get_submodule(blocks[0][0]).register_forward_hook(_add_one) for which in (model, other)]
+    with torch.inference_mode():  # in which nobody counts changes, and statistics may not be handed on
+        with fastvit.use_backend("triton"):
+            got = family.run(model, images())
+        torch.testing.assert_close(got, family.run(other, images()), rtol=1e-4, atol=1e-4)
+    for handle in changing:
+        handle.remove()
     for inner in [inner for inner, _ in block.named_modules() if inner]:
         seen = []
         handle = block.get_submodule(inner).register_forward_hook(lambda *args, seen=seen: seen.append(args))
@@ -661,7 +672,11 @@ def test_the_summary():
     model = BY_NAME["timm DINOv2 with registers"].model(drop_path_rate=0.1)
     text = str(fastvit.accelerate(model))
     assert text.splitlines()[0] == "VisionTransformer: 3 modules swapped, 0 left alone"
-    assert "reg_token: 4 registers" in text and "pos_embed: 16 learned positions" in text
+    assert "reg_token: 4 registers" in text
+    assert "pos_embed: 16 learned positions, 0 of them for other tokens than patches" in text
+    for other, rows in (("timm DeiT, distilled", 2), ("transformers ViT", 1), ("transformers SigLIP vision", 0)):
+        lines = fastvit.accelerate(BY_NAME[other].model()).options
+        assert any(f"{rows} of them for other tokens than patches" in line for line in lines), other
     assert "3 heads of 16, eps 1e-06, gelu, qkv bias, layer-scale, drop path 0.1" in text
     assert "blocks.0 " in text and "timm.models.vision_transformer.Block" in text
     assert "blocks.0 to blocks.1 (2)" in str(fastvit.accelerate(VIT.model()))

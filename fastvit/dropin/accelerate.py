@@ -405,11 +405,15 @@ _TABLES = ("pos_embed", "pos_embedding", "position_embeddings")
 
 def _model_options(model: nn.Module) -> tuple[str, ...]:
     """Registers and positions, which stay as they are."""
+    counts = [getattr(module, "num_patches", None) for module in model.modules()]
+    patches = next((count for count in counts if isinstance(count, int)), None)
     found = []
     for name, tensor in model.named_parameters():
         last = name.rpartition(".")[2]
         if last in ("reg_token", "register_tokens"):
             found.append(f"{name}: {tensor.shape[-2]} registers")
         elif last in _TABLES or name.endswith("position_embedding.weight"):
-            found.append(f"{name}: {tensor.shape[-2]} learned positions, added as the model does")
+            rows = tensor.shape[-2]
+            others = f", {rows - patches} of them for other tokens than patches" if patches and rows >= patches else ""
+            found.append(f"{name}: {rows} learned positions{others}, added and resampled as the model does")
     return tuple(found)
