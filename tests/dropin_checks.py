@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from dropin_models import Family, first, gradients_of, images
+from dropin_models import OTHERS, Family, first, gradients_of, images, randomise
 
 import fastvit
 from fastvit import dispatch
@@ -69,6 +69,21 @@ def too_large(found: dict[str, tuple[float, float]], dtype: torch.dtype) -> list
 def check_numbers(family: Family, dtype: torch.dtype) -> None:
     """Outputs, and gradients of the image and of every parameter."""
     assert too_large(errors(family, dtype), dtype) == []
+
+
+@torch.no_grad()
+def check_other(name: str) -> None:
+    """The outputs of one of OTHERS, in evaluation."""
+    build, prepare, ops = OTHERS[name]
+    torch.manual_seed(1)
+    model, x = randomise(build()).eval(), images()
+    given = prepare(x) if prepare else {"pixel_values": x}
+    want, ran = model(**given).last_hidden_state, []
+    fastvit.accelerate(model)
+    with fastvit.use_backend("triton"), dispatch.watching(lambda op, args: ran.append(op.name)):
+        got = model(**given).last_hidden_state
+    assert ran == ops, ran
+    assert relative_rms(got, want) <= EXACT
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -6,8 +6,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from dropin_checks import check_compile, check_distributed, check_export, errors, too_large
-from dropin_models import FAMILIES, Family, timm, torchvision, transformers
+from dropin_checks import check_compile, check_distributed, check_export, check_other, errors, too_large
+from dropin_models import FAMILIES, OTHERS, Family, timm, torchvision, transformers
 
 PAGE = Path(__file__).parents[1] / "docs/drop-in.md"
 BEGIN, END = "<!-- families:begin -->", "<!-- families:end -->"
@@ -46,13 +46,26 @@ def table(rows: list[list[str]]) -> str:
     heads = ["model", "found in its blocks"]
     heads += [f"{what}, {dtype}" for dtype in ("float32", "bfloat16") for what in ("outputs", "gradients")]
     lines = [[*heads, *CHECKS], ["---"] * (len(heads) + len(CHECKS)), *rows]
-    versions = ", ".join(
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def below() -> str:
+    """What stands below the table: other models, which have the same layers, and versions."""
+    blocks, attention = [], []
+    for name, (_, _, ops) in OTHERS.items():
+        check_other(name)
+        (blocks if "transformer_block" in ops else attention).append(name)
+    libraries = ", ".join(
         f"{library.__name__} {library.__version__}" for library in (torch, timm, torchvision, transformers)
     )
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\nWith {versions}.\n"
+    return (
+        f"Other models of transformers whose layers are the same to the letter come with these; outputs were tried of "
+        f"{', '.join(blocks)}, and with attention alone {', '.join(attention)}. With {libraries}."
+    )
 
 
 if __name__ == "__main__":
     before, _, rest = PAGE.read_text().partition(BEGIN)
     _, _, after = rest.partition(END)
-    PAGE.write_text(f"{before}{BEGIN}\n\n{table([cells(family) for family in FAMILIES])}\n{END}{after}")
+    rows = [cells(family) for family in FAMILIES]
+    PAGE.write_text(f"{before}{BEGIN}\n\n{table(rows)}\n\n{below()}\n\n{END}{after}")

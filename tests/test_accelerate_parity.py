@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from dropin_checks import check_numbers, errors, too_large
-from dropin_models import BY_NAME, every_family
+from dropin_checks import check_numbers, check_other, errors, too_large
+from dropin_models import BY_NAME, OTHERS, every_family
 
 import fastvit
 from fastvit import dispatch
@@ -17,6 +17,11 @@ from fastvit.dropin import plans
 @every_family
 def test_outputs_and_gradients(family, dtype):
     check_numbers(family, dtype)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_outputs_of_other_models_with_the_same_layers(name):
+    check_other(name)
 
 
 @every_family

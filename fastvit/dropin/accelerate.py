@@ -366,6 +366,9 @@ def _attention_plan(attention: nn.Module) -> tuple[AttentionPlan, str]:
     names = (*layout.qkv, layout.proj)
     _layers(attention, names, layout.dropouts, layout.nothing)
     layers = (*names, *layout.dropouts, *layout.nothing)
+    rows = {attention._modules[name].out_features for name in layout.qkv}
+    if len(rows) > 1 or sum(rows) % getattr(attention, layout.heads):
+        raise NotTaken("its queries, keys and values have not all as many heads")
     if not plain(attention.parameters()):
         raise NotTaken("its weights are quantised or distributed")
     roles = tuple((type(attention._modules[name]),) for name in layers)

@@ -11,6 +11,7 @@ import ast
 import functools
 import hashlib
 import inspect
+import sys
 import textwrap
 import types
 
@@ -42,6 +43,10 @@ KNOWN = {
     "d2858c8c58a357c8": "transformers attention",
     "763ef8b311c01113": "transformers tower attention",  # CLIP's
     "b42db7c923dfc367": "transformers tower attention",  # SigLIP's
+    "65e86ebc299abbe8": "softmax attention, as a function",  # ViT's
+    "f229b0b921e52b5e": "softmax attention, as a function",  # Dinov2's
+    "31b5f66fbf2916c9": "softmax attention, as a function",  # CLIP's and SigLIP's
+    "f697bab5c14ac5fe": "softmax attention, as a function",  # AltCLIP's
     "7e157d7c92171ef6": "transformers mlp",
     "c0ca1abe0922ae1a": "transformers swiglu",
     "527930fdc52c5fec": "layer scale by lambda1",
@@ -150,6 +155,10 @@ def _trusted(function, word: str) -> bool:
     if word not in function.__globals__:
         return True  # a builtin, or what raises a NameError
     value = function.__globals__[word]
+    if word == "eager_attention_forward":  # of which each of transformers' models has its own
+        return known(value) == "softmax attention, as a function"
+    if word == "ALL_ATTENTION_FUNCTIONS":
+        return value is sys.modules["transformers.modeling_utils"].ALL_ATTENTION_FUNCTIONS
     if isinstance(value, bool):  # whether xformers is there
         return True
     if word in _WORDS:

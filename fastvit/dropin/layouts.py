@@ -140,7 +140,8 @@ def _transformers_refuse(attention):
     implementation = attention.config._attn_implementation
     if implementation not in _IMPLEMENTATIONS:
         return f"its attn_implementation is {implementation!r}"
-    causal = attention.is_causal is not False or "vocab_size" in attention.config.__dict__
+    config = attention.config.__dict__
+    causal = attention.is_causal is not False or ("vocab_size" in config and "patch_size" not in config)
     return "it is of a model of text, which may attend causally" if causal else None
 
 
