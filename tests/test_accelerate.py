@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import pickle
+import sys
 import time
 
 import pytest
@@ -499,6 +501,79 @@ def test_what_a_block_may_have_that_the_ops_have_not():
         assert {(entry.swapped, entry.reason) for entry in blocks} == {(False, reason)}, what
 
 
+def assert_the_same(model, other, ops):
+    """On the kernels `model`, by these ops, gives what `other` gives."""
+    assert ops_of(lambda: VIT.run(model, images())) == ops
+    with fastvit.use_backend("triton"):
+        torch.testing.assert_close(VIT.run(model, images()), VIT.run(other, images()), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_options_of_timms_layers():
+    """That change what a block computes, or how: its gates, its scale, its LayerNorm."""
+    model, other = (VIT.model(mlp_layer=timm.layers.SwiGLU) for _ in range(2))
+    fastvit.accelerate(model, modules=("block",), strict=True)
+    assert_the_same(model, other, BLOCKS)
+
+    for fused, scaled in ((True, False), (False, True)):  # SDPA's own scale, or the attribute
+        model, other = pair(VIT)
+        plain = VIT.run(model, images())["out"]
+        for which in (model, other):
+            for block in which.blocks:
+                block.attn.fused_attn, block.attn.scale = fused, 0.05
+        assert (VIT.run(other, images())["out"] - plain).abs().max().gt(1e-3) == scaled
+        assert_the_same(model, other, BLOCKS)
+
+    model = VIT.model()
+    for block in model.blocks:
+        block.attn = timm.layers.Attention(48, 3, qkv_bias=True, gated=True)
+    found = summary_of(model, modules=("block", "attention"))
+    assert found["blocks.0"] == ("block", False, "of its attn: its output is gated")
+    assert found["blocks.0.attn"] == ("attention", False, "its output is gated")
+
+    timm.layers.set_fast_norm(True)
+    try:
+        model = VIT.model()
+    finally:
+        timm.layers.set_fast_norm(False)
+    assert not any(swapped for _, swapped, _ in summary_of(model, modules=("block",)).values())
+
+
+def test_drop_path_that_does_not_scale_what_it_keeps():
+    model, other = (VIT.model(drop_path_rate=0.5).train() for _ in range(2))
+    for which in (model, other):
+        for block in which.blocks[1:]:
+            block.drop_path1.scale_by_keep = block.drop_path2.scale_by_keep = False
+    fastvit.accelerate(model, modules=("block",))
+    torch.manual_seed(3)
+    want = other(images(6))
+    torch.manual_seed(3)
+    with fastvit.use_backend("triton"):
+        torch.testing.assert_close(model(images(6)), want, rtol=1e-4, atol=1e-4)
+
+
+def test_packing_layers_of_which_some_have_a_bias():
+    layers = [nn.Linear(4, 5), nn.Linear(4, 5, bias=False), nn.Linear(4, 5)]
+    weight, bias = fastvit.dropin.plans.packed(layers)
+    x = torch.randn(2, 4)
+    torch.testing.assert_close(F.linear(x, weight, bias), torch.cat([layer(x) for layer in layers], -1))
+    F.linear(x, weight, bias).sum().backward()
+    assert all(p.grad is not None for layer in layers for p in layer.parameters())
+
+
+def test_attention_that_is_no_self_attention_of_a_block():
+    """That of SigLIP's pooling head asks with other queries than it has keys; grouped heads share keys."""
+    found = summary_of(BY_NAME["transformers SigLIP vision"].model(), modules=("attention",))
+    assert [*found] == ["encoder.layers.0.self_attn", "encoder.layers.1.self_attn"]
+    model = DINOV2.model()
+    attention = model.encoder.layer[0].attention
+    attention.k_proj, attention.v_proj = nn.Linear(48, 16), nn.Linear(48, 16)
+    found = summary_of(model, modules=("block", "attention"))
+    assert found["encoder.layer.0"] == ("block", False, "its attention's width is not its own")
+    reason = "its queries, keys and values have not all as many heads"
+    assert found["encoder.layer.0.attention"] == ("attention", False, reason)
+
+
 class Louder(timm.models.vision_transformer.Block):
     def forward(self, x, attn_mask=None, is_causal=False):
         return 2 * super().forward(x, attn_mask, is_causal)
@@ -521,6 +596,19 @@ def test_a_class_is_known_by_its_forward_pass_and_not_by_its_name(monkeypatch):
     monkeypatch.setattr(timm.models.vision_transformer.Block, "forward", forward)
     assert not any(swapped for _, swapped, _ in summary_of(VIT.model(), modules=("block",)).values())
     monkeypatch.undo()
+    known = timm.models.vision_transformer.Block.forward
+    monkeypatch.setattr(timm.models.vision_transformer.Block, "forward", functools.wraps(known)(lambda *args: 0))
+    assert not any(swapped for _, swapped, _ in summary_of(VIT.model(), modules=("block",)).values())
+    monkeypatch.undo()
+    monkeypatch.setattr(timm.models.vision_transformer.Block, "__call__", lambda self, x: x, raising=False)
+    assert not any(swapped for _, swapped, _ in summary_of(VIT.model(), modules=("block",)).values())
+    monkeypatch.undo()
+    source = sys.modules[DINOV2.model().__module__]
+    for name, other in (("eager_attention_forward", lambda *args: 0), ("ALL_ATTENTION_FUNCTIONS", {})):
+        monkeypatch.setattr(source, name, other)
+        assert not any(swapped for _, swapped, _ in summary_of(DINOV2.model(), modules=("block",)).values()), name
+        monkeypatch.undo()
+    assert all(swapped for _, swapped, _ in summary_of(DINOV2.model(), modules=("block",)).values())
     monkeypatch.setattr(timm.layers.attention, "maybe_add_mask", lambda scores, mask: scores)
     assert not any(swapped for _, swapped, _ in summary_of(VIT.model(), modules=("block",)).values())
 
