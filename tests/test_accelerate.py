@@ -318,6 +318,18 @@ def test_inputs_that_the_kernels_do_not_take():
     torch.testing.assert_close(wide(images()), want, rtol=0, atol=0)
 
 
+@torch.no_grad()
+def test_tensors_of_somebodys_class_are_the_librarys():
+    class Named(torch.Tensor):
+        pass
+
+    model, other = pair(VIT, modules=("patch_embed", "block"))
+    x = images().as_subclass(Named)
+    assert ops_of(lambda: model(x)) == []
+    with fastvit.use_backend("triton"):
+        torch.testing.assert_close(model(x), other(x), rtol=0, atol=0)
+
+
 def test_autocast():
     model, other = pair(VIT, modules=("patch_embed", "block"))
     with torch.no_grad():

@@ -40,7 +40,7 @@ def plain(tensors: Iterable[torch.Tensor | None]) -> bool:
 def may_run(x) -> bool:
     """Whether the kernels are not out of the question for x."""
     return (
-        isinstance(x, torch.Tensor)
+        type(x) in _PLAIN
         and x.device.type in ("cuda", "cpu")
         and dispatch.may_fuse_blocks(x)
         and not torch.jit.is_tracing()
