@@ -12,7 +12,18 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
-from dropin_models import BY_NAME, SMALL, every_family, images, one_of_each, randomise, timm, torchvision, transformers
+from dropin_models import (
+    BY_NAME,
+    SMALL,
+    every_family,
+    first,
+    images,
+    one_of_each,
+    randomise,
+    timm,
+    torchvision,
+    transformers,
+)
 from torch import nn
 
 import fastvit
@@ -280,6 +291,23 @@ def test_recorded_outputs_of_transformers(name):
     assert_its_own(family, model, other, output_attentions=True)
     assert "attentions.1" in family.run(model, images(), output_attentions=True)
     assert ops_of(lambda: family.run(model, images())) == BLOCKS
+
+
+@torch.no_grad()
+def test_what_else_transformers_layers_are_asked_for():
+    """Causal attention by an argument that goes on to it; probabilities of attention that is swapped alone."""
+    model, other = pair(DINOV2)
+    with_mask = DINOV2.run(other, images(), is_causal=True)
+    assert (first(with_mask) - first(DINOV2.run(other, images()))).abs().max() > 1e-2
+    assert_its_own(DINOV2, model, other, is_causal=True)
+    assert ops_of(lambda: DINOV2.run(model, images(), is_causal=False)) == BLOCKS
+
+    model = DINOV2.model()
+    fastvit.accelerate(model, modules=("attention",))
+    assert ops_of(lambda: DINOV2.run(model, images(), output_hidden_states=True)) == ["attention"] * 2
+    for which in (model, other):
+        which.set_attn_implementation("eager")
+    assert_its_own(DINOV2, model, other, output_attentions=True)
 
 
 @torch.no_grad()

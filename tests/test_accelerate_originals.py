@@ -6,9 +6,6 @@ passes compute the same in other words. These are made known for the test under 
 
 from __future__ import annotations
 
-import ast
-import inspect
-import textwrap
 from functools import partial
 
 import pytest
@@ -129,8 +126,7 @@ BLOCKS = {
 def known(monkeypatch):
     for double, name in ORIGINALS.items():
         assert name in forwards.KNOWN.values()
-        tree = ast.parse(textwrap.dedent(inspect.getsource(double.forward))).body[0]
-        monkeypatch.setitem(forwards.KNOWN, forwards.digest(tree), name)
+        monkeypatch.setitem(forwards.KNOWN, forwards.digest(forwards.tree_of(double.forward)), name)
     forwards._read.cache_clear()
     yield
     forwards._read.cache_clear()

@@ -100,14 +100,19 @@ def known(function) -> str | None:
 def _read(function) -> tuple[str | None, frozenset[str]]:
     """The name in KNOWN for a function's text, and the global names that the text reads."""
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
+        tree = tree_of(function)
     except (OSError, TypeError, SyntaxError):
         return None, frozenset()
     return KNOWN.get(digest(tree)), frozenset(_words(tree))
 
 
+def tree_of(function) -> ast.AST:
+    """A function's syntax tree."""
+    return ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
+
+
 def digest(tree: ast.AST) -> str:
-    """16 digits for a function's syntax tree, the same under every version of Python."""
+    """16 digits for a function's syntax tree, the same under every version of Python: a key of KNOWN."""
     return hashlib.sha256(repr(_plain(tree)).encode()).hexdigest()[:16]
 
 
