@@ -291,6 +291,10 @@ def test_recorded_outputs_of_transformers(name):
     assert_its_own(family, model, other, output_attentions=True)
     assert "attentions.1" in family.run(model, images(), output_attentions=True)
     assert ops_of(lambda: family.run(model, images())) == BLOCKS
+    for which in (model, other):
+        which.config.output_attentions = True  # of which the layers are not told
+    assert_its_own(family, model, other)
+    assert "attentions.1" in family.run(model, images())
 
 
 @torch.no_grad()
