@@ -19,6 +19,8 @@ _PUBLIC = {
     "use_backend": "fastvit.dispatch",
     "explain": "fastvit.ops",
     "attention_maps": "fastvit.maps",
+    "accelerate": "fastvit.dropin",
+    "restore": "fastvit.dropin",
     "freeze": "fastvit.frozen",
     "load_frozen": "fastvit.frozen",
 }

@@ -9,6 +9,7 @@ from contextlib import ExitStack
 import torch
 from torch import nn
 
+from .dropin.swap import original_class
 from .nn.attention import Attention, masks
 from .nn.block import block_indices
 from .nn.layers import timm_layer
@@ -31,7 +32,8 @@ def attention_maps(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}, expected a torch.nn.Module")
-    layers = [module for module in model.modules() if type(module) in (Attention, timm_layer("Attention"))]
+    known = (Attention, timm_layer("Attention"))
+    layers = [module for module in model.modules() if (original_class(module) or type(module)) in known]
     if not layers:
         raise ValueError(f"model, a {type(model).__name__}, has no fastvit.nn.Attention and no timm.layers.Attention")
     chosen = [layers[index] for index in sorted(set(block_indices(indices, len(layers))))]

@@ -67,11 +67,15 @@ LAYERS = {
         ("torch",),
     ),
     "fastvit.nn": Layer(("fastvit.dispatch", "fastvit.ops"), others=("torch",)),
-    "fastvit.maps": Layer(("fastvit.nn", "fastvit.reference"), others=("torch",)),
+    "fastvit.dropin": Layer(
+        ("fastvit.dispatch", "fastvit.nn", "fastvit.ops", "fastvit.report"), others=("torch", "transformers")
+    ),
+    "fastvit.maps": Layer(("fastvit.dropin", "fastvit.nn", "fastvit.reference"), others=("torch",)),
     "fastvit.models": Layer(("fastvit.dispatch", "fastvit.ops", "fastvit.nn")),
     "fastvit.frozen": Layer(
-        ("fastvit", "fastvit.accuracy", "fastvit.decide", "fastvit.environment", "fastvit.graphs", "fastvit.models",
-         "fastvit.nn", "fastvit.onednn", "fastvit.ops", "fastvit.reference", "fastvit.report", "fastvit.tuned"),
+        ("fastvit", "fastvit.accuracy", "fastvit.decide", "fastvit.dropin", "fastvit.environment", "fastvit.graphs",
+         "fastvit.models", "fastvit.nn", "fastvit.onednn", "fastvit.ops", "fastvit.reference", "fastvit.report",
+         "fastvit.tuned"),
         others=("torch", "numpy", "onnx", "onnxruntime", "onnxscript", "openvino", "safetensors", "timm"),
     ),
     "fastvit.calls": Layer(("fastvit.dispatch", "fastvit.models", "fastvit.tune"), others=("torch",)),

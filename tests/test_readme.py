@@ -12,7 +12,7 @@ EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
 def test_there_is_an_example_of_each_use():
-    assert len(EXAMPLES) == 4
+    assert len(EXAMPLES) == 5
     assert all(5 <= len(example.strip().splitlines()) <= 12 for example in EXAMPLES)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from fastvit.dropin.layouts import activation_of
+from fastvit.dropin.swap import original_class
 from fastvit.models.config import ViTConfig
 from fastvit.models.vision_transformer import VisionTransformer
 
@@ -76,17 +78,10 @@ def _config(model: nn.Module, distilled: bool) -> ViTConfig:
 
 
 def _activation(act: nn.Module) -> str:
-    from timm import layers
-
-    if isinstance(act, layers.QuickGELU):
-        return "quick_gelu"
-    if isinstance(act, layers.GELUTanh):
-        return "gelu_tanh"
-    if isinstance(act, nn.SiLU):
-        return "silu"
-    if isinstance(act, (nn.GELU, layers.GELU)):
-        return "gelu" if getattr(act, "approximate", "none") == "none" else "gelu_tanh"
-    raise ValueError(f"model.blocks.0.mlp.act is a {type(act).__name__}, which a frozen model has no step for")
+    found = activation_of(act)
+    if found is None:
+        raise ValueError(f"model.blocks.0.mlp.act is a {type(act).__name__}, which a frozen model has no step for")
+    return found
 
 
 def _check(model: nn.Module) -> None:
@@ -104,7 +99,9 @@ def _check(model: nn.Module) -> None:
     check_serves(model)
     for name, module in model.named_modules():
         where = f"model.{name}" if name else "model"
-        if type(module) not in plain or (name.endswith(nothing) and not isinstance(module, nn.Identity)):
+        if (original_class(module) or type(module)) not in plain or (
+            name.endswith(nothing) and not isinstance(module, nn.Identity)
+        ):
             raise ValueError(f"{where} is a {type(module).__name__}, which a frozen model has no step for")
         if isinstance(module, layers.GluMlp) and (module.gate_last or not isinstance(module.act, nn.SiLU)):
             raise ValueError(f"{where} gates its first half, or not by SiLU, which a frozen model has no step for")

@@ -22,7 +22,13 @@ from .layer_norm_linear import LayerNormLinearFunction, layer_norm_linear
 from .layer_norm_mlp import LayerNormMLPFunction, layer_norm_mlp
 from .linear_residual import LinearResidualFunction, linear_residual
 from .patch_embed import PatchEmbedFunction, patch_embed
-from .transformer_block import TransformerBlockFunction, carrying, takes_block, transformer_block
+from .transformer_block import (
+    TransformerBlockFunction,
+    carrying,
+    run_transformer_block,
+    takes_block,
+    transformer_block,
+)
 
 OPS = tuple(sorted(dispatch.OPS))
 
@@ -80,6 +86,7 @@ __all__ = [
     "layer_norm_mlp",
     "linear_residual",
     "patch_embed",
+    "run_transformer_block",
     "takes_block",
     "transformer_block",
 ]

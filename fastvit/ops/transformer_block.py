@@ -412,12 +412,19 @@ def transformer_block(
     how = (num_heads, scale, eps1, eps2, activation)
     scales = (layer_scale1, layer_scale2, drop_path_scale1, drop_path_scale2)
     options = (key_padding_mask, attn_bias, rope_cos, rope_sin, rope_interleaved, recompute_fc1)
-    run, args = dispatch.choose(OP, (x, *layers, *how, *scales, *options))
+    return run_transformer_block((x, *layers, *how, *scales, *options))
+
+
+def run_transformer_block(args: tuple, otherwise: Callable[[], torch.Tensor] | None = None) -> torch.Tensor:
+    """`transformer_block` of all its arguments in order, x first; in place of running in PyTorch, `otherwise()`."""
+    run, args = dispatch.choose(OP, args)
     carry = None if torch.compiler.is_compiling() else getattr(_here, "carry", None)
-    if carry is None:
-        return run(*args)
-    if run is OP.torch:
+    if carry is not None and run is OP.torch:
         carry.leave(None, (None, None, None))
+        carry = None
+    if run is OP.torch and otherwise is not None:
+        return otherwise()
+    if carry is None:
         return run(*args)
     out = run(*args[:-1], carry)
     carry.leave(out, carry.stream)
