@@ -15,27 +15,25 @@ from . import _common
 from ._common import Operator, dense, launchers, or_none
 
 
-def _tokens_dtype(weight, pos_embed, prefix):
-    dtype = weight.dtype
+def _tokens_dtype(dtype, pos_embed, prefix):
     for rows in (pos_embed, prefix):
         dtype = dtype if rows is None else torch.promote_types(dtype, rows.dtype)
     return dtype
 
 
-def _fake_forward(image, weight, bias, pos_embed, prefix, mean, std, out_dtype):
+def _fake_forward(image, weight, bias, pos_embed, prefix, mean, std, dtype, out_dtype):
     batch, _, height, width = image.shape
     embed_dim, _, patch_height, patch_width = weight.shape
     tokens = height // patch_height * (width // patch_width) + (0 if prefix is None else prefix.shape[0])
     return weight.new_empty(batch, tokens, embed_dim, dtype=out_dtype)
 
 
-def _backward(dtokens, image, weight, bias, pos_embed, prefix, mean, std, needs):
+def _backward(dtokens, image, weight, bias, pos_embed, prefix, mean, std, dtype, needs):
     launch = launchers("patch_embed").patch_embed_backward
     prefix_rows = 0 if prefix is None else prefix.shape[0]
     needs_image, needs_weight, needs_bias, needs_position, needs_prefix = needs
-    which = (needs_image, needs_weight, any(needs[2:]))
-    dimage, dweight, by_token = launch(dtokens, image, weight, prefix_rows, mean, std, which)
-    dbias = by_token[prefix_rows:].sum(dim=0) if needs_bias else None
+    which = (needs_image, needs_weight, needs_bias, needs_position or needs_prefix)
+    dimage, dweight, dbias, by_token = launch(dtokens, image, weight, prefix_rows, mean, std, dtype, which)
     # Clones: what is handed out as gradients must not share memory.
     dposition = by_token[-pos_embed.shape[0] :].clone() if needs_position else None
     dprefix = by_token[:prefix_rows].clone() if needs_prefix else None
@@ -43,12 +41,13 @@ def _backward(dtokens, image, weight, bias, pos_embed, prefix, mean, std, needs)
     return _common.gradients(grads, (image, weight, bias, pos_embed, prefix))
 
 
-def _fake_backward(dtokens, image, weight, bias, pos_embed, prefix, mean, std, needs):
+def _fake_backward(dtokens, image, weight, bias, pos_embed, prefix, mean, std, dtype, needs):
     dimage, *rest = _common.fake_gradients(dtokens, (image, weight, bias, pos_embed, prefix), needs)
     return torch.empty_like(image) if needs[0] else dimage, *rest
 
 
-_GIVEN = "Tensor image, Tensor weight, Tensor? bias, Tensor? pos_embed, Tensor? prefix, float[]? mean, float[]? std"
+_GIVEN = "Tensor image, Tensor weight, Tensor? bias, Tensor? pos_embed, Tensor? prefix, float[]? mean, float[]? std, "
+_GIVEN += "ScalarType dtype"
 FORWARD = Operator("patch_embed", f"patch_embed_forward({_GIVEN}, ScalarType out_dtype) -> Tensor", _fake_forward)
 BACKWARD = Operator(
     "patch_embed",
@@ -65,11 +64,10 @@ class PatchEmbedFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, image, weight, bias, pos_embed, prefix, mean, std):
         ctx.save_for_backward(image, weight, bias, pos_embed, prefix)
-        ctx.normalisation = (mean, std)
-        out_dtype = _tokens_dtype(weight, pos_embed, prefix)
-        return FORWARD.of(image, weight, bias, pos_embed, prefix)(
-            image, weight, bias, pos_embed, prefix, mean, std, out_dtype
-        )
+        dtype = _common.compute_dtype(weight, weight)
+        tensors, how = (image, weight, bias, pos_embed, prefix), (mean, std, dtype)
+        ctx.how = how
+        return FORWARD.of(*tensors)(*tensors, *how, _tokens_dtype(dtype, pos_embed, prefix))
 
     @staticmethod
     def backward(ctx, dtokens):
@@ -77,14 +75,14 @@ class PatchEmbedFunction(torch.autograd.Function):
         if _common.differentiating_again(dtokens):
 
             def embed(image, weight, bias, pos_embed, prefix):
-                mean, std = ctx.normalisation
+                mean, std, dtype = ctx.how
+                weight, bias = (None if value is None else value.to(dtype) for value in (weight, bias))
                 return reference.patch_embed(
                     image, weight, bias, pos_embed=pos_embed, prefix=prefix, mean=mean, std=std
                 )
 
             return *_common.again_differentiable(embed, saved, needs, dtokens), None, None
-        how = (*ctx.normalisation, list(needs))
-        grads = BACKWARD.of(dtokens, *saved)(dtokens.contiguous(), *saved, *how)
+        grads = BACKWARD.of(dtokens, *saved)(dtokens.contiguous(), *saved, *ctx.how, list(needs))
         return *or_none(grads, needs), None, None
 
 
@@ -152,7 +150,6 @@ def _torch(image, weight, bias, pos_embed, prefix, mean, std):
 
 
 def _prepare(image, weight, bias, pos_embed, prefix, mean, std):
-    weight, bias = _common.cast(weight, weight, bias)
     tensors = (image, dense(weight), dense(bias), dense(pos_embed), dense(prefix))
     mean, std = (None if values is None else [float(value) for value in values] for values in (mean, std))
     return *tensors, mean, std
