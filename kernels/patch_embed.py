@@ -2,9 +2,9 @@
 
 One GEMM whose rows are the tokens of the output, prefix rows included. Fused: the gather of the patches as the GEMM
 loads its tile (no im2col tensor, no convolution); bias, positions and prefix rows in the epilogue, which writes
-straight into the token sequence. In backward the gather again for the gradient of the weight (by the library, see
-`twin`, a copy of the patches), and a scatter in the epilogue for the gradient of the image: patches do not overlap, so
-each pixel is written once.
+straight into the token sequence, and on demand the partial statistics of its rows, for the first block. In backward the
+gather again for the gradient of the weight (by the library, see `twin`, a copy of the patches), and a scatter in the
+epilogue for the gradient of the image: patches do not overlap, so each pixel is written once.
 A patch is flattened in the order that its pixels have in memory: rows of one channel, or of channels_last images all
 channels of a pixel, then the next; the weight is brought into that order, which is a copy of its own size.
 The normalisation (pixel - mean) / std is made in the load of floats. That of bytes is in the weight and the bias
@@ -29,6 +29,7 @@ import triton.language as tl
 
 from . import gemm, reduce
 from ._math import accumulator_dtype, widen
+from .block_tiles import GROUP, store_statistics
 from .fold import FOLD
 from .fold import launch as launch_sections
 from .launch.request import Epilogue, Prologue, ceil_div
@@ -71,8 +72,9 @@ def load_patches(i, j, source, size_i, size_j):
 
 @triton.jit
 def store_tokens(acc, i, j, part, target, size_i, size_j, ACTIVATION: tl.constexpr):
-    """Patch rows: acc + bias + position. Prefix rows: the prefix, + position where the table has rows for them."""
-    ptr, bias_ptr, position_ptr, prefix_ptr, tokens, prefix, first_position = target
+    """Patch rows: acc + bias + position. Prefix rows: the prefix, + position where the table has rows for them. And the
+    statistics of what is stored, where wanted."""
+    ptr, stats_ptr, bias_ptr, position_ptr, prefix_ptr, tokens, prefix, first_position = target
     row_ok, column_ok = i < size_i, j < size_j
     token = i % tokens
     is_patch = token >= prefix
@@ -86,8 +88,10 @@ def store_tokens(acc, i, j, part, target, size_i, size_j, ACTIVATION: tl.constex
         rows = position_ptr + (token - first_position).to(tl.int64)[:, None] * size_j + j[None, :]
         position_mask = (row_ok & (token >= first_position))[:, None] & column_ok[None, :]
         acc += widen(tl.load(rows, mask=position_mask, other=0.0))
-    out = ptr + i.to(tl.int64)[:, None] * size_j + j[None, :]
-    tl.store(out, acc.to(ptr.dtype.element_ty), mask=row_ok[:, None] & column_ok[None, :])
+    out, stored = ptr + i.to(tl.int64)[:, None] * size_j + j[None, :], acc.to(ptr.dtype.element_ty)
+    tl.store(out, stored, mask=row_ok[:, None] & column_ok[None, :])
+    if stats_ptr is not None:
+        store_statistics(stored.to(acc.dtype), i, j, stats_ptr, size_i, size_j)
 
 
 @triton.jit
@@ -157,7 +161,7 @@ BLACK, MIDDLE = tl.constexpr(0), tl.constexpr(128)
 # Patches in runs of neighbouring pixels of which a load takes 4 bytes or more, as asynchronous copies do; all others.
 PATCHES = Prologue("patches", load_patches)
 GATHERED_PATCHES = Prologue("gathered_patches", load_patches, gathers=True)
-TOKENS = Epilogue("tokens", store_tokens)
+TOKENS = Epilogue("tokens", store_tokens, columns=GROUP.value)  # one, so that what is tuned is for both
 PIXELS = Epilogue("pixels", store_pixels, scatters=True, input_gradient=True)
 SCATTERED_PIXELS = Epilogue("scattered_pixels", store_pixels, scatters=True, gathers=True, input_gradient=True)
 
@@ -250,10 +254,13 @@ def _projection(weight, bias, inner: int, folded: tuple, dtype: torch.dtype):
     return flat, bias if made is None else made
 
 
-def patch_embed_forward(image, weight, bias, pos_embed, prefix, mean, std, dtype: torch.dtype, out_dtype: torch.dtype):
+def patch_embed_forward(
+    image, weight, bias, pos_embed, prefix, mean, std, dtype: torch.dtype, out_dtype: torch.dtype, statistics: bool
+):
     """image (B, C, H, W) of any strides, weight (D, C, ph, pw), bias (D,), pos_embed (N, D) or (P + N, D), prefix
     (P, D), mean and std C floats each, the last five None where absent -> tokens (B, P + N, D) in out_dtype, by a
-    product in dtype."""
+    product in dtype; and, or None, the partial statistics of their rows (2, groups, B * (P + N)): see
+    `block_tiles.store_statistics`."""
     prefix_rows = 0 if prefix is None else len(prefix)
     patches = patches_of(image, weight.shape[2:], prefix_rows)
     in_load, folded = _normalisations(patches, weight, mean, std, dtype)
@@ -262,10 +269,14 @@ def patch_embed_forward(image, weight, bias, pos_embed, prefix, mean, std, dtype
     out = torch.empty(batch, tokens, embed_dim, dtype=out_dtype, device=image.device)
     first_position = 0 if pos_embed is None else tokens - len(pos_embed)
     source = (patches.image, *in_load, BLACK, patches.geometry)
-    target = (out, bias, pos_embed, prefix, tokens, prefix_rows, first_position)
+    stats = None
+    if statistics:
+        groups = ceil_div(embed_dim, GROUP.value)
+        stats = torch.empty(2, groups, batch * tokens, dtype=accumulator_dtype(out_dtype), device=image.device)
+    target = (out, stats, bias, pos_embed, prefix, tokens, prefix_rows, first_position)
     shape = (batch * tokens, embed_dim, width)
-    gemm.launch(patches.load, source, MATRIX, transposed(flat), TOKENS, target, shape, dtype)
-    return out
+    gemm.launch(patches.load, source, MATRIX, transposed(flat), TOKENS, target, shape, dtype, outputs=2)
+    return out, stats
 
 
 def patch_embed_backward(dtokens, image, weight, prefix_rows: int, mean, std, dtype: torch.dtype, needs):
@@ -281,9 +292,10 @@ def patch_embed_backward(dtokens, image, weight, prefix_rows: int, mean, std, dt
     patches = patches_of(image, weight.shape[2:], prefix_rows)
     in_load, folded = _normalisations(patches, weight, mean, std, dtype)
     dimage = dweight = dbias = by_token = None
-    if needs_bias or needs_sum or (needs_weight and folded[0] is not None):
+    by_channel = needs_bias or (needs_weight and folded[0] is not None)
+    if by_channel or needs_sum:
         by_token = reduce.column_sum(dtokens.view(batch, tokens * embed_dim)).view(tokens, embed_dim)
-        dbias = by_token[prefix_rows:].sum(dim=0)
+        dbias = by_token[prefix_rows:].sum(dim=0) if by_channel else None
     if needs_weight:
         columns, changed = weight[0].numel(), _is_rearranged(weight, patches.inner, folded)
         width, wide = ceil_div(columns, 16) * 16, changed or weight.dtype != dtype

@@ -94,7 +94,7 @@ def _patch_embed(size, patch, dim, dtype, image_dtype=None, channels_last=False,
     image, weight, *rest = tensors("patch_embed", draw, TABLES, **sizes).values()
     # Each image dtype is normalised as the models do it: uint8 in the kernel, floats before.
     normalisation = [(0.5,) * 3, (0.5,) * 3] if image_dtype == torch.uint8 else [None, None]
-    out = patch_embed.patch_embed_forward(image, weight, *rest, *normalisation, dtype, dtype)
+    out = patch_embed.patch_embed_forward(image, weight, *rest, *normalisation, dtype, dtype, dtype.itemsize == 2)[0]
     needs_image = image.is_floating_point()
     patch_embed.patch_embed_backward(out, image, weight, prefix, *normalisation, dtype, (needs_image, *[True] * 3))
 

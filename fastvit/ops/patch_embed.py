@@ -12,7 +12,8 @@ from fastvit import dispatch, reference
 from fastvit.dispatch import Op
 
 from . import _common
-from ._common import Operator, dense, launchers, or_none
+from ._common import Operator, dense, launchers, or_none, statistics_dtype
+from .transformer_block import carry_of
 
 
 def _tokens_dtype(dtype, pos_embed, prefix):
@@ -21,11 +22,14 @@ def _tokens_dtype(dtype, pos_embed, prefix):
     return dtype
 
 
-def _fake_forward(image, weight, bias, pos_embed, prefix, mean, std, dtype, out_dtype):
+def _fake_forward(image, weight, bias, pos_embed, prefix, mean, std, dtype, out_dtype, statistics):
     batch, _, height, width = image.shape
     embed_dim, _, patch_height, patch_width = weight.shape
     tokens = height // patch_height * (width // patch_width) + (0 if prefix is None else prefix.shape[0])
-    return weight.new_empty(batch, tokens, embed_dim, dtype=out_dtype)
+    out = weight.new_empty(batch, tokens, embed_dim, dtype=out_dtype)
+    groups = launchers("transformer_block").groups_of(embed_dim)
+    shape = (2, groups, batch * tokens) if statistics else (0,)
+    return out, image.new_empty(shape, dtype=statistics_dtype(out) if statistics else image.dtype)
 
 
 def _backward(dtokens, image, weight, bias, pos_embed, prefix, mean, std, dtype, needs):
@@ -48,7 +52,11 @@ def _fake_backward(dtokens, image, weight, bias, pos_embed, prefix, mean, std, d
 
 _GIVEN = "Tensor image, Tensor weight, Tensor? bias, Tensor? pos_embed, Tensor? prefix, float[]? mean, float[]? std, "
 _GIVEN += "ScalarType dtype"
-FORWARD = Operator("patch_embed", f"patch_embed_forward({_GIVEN}, ScalarType out_dtype) -> Tensor", _fake_forward)
+FORWARD = Operator(
+    "patch_embed",
+    f"patch_embed_forward({_GIVEN}, ScalarType out_dtype, bool statistics) -> (Tensor, Tensor)",
+    _fake_forward,
+)
 BACKWARD = Operator(
     "patch_embed",
     f"patch_embed_backward(Tensor dtokens, {_GIVEN}, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -58,16 +66,22 @@ BACKWARD = Operator(
 
 
 class PatchEmbedFunction(torch.autograd.Function):
-    """patch_embed on the kernels: (image (B, C, H, W), weight (D, C, ph, pw), bias, pos_embed, prefix, mean, std) ->
-    (B, P + N, D)."""
+    """patch_embed on the kernels: (image (B, C, H, W), weight (D, C, ph, pw), bias, pos_embed, prefix, mean, std,
+    carry) -> (B, P + N, D). carry: a Carry, which is left what the first block needs, or None."""
 
     @staticmethod
-    def forward(ctx, image, weight, bias, pos_embed, prefix, mean, std):
+    def forward(ctx, image, weight, bias, pos_embed, prefix, mean, std, carry=None):
         ctx.save_for_backward(image, weight, bias, pos_embed, prefix)
         dtype = _common.compute_dtype(weight, weight)
         tensors, how = (image, weight, bias, pos_embed, prefix), (mean, std, dtype)
         ctx.how = how
-        return FORWARD.of(*tensors)(*tensors, *how, _tokens_dtype(dtype, pos_embed, prefix))
+        out_dtype = _tokens_dtype(dtype, pos_embed, prefix)
+        # Where products read a copy, the statistics are that's, which takes the rows' means first.
+        statistics = carry is not None and not launchers("transformer_block").reads_copy(out_dtype, dtype)
+        out, stats = FORWARD.of(*tensors)(*tensors, *how, out_dtype, statistics)
+        if carry is not None:
+            carry.stream = (None, None, stats if statistics else None)
+        return out
 
     @staticmethod
     def backward(ctx, dtokens):
@@ -81,9 +95,9 @@ class PatchEmbedFunction(torch.autograd.Function):
                     image, weight, bias, pos_embed=pos_embed, prefix=prefix, mean=mean, std=std
                 )
 
-            return *_common.again_differentiable(embed, saved, needs, dtokens), None, None
+            return *_common.again_differentiable(embed, saved, needs, dtokens), None, None, None
         grads = BACKWARD.of(dtokens, *saved)(dtokens.contiguous(), *saved, *ctx.how, list(needs))
-        return *or_none(grads, needs), None, None
+        return *or_none(grads, needs), None, None, None
 
 
 def _check(image, weight, bias, pos_embed, prefix, mean, std):
@@ -152,7 +166,7 @@ def _torch(image, weight, bias, pos_embed, prefix, mean, std):
 def _prepare(image, weight, bias, pos_embed, prefix, mean, std):
     tensors = (image, dense(weight), dense(bias), dense(pos_embed), dense(prefix))
     mean, std = (None if values is None else [float(value) for value in values] for values in (mean, std))
-    return *tensors, mean, std
+    return *tensors, mean, std, None
 
 
 def _product(image, weight, bias, pos_embed, prefix, mean, std):
@@ -181,4 +195,9 @@ def patch_embed(
     a dtype, ValueError for a shape, size or device that does not fit, before any launch.
     """
     run, args = dispatch.choose(OP, (image, weight, bias, pos_embed, prefix, mean, std))
-    return run(*args)
+    carry = carry_of(OP, run)
+    if carry is None:
+        return run(*args)
+    out = run(*args[:-1], carry)
+    carry.leave(out, carry.stream)
+    return out

@@ -392,15 +392,22 @@ def transformer_block(
     how = (num_heads, scale, eps1, eps2, activation)
     scales = (layer_scale1, layer_scale2, drop_path_scale1, drop_path_scale2)
     run, args = dispatch.choose(OP, (x, *layers, *how, *scales, key_padding_mask, attn_bias, recompute_fc1))
-    carry = None if torch.compiler.is_compiling() else getattr(_here, "carry", None)
+    carry = carry_of(OP, run)
     if carry is None:
-        return run(*args)
-    if run is OP.torch:
-        carry.leave(None, (None, None, None))
         return run(*args)
     out = run(*args[:-1], carry)
     carry.leave(out, carry.stream)
     return out
+
+
+def carry_of(op: Op, run: Callable) -> Carry | None:
+    """What a call of `op` that `run` was chosen for is handed, and hands on: None where nobody is `carrying`, and in
+    PyTorch, which leaves nothing."""
+    carry = None if torch.compiler.is_compiling() else getattr(_here, "carry", None)
+    if carry is not None and run is op.torch:
+        carry.leave(None, (None, None, None))
+        return None
+    return carry
 
 
 _here = threading.local()
@@ -408,9 +415,9 @@ _here = threading.local()
 
 @contextlib.contextmanager
 def carrying() -> Iterator[None]:
-    """In the `with` body, a call of `transformer_block` with what the last one returned begins with the row statistics,
-    and the copy, that the last one left. In inference mode, where nobody notices, nothing may change in place what a
-    block returned."""
+    """In the `with` body, a call of `transformer_block` with what the last one, or `patch_embed`, returned begins with
+    the row statistics, and the copy, that were left for it. In inference mode, where nobody notices, nothing may change
+    in place what they returned."""
     before = getattr(_here, "carry", None)
     _here.carry = Carry()
     try:
