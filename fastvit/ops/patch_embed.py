@@ -155,11 +155,18 @@ def _unsupported(image, weight, bias, pos_embed, prefix, mean, std):
     return [*dispatch.missing_requirements(image), *_common.unsupported_dtypes(*dtypes)]
 
 
+def _convolution(image, weight, bias, pos_embed, prefix, mean, std):
+    if image.is_cuda and _product(image, weight, *[None] * 5) == torch.float32 and torch.backends.cudnn.allow_tf32:
+        raise RuntimeError("on a GPU a convolution of float32 rounds to TF32")
+    image = reference.ops.normalised_pixels(image, weight.dtype, mean, std)
+    tokens = F.conv2d(image, weight, bias, stride=weight.shape[2:]).flatten(2).transpose(1, 2)
+    return reference.ops.assemble_tokens(tokens, pos_embed, prefix)
+
+
 def _torch(image, weight, bias, pos_embed, prefix, mean, std):
     if image.is_cpu and image.dtype == weight.dtype == torch.float32 and mean is None and std is None:
-        # The same sums. In float32 on a CPU a convolution is the faster way to them; on a GPU it would round to TF32.
-        tokens = F.conv2d(image, weight, bias, stride=weight.shape[2:]).flatten(2).transpose(1, 2)
-        return reference.ops.assemble_tokens(tokens, pos_embed, prefix)
+        # The same sums. In float32 on a CPU a convolution is the faster way to them.
+        return _convolution(image, weight, bias, pos_embed, prefix, mean, std)
     return reference.patch_embed(image, weight, bias, pos_embed=pos_embed, prefix=prefix, mean=mean, std=std)
 
 
@@ -173,7 +180,8 @@ def _product(image, weight, bias, pos_embed, prefix, mean, std):
     return _common.compute_dtype(weight, weight)
 
 
-OP = Op("patch_embed", _check, _unsupported, _torch, PatchEmbedFunction, _prepare, _product)
+_OTHERS = {"convolution": _convolution}
+OP = Op("patch_embed", _check, _unsupported, _torch, PatchEmbedFunction, _prepare, _product, _OTHERS)
 
 
 def patch_embed(

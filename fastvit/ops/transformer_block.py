@@ -404,7 +404,7 @@ def carry_of(op: Op, run: Callable) -> Carry | None:
     """What a call of `op` that `run` was chosen for is handed, and hands on: None where nobody is `carrying`, and in
     PyTorch, which leaves nothing."""
     carry = None if torch.compiler.is_compiling() else getattr(_here, "carry", None)
-    if carry is not None and run is op.torch:
+    if carry is not None and run in (op.torch, *op.others.values()):
         carry.leave(None, (None, None, None))
         return None
     return carry
