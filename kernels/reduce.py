@@ -3,7 +3,8 @@
 Fused: the per-sample scale (drop path), and the rounding of the result. Each program sums a stretch of rows in float32
 and writes one row of partials; where there are several, the same kernel adds those (`total`), which is how the partial
 sums of other kernels end too. No atomics, so the result never depends on the order of the programs.
-A call must move rows * columns * itemsize bytes, plus the float32 partials: one row for every 32 or more, 64 at most.
+A call must move rows * columns * itemsize bytes, plus the float32 partials: one row for every 32 or more, 64 at most,
+and none where the columns alone occupy the GPU.
 """
 
 import torch
@@ -11,7 +12,7 @@ import triton
 import triton.language as tl
 
 from ._math import TRITON_DTYPES, accumulator_dtype
-from .launch import cost
+from .launch import cost, hardware
 from .launch.choice import choose
 from .launch.launcher import launch
 from .launch.request import Request, RowConfig, Rows, ceil_div, rows_per_program
@@ -75,7 +76,9 @@ def column_sum(x, row_scale=None, dtype: torch.dtype | None = None):
     request = Request("column_sum", (rows, columns), x.dtype, Rows())
 
     def start(config: RowConfig) -> tuple[torch.Tensor, ...]:
-        stretch = rows_per_program("column_sum", rows, config.BLOCK_ROWS)
+        # Columns that occupy the whole GPU leave no partial sums.
+        enough = ceil_div(columns, config.BLOCK_D) >= hardware.num_sms(x.device)
+        stretch = rows if enough else rows_per_program("column_sum", rows, config.BLOCK_ROWS)
         parts = ceil_div(rows, stretch)
         partial = partial_sums(parts, (columns,), acc, dtype, x.device)
         _launch(x, row_scale, partial, stretch, request, config)

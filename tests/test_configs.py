@@ -59,6 +59,11 @@ def product(m, n, k, made_of=FORWARD, dtype=BF16, out=None):
     return Request("gemm", (m, n, k), dtype, Product(left, right, epilogue, *(activation or [None]), dtype, dtype, out))
 
 
+def of_bytes(request):
+    """The product with a left operand in uint8."""
+    return request._replace(parts=request.parts._replace(left_dtype=torch.uint8))
+
+
 def heads(kernel, head_dim, *masks, dtype=BF16, tokens=197):
     scores = Scores("mask" in masks, dtype if "bias" in masks else None, before_norm="norm" in masks)
     return Request(kernel, (64, tokens, 12, head_dim), dtype, scores)
@@ -78,6 +83,7 @@ CHOICES = [
     (("gfx942",), [product(12608, 2304, 768), product(197, 3072, 768, HEAVY, FP16)], (128, 64, 64, 8, 2)),
     (ARCHS, [product(12608, 1024, 588, GATHERED, FP16)], (64, 64, 32, 4, 1)),
     (HOPPER, [product(12608, 768, 768, PATCHES)], (128, 128, 64, 8, 3)),
+    (NVIDIA, [of_bytes(product(12608, 768, 768, PATCHES))], (128, 64, 64, 8, 3)),
     (NVIDIA, [product(12608, 768, 768, dtype=FP32), product(197, 3072, 768, RESIDUAL, FP64)], (64, 64, 16, 8, 3)),
     (ARCHS, [product(1, 8, 8, HEAVY, FP64), product(12608, 2304, 768, FOLDED, FP32)], (64, 64, 16, 8, 2)),
     (("sm_80", "sm_89", "sm_90", "sm_120"), [product(12608, 1024, 588, GATHERED, FP32)], (64, 64, 16, 8, 3)),
@@ -223,6 +229,7 @@ LARGE = GemmConfig(128, 128, 64, 8, 3)
         (LARGE._replace(num_warps=2), product(64, 64, 64), "sm_90", "2 warps, a warpgroup's product needs 4"),
         (LARGE._replace(BLOCK_M=32), product(64, 64, 64), "sm_90", "32 rows, a warpgroup's product needs 64"),
         (LARGE._replace(BLOCK_N=64), product(64, 64, 64), "sm_90", "64 columns serialize"),
+        (LARGE, of_bytes(product(64, 64, 64, PATCHES)), "sm_90", "products of bytes are serialized"),
         (
             LARGE._replace(BLOCK_N=256, num_warps=4),
             product(64, 64, 64, GRADIENT),

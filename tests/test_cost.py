@@ -35,7 +35,7 @@ def draw(*shape):
 def op_tensors(op: str) -> dict[str, torch.Tensor]:
     x, norm = draw(B, N, D), {"norm_weight": draw(D), "norm_bias": draw(D)}
     return {
-        "patch_embed": lambda: {"image": torch.randn(B, 3, 12, 20), "weight": draw(D, 3, 4, 5), "prefix": draw(1, D)},
+        "patch_embed": lambda: {"image": torch.randn(B, 3, 12, 32), "weight": draw(D, 3, 4, 8), "prefix": draw(1, D)},
         "attention": lambda: {"qkv": draw(B, N, 3, H, 8)},
         "layer_norm": lambda: {"x": x, "weight": draw(D), "bias": draw(D)},
         "layer_norm_linear": lambda: {"x": x, **norm, "weight": draw(M, D), "bias": draw(M)},
@@ -62,7 +62,7 @@ OPTIONS = {"transformer_block": {"num_heads": H}}
 
 def op_costs(op: str) -> tuple[Cost, Cost]:
     """Forward and backward of the tensors above, in float32."""
-    patches = (B, 12, 13, 60, D, 4)
+    patches = (B, 12, 13, 96, D, 4)
     return {
         "patch_embed": (cost.patch_embed_forward(*patches), cost.patch_embed_backward(*patches)),
         "attention": (cost.attention_forward(B, N, H, 8, 4), cost.attention_backward(B, N, H, 8, 4)),
@@ -108,8 +108,8 @@ def test_flops_of_ops(op):
 def test_bytes_of_ops():
     """Each matrix that a kernel of the plan reads or writes, listed."""
     t, s = B * N, 4
-    stream, hidden, weight, embedding = t * D * s, t * M * s, M * D * s, D * 60 * s
-    image, tokens, head = B * 3 * 12 * 20 * s, B * 13 * D * s, B * N * H * 8 * s
+    stream, hidden, weight, embedding = t * D * s, t * M * s, M * D * s, D * 96 * s
+    image, tokens, head = B * 3 * 12 * 32 * s, B * 13 * D * s, B * N * H * 8 * s
     moved = {
         # image, weight -> tokens; image, dtokens -> dweight
         "patch_embed": (image + embedding + tokens, image + tokens + embedding),
@@ -222,7 +222,7 @@ def test_launches(op, monkeypatch, device, triton_backend):
     with launches(monkeypatch) as backward:
         out.sum().backward()
     stream, hidden, head, tokens = B * N * D * 4, B * N * M * 4, B * N * H * 8 * 4, B * 13 * D * 4
-    prefix_rows = 2 * B * 60 * D
+    prefix_rows = 2 * B * 96 * D
     beyond = {
         "patch_embed": (Cost(prefix_rows, D * 4), Cost(prefix_rows, tokens)),
         "attention": (Cost(), Cost(2 * 2 * B * H * N * N * 8, 4 * head)),

@@ -44,6 +44,7 @@ ATTENTION_BACKWARD = ["attention_backward_dq_kernel", "attention_backward_dkdv_k
 EMBED = gemm("load_patches", "load_matrix", "store_tokens")
 PIXELS = gemm("load_matrix", "load_matrix", "store_pixels")
 PATCH_WEIGHT = "weight: " + gemm("load_matrix", "load_patches", "store")
+FOLD_PIXELS, UNFOLD_PIXELS = "sections_kernel(fold_pixels)", "sections_kernel(unfold_pixels)"
 
 # A block: the gradient of its output is scaled, summed or copied where a scale, a bias or a wider stream asks for it.
 COPY = "scaled_gradient_kernel"
@@ -116,17 +117,17 @@ LAUNCHES = {
         "qkv": ATTENTION_BACKWARD,
         "attn_bias": ATTENTION_BACKWARD,  # the second for nothing: its results are the gradients of k and v
     },
-    "patch_embed": {
-        "forward": [EMBED],
-        "backward": [PATCH_WEIGHT, PIXELS, COLUMN_SUM],
-        "image": [PIXELS],
-        "weight": [PATCH_WEIGHT],
+    "patch_embed": {  # of 60 pixels, which are filled up to 64
+        "forward": [FOLD_PIXELS, EMBED],
+        "backward": [COLUMN_SUM, PATCH_WEIGHT, UNFOLD_PIXELS, FOLD_PIXELS, PIXELS],
+        "image": [FOLD_PIXELS, PIXELS],
+        "weight": [PATCH_WEIGHT, UNFOLD_PIXELS],
         "bias pos_embed prefix": [COLUMN_SUM],
     },
     "patch_embed-uint8": {
-        "forward": [EMBED],
-        "backward": [PATCH_WEIGHT, COLUMN_SUM],
-        "weight": [PATCH_WEIGHT],
+        "forward": [FOLD_PIXELS, EMBED],
+        "backward": [COLUMN_SUM, PATCH_WEIGHT, UNFOLD_PIXELS],
+        "weight": [COLUMN_SUM, PATCH_WEIGHT, UNFOLD_PIXELS],
         "bias pos_embed prefix": [COLUMN_SUM],
     },
     "transformer_block": {
@@ -173,8 +174,8 @@ VARIANTS = {
     "layer_norm_mlp-residual": [12, 12, 13, 14, 14, 14],
     "attention": [3] * 6,
     "attention-biased": [3] * 6,
-    "patch_embed": [4] * 6,
-    "patch_embed-uint8": [3] * 6,
+    "patch_embed": [7] * 6,
+    "patch_embed-uint8": [5] * 6,
     "transformer_block": [17, 17, 20, 21, 22, 22],
     "transformer_block-gated": [18, 18, 21, 22, 23, 23],
     "transformer_block-all": [18, 18, 21, 22, 23, 23],

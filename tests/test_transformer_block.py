@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 
 import pytest
 import torch
@@ -318,3 +319,50 @@ def test_a_model_that_makes_fc1_again(device, monkeypatch):
     torch.testing.assert_close(found[0], found[2])
     with pytest.raises(ValueError, match="'fc2'"):
         model.set_grad_checkpointing("fc2")
+
+
+def tiny(dtype, device):
+    """A model of one block, and an image."""
+    config = {"img_size": 16, "patch_size": 8, "embed_dim": 96, "depth": 1, "num_heads": 3, "num_classes": 0}
+    model = fastvit.create_model("vit_tiny_patch16_224", **config).to(device, dtype).eval()
+    with torch.no_grad():
+        model.pos_embed.normal_()  # rows with a variance
+    return model, torch.randn(2, 3, 16, 16, device=device, dtype=dtype)
+
+
+@pytest.mark.parametrize("form", [contextlib.nullcontext, choice.by_library])
+def test_the_embedding_hands_on_its_rows_statistics(form, device, monkeypatch):
+    made, (model, image) = count_streams(monkeypatch), tiny(torch.bfloat16, device)
+    with form():
+        out = model(image)
+        assert not made
+        out.sum().backward()
+    with fastvit.use_backend("torch"):
+        plain, truth = model(image), copy.deepcopy(model).double()(image.double())
+    assert relative_rms(out, truth) <= accuracy.limit(torch.bfloat16, relative_rms(plain, truth))
+
+
+@pytest.mark.parametrize("who", ["a hook", "a module", "a subclass", "nobody, but products read a copy"])
+def test_tokens_that_somebody_may_change_begin_anew(who, device, monkeypatch):
+    """In inference mode nobody can see that they did."""
+    dtype = torch.float32 if "copy" in who else torch.bfloat16
+    made, (model, image) = count_streams(monkeypatch), tiny(dtype, device)
+
+    class Changing(torch.nn.Identity):
+        def forward(self, x):
+            return x.mul_(torch.arange(1, 97, device=x.device, dtype=x.dtype) / 32)
+
+    class Subclass(type(model)):
+        def embed(self, *args):
+            return Changing()(super().embed(*args))
+
+    if who == "a hook":
+        model.pos_drop.register_forward_hook(lambda module, args, out: Changing()(out))
+    elif who == "a module":
+        model.norm_pre = Changing()
+    elif who == "a subclass":
+        model.__class__ = Subclass
+    with torch.inference_mode():
+        out = model(image)
+        assert len(made) == 1
+        assert relative_rms(out, model.norm(model.blocks[0](model.embed(image)))[:, 0]) <= accuracy.floor(dtype)

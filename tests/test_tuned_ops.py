@@ -187,3 +187,17 @@ def test_the_watcher_of_ops_is_restored():
         ops.layer_norm(torch.ones(2, 8), torch.ones(8), torch.ones(8))
     ops.layer_norm(torch.ones(2, 8), torch.ones(8), torch.ones(8))
     assert seen == ["layer_norm"]
+
+
+@pytest.mark.parametrize("pixel", [torch.uint8, torch.float32], ids=str)
+def test_patches_by_the_librarys_convolution(table, auto, pixel):
+    """Where it was measured to be the fastest; in a row of blocks, it hands on nothing."""
+    image = torch.rand(2, 3, 16, 24).mul(255 if pixel == torch.uint8 else 1).to(pixel)
+    weight, bias, prefix = torch.randn(24, 3, 8, 8), torch.randn(24), torch.randn(1, 24)
+    given = (image, weight, bias, None, prefix, [0.4] * 3, [0.3] * 3)
+    record(table, tune.Call.like(dispatch.OPS["patch_embed"], given), "convolution")
+    names = {"prefix": prefix, "mean": given[5], "std": given[6]}
+    assert fastvit.explain("patch_embed", image, weight, bias, **names).candidate == "convolution"
+    with ops.carrying():
+        out = ops.patch_embed(image, weight, bias, **names)
+    torch.testing.assert_close(out, fastvit.reference.patch_embed(image, weight, bias, **names))

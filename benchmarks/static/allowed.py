@@ -42,29 +42,16 @@ ALLOWED: tuple[Allowed, ...] = (
     ),
     Allowed(
         SCALAR,
-        "The gain and shift of a pixel's channel are gathered for every column of the tile, each by itself.",
-        kernel="gemm_kernel *load_patches *",
-        case="patch embedding *, uint8",
+        "A row of 14 pixels is 28 bytes long, 14 in uint8, and starts at multiples of 4, or 2, where nothing wider can "
+        "be loaded: two pixels a load.",
+        kernel="gemm_kernel *load_patches*",
+        case="patch embedding L/14 *",
     ),
     Allowed(
         NARROW,
-        "A flattened patch of 14 x 14 pixels, or a row of such an image, starts at multiples of 8 or 4 bytes. Triton "
-        "is told only whether a stride is a multiple of 16, and takes it for unaligned.",
-        case="patch embedding L/14 *",
-    ),
-    *(
-        Allowed(
-            gate,
-            "A flattened patch has its channels outermost, a channels_last image has them innermost: neighbours in the "
-            "tile are three elements apart in memory.",
-            case="patch embedding *, channels_last",
-        )
-        for gate in (SCALAR, NARROW)
-    ),
-    Allowed(
-        SCALAR,
-        "A patch's row of 14 pixels is 28 bytes long and starts at any even address: its pixels are loaded one by one, "
-        "and a weight's row of 588 elements is not a multiple of 16.",
+        "A weight's row of 588 elements is no multiple of 16, which is all that Triton is told of. This is as much as "
+        "the weight, once.",
+        kernel="sections_kernel unfold_pixels",
         case="patch embedding L/14 *",
     ),
     Allowed(

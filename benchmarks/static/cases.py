@@ -114,9 +114,9 @@ def _patch_embed(size, patch, dim, dtype, image_dtype=None, channels_last=False,
     image, weight, *rest = tensors("patch_embed", draw, TABLES, **sizes).values()
     # Each image dtype is normalised as the models do it: uint8 in the kernel, floats before.
     normalisation = [(0.5,) * 3, (0.5,) * 3] if image_dtype == torch.uint8 else [None, None]
-    out = patch_embed.patch_embed_forward(image, weight, *rest, *normalisation, dtype)
+    out = patch_embed.patch_embed_forward(image, weight, *rest, *normalisation, dtype, dtype, dtype.itemsize == 2)[0]
     needs_image = image.is_floating_point()
-    patch_embed.patch_embed_backward(out, image, weight, prefix, *normalisation, (needs_image, True, True))
+    patch_embed.patch_embed_backward(out, image, weight, prefix, *normalisation, dtype, (needs_image, *[True] * 3))
 
 
 def cases() -> list[Case]:
@@ -133,10 +133,17 @@ def cases() -> list[Case]:
         Case("block B/16 fp32", lambda: _block(197, 768, fp32, scaled=True)),
         Case("patch embedding B/16 bf16", lambda: _patch_embed(224, 16, 768, bf16)),
         Case("patch embedding B/16 bf16, uint8", lambda: _patch_embed(224, 16, 768, bf16, uint8)),
+        Case(
+            "patch embedding B/16 bf16, uint8 channels_last",
+            lambda: _patch_embed(224, 16, 768, bf16, uint8, channels_last=True),
+        ),
         Case("patch embedding B/16 bf16, channels_last", lambda: _patch_embed(224, 16, 768, bf16, channels_last=True)),
         Case("patch embedding B/32 bf16, float32 image", lambda: _patch_embed(224, 32, 768, bf16, fp32)),
         Case("patch embedding B/8 bf16", lambda: _patch_embed(224, 8, 768, bf16)),
         Case("patch embedding L/14 fp16", lambda: _patch_embed(224, 14, 1024, fp16)),
+        Case("patch embedding L/14 bf16, 518 pixels", lambda: _patch_embed(518, 14, 1024, bf16, batch=8)),
+        Case("patch embedding L/14 bf16, uint8", lambda: _patch_embed(224, 14, 1024, bf16, uint8)),
+        Case("patch embedding L/14 bf16, channels_last", lambda: _patch_embed(224, 14, 1024, bf16, channels_last=True)),
         Case("patch embedding B/16 fp32", lambda: _patch_embed(224, 16, 768, fp32)),
     ]
     listed += [

@@ -202,6 +202,12 @@ class VisionTransformer(nn.Module):
         """How many rows of the position table are for the prefix."""
         return 0 if self.config.no_embed_class else self.config.num_prefix_tokens
 
+    def _embeds_alone(self) -> bool:
+        """Whether nobody changes what `patch_embed` gives before the first block has it."""
+        steps = (self.patch_embed, self.pos_drop, self.patch_drop, self.norm_pre)
+        roles = ((PatchEmbed,), (nn.Dropout,), (PatchDropout, nn.Identity), (nn.Identity,))
+        return type(self).embed is VisionTransformer.embed and can_fuse(steps, roles)
+
     def _run_block(self, block: nn.Module, x: torch.Tensor, attn_mask, is_causal) -> torch.Tensor:
         masks = {"attn_mask": attn_mask, "is_causal": is_causal} if attn_mask is not None or is_causal else {}
         if self.grad_checkpointing and torch.is_grad_enabled():
@@ -221,15 +227,20 @@ class VisionTransformer(nn.Module):
         them. masks (B, N) bool: patches that `mask_token` stands in for, as in DINOv2 and iBOT. Raises ValueError and
         TypeError as these say.
         """
-        tokens = self.embed(x, masks)
-        if attn_mask is None and not is_causal and not self.grad_checkpointing:
-            # What one block knows of its output spares the next one a pass over it, if nobody comes between.
-            alone = not traced(tokens) and dispatch.may_fuse_blocks(tokens) and not torch.compiler.is_compiling()
-            roles = [(nn.Sequential,), *[(Block,)] * len(self.blocks)]
-            alone = alone and can_fuse((self.blocks, *self.blocks), roles)
-            with ops.carrying() if alone else contextlib.nullcontext():
+        plain = attn_mask is None and not is_causal and not self.grad_checkpointing
+        # What the embedding and each block know of their output spares the next one a pass over it, if nobody comes
+        # between.
+        alone = plain and not traced(x) and not torch.compiler.is_compiling()
+        alone = alone and dispatch.may_fuse_blocks(self.pos_embed)
+        roles = [(nn.Sequential,), *[(Block,)] * len(self.blocks)]
+        alone = alone and can_fuse((self.blocks, *self.blocks), roles)
+        with ops.carrying() if alone else contextlib.nullcontext():
+            tokens = self.embed(x, masks)
+            if alone and not self._embeds_alone():
+                tokens = tokens.view_as(tokens)  # for which nothing was left
+            if plain:
                 tokens = self.blocks(tokens)
-        else:
+        if not plain:
             for block in self.blocks:
                 tokens = self._run_block(block, tokens, attn_mask, is_causal)
         return _normalise(self.norm, tokens)

@@ -12,30 +12,32 @@ from fastvit import dispatch, reference
 from fastvit.dispatch import Op
 
 from . import _common
-from ._common import Operator, dense, launchers, or_none
+from ._common import Operator, dense, launchers, or_none, statistics_dtype
+from .transformer_block import carry_of
 
 
-def _tokens_dtype(weight, pos_embed, prefix):
-    dtype = weight.dtype
+def _tokens_dtype(dtype, pos_embed, prefix):
     for rows in (pos_embed, prefix):
         dtype = dtype if rows is None else torch.promote_types(dtype, rows.dtype)
     return dtype
 
 
-def _fake_forward(image, weight, bias, pos_embed, prefix, mean, std, out_dtype):
+def _fake_forward(image, weight, bias, pos_embed, prefix, mean, std, dtype, out_dtype, statistics):
     batch, _, height, width = image.shape
     embed_dim, _, patch_height, patch_width = weight.shape
     tokens = height // patch_height * (width // patch_width) + (0 if prefix is None else prefix.shape[0])
-    return weight.new_empty(batch, tokens, embed_dim, dtype=out_dtype)
+    out = weight.new_empty(batch, tokens, embed_dim, dtype=out_dtype)
+    groups = launchers("transformer_block").groups_of(embed_dim)
+    shape = (2, groups, batch * tokens) if statistics else (0,)
+    return out, image.new_empty(shape, dtype=statistics_dtype(out) if statistics else image.dtype)
 
 
-def _backward(dtokens, image, weight, bias, pos_embed, prefix, mean, std, needs):
+def _backward(dtokens, image, weight, bias, pos_embed, prefix, mean, std, dtype, needs):
     launch = launchers("patch_embed").patch_embed_backward
     prefix_rows = 0 if prefix is None else prefix.shape[0]
     needs_image, needs_weight, needs_bias, needs_position, needs_prefix = needs
-    which = (needs_image, needs_weight, any(needs[2:]))
-    dimage, dweight, by_token = launch(dtokens, image, weight, prefix_rows, mean, std, which)
-    dbias = by_token[prefix_rows:].sum(dim=0) if needs_bias else None
+    which = (needs_image, needs_weight, needs_bias, needs_position or needs_prefix)
+    dimage, dweight, dbias, by_token = launch(dtokens, image, weight, prefix_rows, mean, std, dtype, which)
     # Clones: what is handed out as gradients must not share memory.
     dposition = by_token[-pos_embed.shape[0] :].clone() if needs_position else None
     dprefix = by_token[:prefix_rows].clone() if needs_prefix else None
@@ -43,13 +45,18 @@ def _backward(dtokens, image, weight, bias, pos_embed, prefix, mean, std, needs)
     return _common.gradients(grads, (image, weight, bias, pos_embed, prefix))
 
 
-def _fake_backward(dtokens, image, weight, bias, pos_embed, prefix, mean, std, needs):
+def _fake_backward(dtokens, image, weight, bias, pos_embed, prefix, mean, std, dtype, needs):
     dimage, *rest = _common.fake_gradients(dtokens, (image, weight, bias, pos_embed, prefix), needs)
     return torch.empty_like(image) if needs[0] else dimage, *rest
 
 
-_GIVEN = "Tensor image, Tensor weight, Tensor? bias, Tensor? pos_embed, Tensor? prefix, float[]? mean, float[]? std"
-FORWARD = Operator("patch_embed", f"patch_embed_forward({_GIVEN}, ScalarType out_dtype) -> Tensor", _fake_forward)
+_GIVEN = "Tensor image, Tensor weight, Tensor? bias, Tensor? pos_embed, Tensor? prefix, float[]? mean, float[]? std, "
+_GIVEN += "ScalarType dtype"
+FORWARD = Operator(
+    "patch_embed",
+    f"patch_embed_forward({_GIVEN}, ScalarType out_dtype, bool statistics) -> (Tensor, Tensor)",
+    _fake_forward,
+)
 BACKWARD = Operator(
     "patch_embed",
     f"patch_embed_backward(Tensor dtokens, {_GIVEN}, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -59,17 +66,22 @@ BACKWARD = Operator(
 
 
 class PatchEmbedFunction(torch.autograd.Function):
-    """patch_embed on the kernels: (image (B, C, H, W), weight (D, C, ph, pw), bias, pos_embed, prefix, mean, std) ->
-    (B, P + N, D)."""
+    """patch_embed on the kernels: (image (B, C, H, W), weight (D, C, ph, pw), bias, pos_embed, prefix, mean, std,
+    carry) -> (B, P + N, D). carry: a Carry, which is left what the first block needs, or None."""
 
     @staticmethod
-    def forward(ctx, image, weight, bias, pos_embed, prefix, mean, std):
+    def forward(ctx, image, weight, bias, pos_embed, prefix, mean, std, carry=None):
         ctx.save_for_backward(image, weight, bias, pos_embed, prefix)
-        ctx.normalisation = (mean, std)
-        out_dtype = _tokens_dtype(weight, pos_embed, prefix)
-        return FORWARD.of(image, weight, bias, pos_embed, prefix)(
-            image, weight, bias, pos_embed, prefix, mean, std, out_dtype
-        )
+        dtype = _common.compute_dtype(weight, weight)
+        tensors, how = (image, weight, bias, pos_embed, prefix), (mean, std, dtype)
+        ctx.how = how
+        out_dtype = _tokens_dtype(dtype, pos_embed, prefix)
+        # Where products read a copy, the statistics are that's, which takes the rows' means first.
+        statistics = carry is not None and not launchers("transformer_block").reads_copy(out_dtype, dtype)
+        out, stats = FORWARD.of(*tensors)(*tensors, *how, out_dtype, statistics)
+        if carry is not None:
+            carry.stream = (None, None, stats if statistics else None)
+        return out
 
     @staticmethod
     def backward(ctx, dtokens):
@@ -77,15 +89,15 @@ class PatchEmbedFunction(torch.autograd.Function):
         if _common.differentiating_again(dtokens):
 
             def embed(image, weight, bias, pos_embed, prefix):
-                mean, std = ctx.normalisation
+                mean, std, dtype = ctx.how
+                weight, bias = (None if value is None else value.to(dtype) for value in (weight, bias))
                 return reference.patch_embed(
                     image, weight, bias, pos_embed=pos_embed, prefix=prefix, mean=mean, std=std
                 )
 
-            return *_common.again_differentiable(embed, saved, needs, dtokens), None, None
-        how = (*ctx.normalisation, list(needs))
-        grads = BACKWARD.of(dtokens, *saved)(dtokens.contiguous(), *saved, *how)
-        return *or_none(grads, needs), None, None
+            return *_common.again_differentiable(embed, saved, needs, dtokens), None, None, None
+        grads = BACKWARD.of(dtokens, *saved)(dtokens.contiguous(), *saved, *ctx.how, list(needs))
+        return *or_none(grads, needs), None, None, None
 
 
 def _check(image, weight, bias, pos_embed, prefix, mean, std):
@@ -143,26 +155,33 @@ def _unsupported(image, weight, bias, pos_embed, prefix, mean, std):
     return [*dispatch.missing_requirements(image), *_common.unsupported_dtypes(*dtypes)]
 
 
+def _convolution(image, weight, bias, pos_embed, prefix, mean, std):
+    if image.is_cuda and _product(image, weight, *[None] * 5) == torch.float32 and torch.backends.cudnn.allow_tf32:
+        raise RuntimeError("on a GPU a convolution of float32 rounds to TF32")
+    image = reference.ops.normalised_pixels(image, weight.dtype, mean, std)
+    tokens = F.conv2d(image, weight, bias, stride=weight.shape[2:]).flatten(2).transpose(1, 2)
+    return reference.ops.assemble_tokens(tokens, pos_embed, prefix)
+
+
 def _torch(image, weight, bias, pos_embed, prefix, mean, std):
     if image.is_cpu and image.dtype == weight.dtype == torch.float32 and mean is None and std is None:
-        # The same sums. In float32 on a CPU a convolution is the faster way to them; on a GPU it would round to TF32.
-        tokens = F.conv2d(image, weight, bias, stride=weight.shape[2:]).flatten(2).transpose(1, 2)
-        return reference.ops.assemble_tokens(tokens, pos_embed, prefix)
+        # The same sums. In float32 on a CPU a convolution is the faster way to them.
+        return _convolution(image, weight, bias, pos_embed, prefix, mean, std)
     return reference.patch_embed(image, weight, bias, pos_embed=pos_embed, prefix=prefix, mean=mean, std=std)
 
 
 def _prepare(image, weight, bias, pos_embed, prefix, mean, std):
-    weight, bias = _common.cast(weight, weight, bias)
     tensors = (image, dense(weight), dense(bias), dense(pos_embed), dense(prefix))
     mean, std = (None if values is None else [float(value) for value in values] for values in (mean, std))
-    return *tensors, mean, std
+    return *tensors, mean, std, None
 
 
 def _product(image, weight, bias, pos_embed, prefix, mean, std):
     return _common.compute_dtype(weight, weight)
 
 
-OP = Op("patch_embed", _check, _unsupported, _torch, PatchEmbedFunction, _prepare, _product)
+_OTHERS = {"convolution": _convolution}
+OP = Op("patch_embed", _check, _unsupported, _torch, PatchEmbedFunction, _prepare, _product, _OTHERS)
 
 
 def patch_embed(
@@ -184,4 +203,9 @@ def patch_embed(
     a dtype, ValueError for a shape, size or device that does not fit, before any launch.
     """
     run, args = dispatch.choose(OP, (image, weight, bias, pos_embed, prefix, mean, std))
-    return run(*args)
+    carry = carry_of(OP, run)
+    if carry is None:
+        return run(*args)
+    out = run(*args[:-1], carry)
+    carry.leave(out, carry.stream)
+    return out

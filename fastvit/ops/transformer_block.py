@@ -418,10 +418,7 @@ def transformer_block(
 def run_transformer_block(args: tuple, otherwise: Callable[[], torch.Tensor] | None = None) -> torch.Tensor:
     """`transformer_block` of all its arguments in order, x first; in place of running in PyTorch, `otherwise()`."""
     run, args = dispatch.choose(OP, args)
-    carry = None if torch.compiler.is_compiling() else getattr(_here, "carry", None)
-    if carry is not None and run is OP.torch:
-        carry.leave(None, (None, None, None))
-        carry = None
+    carry = carry_of(OP, run)
     if run is OP.torch and otherwise is not None:
         return otherwise()
     if carry is None:
@@ -431,14 +428,24 @@ def run_transformer_block(args: tuple, otherwise: Callable[[], torch.Tensor] | N
     return out
 
 
+def carry_of(op: Op, run: Callable) -> Carry | None:
+    """What a call of `op` that `run` was chosen for is handed, and hands on: None where nobody is `carrying`, and in
+    PyTorch, which leaves nothing."""
+    carry = None if torch.compiler.is_compiling() else getattr(_here, "carry", None)
+    if carry is not None and run in (op.torch, *op.others.values()):
+        carry.leave(None, (None, None, None))
+        return None
+    return carry
+
+
 _here = threading.local()
 
 
 @contextlib.contextmanager
 def carrying() -> Iterator[None]:
-    """In the `with` body, a call of `transformer_block` with what the last one returned begins with the row statistics,
-    and the copy, that the last one left. In inference mode, where nobody notices, nothing may change in place what a
-    block returned."""
+    """In the `with` body, a call of `transformer_block` with what the last one, or `patch_embed`, returned begins with
+    the row statistics, and the copy, that were left for it. In inference mode, where nobody notices, nothing may change
+    in place what they returned."""
     before = getattr(_here, "carry", None)
     _here.carry = Carry()
     try:

@@ -37,21 +37,28 @@ def patch_embed(
     the image first as (image - mean) / std. Returns (B, P + N, D) in the widest dtype of weight, pos_embed and prefix.
     """
     embed_dim, channels, ph, pw = weight.shape
-    if not image.is_floating_point():
-        image = image.to(torch.promote_types(weight.dtype, torch.float32)) / 255
-    if mean is not None or std is not None:
-        wide = torch.promote_types(image.dtype, torch.float32)
-        mean = torch.tensor([0.0] * channels if mean is None else mean, dtype=wide, device=image.device)
-        std = torch.tensor([1.0] * channels if std is None else std, dtype=wide, device=image.device)
-        image = (image.to(wide) - mean[:, None, None]) / std[:, None, None]
-    image = image.to(weight.dtype)
-
+    image = normalised_pixels(image, weight.dtype, mean, std)
     batch, _, height, width = image.shape
     patches = image.reshape(batch, channels, height // ph, ph, width // pw, pw)
     patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (B, N, C * ph * pw)
     tokens = F.linear(patches, weight.flatten(1), bias)
 
     return assemble_tokens(tokens, pos_embed, prefix)
+
+
+def normalised_pixels(
+    image: torch.Tensor, dtype: torch.dtype, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
+) -> torch.Tensor:
+    """image (B, C, H, W), float or uint8 (taken as pixel / 255), as (image - mean) / std, in float32 and rounded to
+    dtype."""
+    if not image.is_floating_point():
+        image = image.to(torch.promote_types(dtype, torch.float32)) / 255
+    if mean is not None or std is not None:
+        channels, wide = image.shape[1], torch.promote_types(image.dtype, torch.float32)
+        mean = torch.tensor([0.0] * channels if mean is None else mean, dtype=wide, device=image.device)
+        std = torch.tensor([1.0] * channels if std is None else std, dtype=wide, device=image.device)
+        image = (image.to(wide) - mean[:, None, None]) / std[:, None, None]
+    return image.to(dtype)
 
 
 def assemble_tokens(

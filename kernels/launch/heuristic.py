@@ -82,7 +82,7 @@ def _gemm_tile(request: Request, arch: Arch, sms: int) -> GemmConfig:
         config = GATHERED
     elif epilogue.tiles > 3:
         config = GATED
-    elif epilogue.tiles > 2 or not arch.has_wgmma:
+    elif epilogue.tiles > 2 or not arch.has_wgmma or request.parts.left_dtype.itemsize == 1:
         config = HEAVY
     elif ceil_div(m, LARGE.BLOCK_M) * ceil_div(n, LARGE.BLOCK_N) < sms:
         config = SMALL

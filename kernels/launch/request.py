@@ -98,9 +98,9 @@ class Prologue:
     """How a product loads an operand.
 
     name: in keys of the tuner's table. load: the Triton function. plain: tiles of a matrix as they are. transforms: it
-    computes with what it loads. gathers: by less than 16 bytes at a time, or converting bytes, which passes through
-    registers. registers: a thread's, beside a plain load's: as left operand, as a left operand wider in memory than
-    the products, as right operand.
+    computes with what it loads. gathers: by less than 4 bytes at a time, which pass through registers. registers: a
+    thread's, beside a plain load's: as left operand, as a left operand wider in memory than the products, as right
+    operand.
     """
 
     name: str
@@ -117,7 +117,7 @@ class Epilogue:
 
     name: in keys of the tuner's table. store: the Triton function. tiles: how many tiles of the output it holds at
     once. beside: it reads or writes another matrix beside its result. bare: it does nothing but store. scatters: pixel
-    by pixel; gathers: by less than 16 bytes at a time. sums: partial ones, so that the reduction may be cut (SPLIT_K).
+    by pixel; gathers: by less than 4 bytes at a time. sums: partial ones, so that the reduction may be cut (SPLIT_K).
     input_gradient: of products whose right operand is the weight as it is. columns: what BLOCK_N is a multiple of.
     wide: it takes a difference that a product rounded to 16 bits would not survive. library: (x (M, K), y (K, N),
     target) -> whether the library stored all of it, which it does where it can.

@@ -94,6 +94,9 @@ def _serialized(config: GemmConfig, request: Request) -> list[str]:
         return []
     if request.parts.left.gathers:
         return [f"{config.num_stages} stages serialize the products of gathered pixels, which nothing can pipeline"]
+    if request.parts.left_dtype.itemsize == 1:
+        free = (config.BLOCK_N, config.BLOCK_K) in ((64, 64), (128, 32))
+        return [] if free else ["products of bytes are serialized, but of 64 columns in steps of 64, or 128 of 32"]
     if _transforms(0, request) and not _wide_left(request) and config.BLOCK_N < 128:
         return [f"{config.BLOCK_N} columns serialize the products of a transformed left operand, which need 128"]
     return []
