@@ -21,6 +21,7 @@ _PUBLIC = {
     "attention_maps": "fastvit.maps",
     "accelerate": "fastvit.dropin",
     "restore": "fastvit.dropin",
+    "parity_report": "fastvit.parity",
     "freeze": "fastvit.frozen",
     "load_frozen": "fastvit.frozen",
 }

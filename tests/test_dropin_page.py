@@ -15,7 +15,7 @@ ROWS = [line.strip("| ").split(" | ") for line in TEXT.partition(BEGIN)[2].parti
 
 
 def test_there_is_an_example_of_each_use():
-    assert len(EXAMPLES) == 5
+    assert len(EXAMPLES) == 6
 
 
 @pytest.mark.parametrize("number", range(len(EXAMPLES)))

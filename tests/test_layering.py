@@ -78,6 +78,10 @@ LAYERS = {
          "fastvit.tuned"),
         others=("torch", "numpy", "onnx", "onnxruntime", "onnxscript", "openvino", "safetensors", "timm"),
     ),
+    "fastvit.parity": Layer(
+        ("fastvit.accuracy", "fastvit.dropin", "fastvit.models", "fastvit.nn", "fastvit.report"),
+        others=("torch", "matplotlib"),
+    ),
     "fastvit.calls": Layer(("fastvit.dispatch", "fastvit.models", "fastvit.tune"), others=("torch",)),
     "fastvit.verify": Layer(
         ("fastvit", "fastvit.accuracy", "fastvit.dispatch", "fastvit.examples", "fastvit.ops", "fastvit.report",
@@ -98,8 +102,8 @@ LAYERS = {
         ("fastvit", "fastvit.report"),
         ("fastvit.attempts", "fastvit.calls", "fastvit.dispatch", "fastvit.environment", "fastvit.features",
          "fastvit.frozen", "fastvit.heatmaps", "fastvit.images", "fastvit.kernels", "fastvit.maps", "fastvit.models",
-         "fastvit.tune", "fastvit.tuned", "fastvit.verify", "fastvit.workers"),
-        ("torch", "PIL"),
+         "fastvit.parity", "fastvit.tune", "fastvit.tuned", "fastvit.verify", "fastvit.workers"),
+        ("torch", "PIL", "timm"),
     ),
     "fastvit.commands.bench": Layer(
         ("fastvit.commands", "fastvit.report"),

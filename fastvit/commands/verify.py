@@ -25,9 +25,19 @@ def add(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--time-limit", type=positive(float), metavar="SECONDS", help="start no case after this long")
     parser.add_argument("--resume", action="store_true", help="do not repeat what FILE of --json says has passed here")
     parser.add_argument("--jobs", type=positive(int), metavar="N", help="verify in N processes; one a core if not said")
+    parser.add_argument(
+        "--model", metavar="NAME", help="in place of the kernels this model, layer by layer beside timm's"
+    )
+    parser.add_argument(
+        "--checkpoint", type=Path, metavar="FILE", help="--model's weights; drawn at random if not said"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if arguments.model:
+        return _beside_timm(arguments)
+    if arguments.checkpoint:
+        raise UsageError("--checkpoint has no use without --model")
     if not arguments.device.startswith("cuda"):
         # The interpreter's arrays are small: threads cost it twice the time. Read when numpy and torch are imported.
         for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
@@ -112,6 +122,36 @@ def run(arguments: argparse.Namespace) -> int:
             if result.status == "skipped":
                 report.note(f"  {result.case.name}")
     return DONE if counts["passed"] + len(kept) and not counts["failed"] else FAILED
+
+
+def _beside_timm(arguments: argparse.Namespace) -> int:
+    """A model of ours beside timm's of that name, with the same weights."""
+    for option in ("ops", "dtypes", "time_limit", "resume", "jobs"):
+        if getattr(arguments, option):
+            raise UsageError(f"--{option.replace('_', '-')} is of the kernels, and has no use beside --model")
+    device = _common.checked_device(arguments.device)
+    output = arguments.json and _common.check_writable(arguments.json, "--json")
+    try:
+        import timm
+    except ImportError:
+        raise UsageError("--model needs timm: pip install timm") from None
+    import torch
+
+    from .. import create_model, parity_report, report
+    from ..verify import randomise
+
+    with _common.as_usage_error(ValueError, OSError):
+        ours = create_model(arguments.model, checkpoint=arguments.checkpoint)
+    if not arguments.checkpoint:
+        randomise(ours)
+    theirs = timm.create_model(arguments.model, num_classes=ours.num_classes)
+    theirs.load_state_dict(ours.state_dict())
+    images = torch.randn(2, 3, *ours.config.img_size, generator=torch.Generator().manual_seed(0)).to(device)
+    found = parity_report(theirs.to(device).eval(), ours.to(device).eval(), images)
+    if output:
+        report.write_json(output, found.as_dict())
+    print(found)
+    return DONE if found.same else FAILED
 
 
 def _passed_before(arguments: argparse.Namespace, output: Path | None, environment: dict) -> dict[str, dict]:
