@@ -12,6 +12,7 @@ import json
 import pytest
 import torch
 from checkpoints import saved
+from command_line import run
 
 import fastvit
 from fastvit.accuracy import relative_rms
@@ -147,10 +148,14 @@ def test_the_library_takes_what_is_written_for_it(kind, tmp_path):
         again.load_state_dict(convert_checkpoint(path, to="torchvision").state)
     else:
         folder = tmp_path / "written"
-        folder.mkdir()
-        (folder / "model.safetensors").write_bytes(convert_checkpoint(path, to="transformers").safetensors())
-        again, said = type(peer).from_pretrained(folder, config=peer.config, output_loading_info=True)
+        assert run("convert", path, folder, "--to", "transformers") == 0
+        again, said = type(peer).from_pretrained(folder, output_loading_info=True)
         assert not said["unexpected_keys"] and not said["mismatched_keys"]
+        facts, original = again.config.to_dict(), peer.config.to_dict()
+        unread = {"architectures", "dtype", "transformers_version", "_name_or_path", "encoder_stride"}
+        unread |= {"id2label", "label2id"} if not ours.num_classes else set()
+        unread |= {"intermediate_size"} if "Dinov2" in kind else set()
+        assert {name for name in original if facts.get(name) != original[name]} <= unread
         unread = {"embeddings.mask_token", "pooler.dense.weight", "pooler.dense.bias"}
         assert {*said["missing_keys"]} <= unread
         again.eval()
@@ -302,6 +307,21 @@ def test_models_that_a_library_has_not(to, overrides, message, tmp_path):
     path = saved(tmp_path / "w.pth", fastvit.VisionTransformer(fastvit.ViTConfig(**sizes | overrides)).state_dict())
     with pytest.raises(ValueError, match=message):
         convert_checkpoint(path, to=to)
+
+
+def test_no_config_says_what_transformers_dinov2_has_not(tmp_path, capsys):
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 128, "depth": 1, "num_heads": 2, "num_classes": 0}
+    config = fastvit.ViTConfig(**sizes, init_values=0.1, mlp_ratio=2.5)
+    path = saved(tmp_path / "w.pth", fastvit.VisionTransformer(config).state_dict())
+    assert run("convert", path, tmp_path / "folder", "--to", "transformers") == 2
+    assert "transformers' Dinov2 has only whole mlp_ratios, the model has 2.5" in capsys.readouterr().err
+    assert not (tmp_path / "folder").exists()
+
+
+def test_how_images_were_normalised_where_the_format_tells(tmp_path):
+    for kind, mean in (("torchvision", 0.485), ("ViT", 0.5)):
+        model = fastvit.load_checkpoint(None, on_disk(PEERS[kind](), tmp_path / kind))
+        assert model.config.mean[0] == model.pretrained_cfg["mean"][0] == mean
 
 
 def test_a_class_token_without_position_is_written_with_one_of_zeros(tmp_path):

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from . import _common
-from ._common import DONE
+from ._common import DONE, UsageError
 
 LIBRARIES = ("timm", "torchvision", "transformers")
 
@@ -15,20 +15,29 @@ def add(commands: argparse._SubParsersAction) -> None:
     text = "rewrite a checkpoint of any library as safetensors, under timm's names or another library's"
     parser = _common.add_command(commands, "convert", text, run, device=False)
     parser.add_argument("checkpoint", type=Path, metavar="IN", help="a file, or a folder with model.safetensors")
-    parser.add_argument("output", type=Path, metavar="OUT", help=".safetensors")
+    out = ".safetensors; or, for transformers, a folder for its from_pretrained"
+    parser.add_argument("output", type=Path, metavar="OUT", help=out)
     parser.add_argument("--model", help="what the weights have to be of; told by names and shapes if not said")
     parser.add_argument("--to", choices=LIBRARIES, default="timm", help="whose names to write (default: timm)")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    output = _common.check_writable(arguments.output, "OUT")
-    if output.suffix != ".safetensors":
-        raise _common.UsageError(f"OUT {output}: unknown format {output.suffix!r}, expected .safetensors")
+    output, folder = arguments.output, None
+    if arguments.to == "transformers" and output.suffix != ".safetensors":
+        output, folder = output / "model.safetensors", output
+    elif output.suffix != ".safetensors":
+        raise UsageError(f"OUT {output}: unknown format {output.suffix!r}, expected .safetensors")
+    else:
+        _common.check_writable(output, "OUT")
     from ..models.loading import convert_checkpoint
-    from ..report import write_atomically
+    from ..report import write_atomically, write_json
 
     with _common.as_usage_error(ValueError, OSError):
         found = convert_checkpoint(arguments.checkpoint, arguments.model, arguments.to)
+        settings = found.transformers_config() if folder else None
+    if folder:
+        _common.make_folder(folder, "OUT")
+        write_json(folder / "config.json", settings)
     write_atomically(output, found.safetensors())
     print(f"from   {found.source}: {arguments.checkpoint}")
     print(f"model  {_described(found, guessed=arguments.model is None)}")

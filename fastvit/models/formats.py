@@ -27,6 +27,7 @@ class Format:
     several of theirs, stacked along the first axis, timm's is made. spellings: regexes for other names of theirs, and
     what each is in `names`. unused: a regex for names of what no forward pass of ours reads. fold: the class token has
     a position of its own beside registers, which timm adds to the token. layout: what has to be done to the tensors.
+    imagenet: all models that are released so take images normalised with ImageNet's mean and std.
     """
 
     source: str
@@ -36,6 +37,7 @@ class Format:
     unused: str = r"(?!)"
     fold: bool = False
     layout: Callable[[State], State] | None = None
+    imagenet: bool = False
 
 
 def _in_blocks(prefix: str, names: Names) -> Names:
@@ -71,6 +73,7 @@ _TORCHVISION = Format(
         "head.*": "heads.head.*",
     },
     spellings=((r"\.mlp\.linear_1\.", ".mlp.0."), (r"\.mlp\.linear_2\.", ".mlp.3.")),
+    imagenet=True,
 )
 
 # transformers/models/{vit,deit,dinov2,dinov2_with_registers}/modeling_*.py before version 5, and every file to this
@@ -224,7 +227,13 @@ _FLAX = Format(
 
 # The following have timm's names for all that stands in no table.
 # facebookresearch/mae, models_mae.py.
-_MAE = Format("MAE before fine-tuning", r"^decoder_(blocks\.|pos_embed$)", {}, unused=r"^(decoder_|mask_token$)")
+_MAE = Format(
+    "MAE before fine-tuning",
+    r"^decoder_(blocks\.|pos_embed$)",
+    {},
+    unused=r"^(decoder_|mask_token$)",
+    imagenet=True,
+)
 # facebookresearch/deit, models_v2.py.
 _DEIT3 = Format(
     "DeiT III as Meta releases it", r"\.gamma_1$", {f"blocks.#.ls{n}.gamma": f"blocks.#.gamma_{n}" for n in (1, 2)}
@@ -267,6 +276,7 @@ _NOT_READ = {
     "ConvNeXt": r"stages\.0\.(blocks\.)?0\.(conv_dw|dwconv)\.",
 }
 
+_ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "quick_gelu": "quick_gelu", "silu": "silu"}
 _LEAF = re.compile(r"(weight|bias)$")
 BLOCK_NUMBER = re.compile(r"(?<=[._])\d+(?=[./])")
 _PATCH_WEIGHTS = (
@@ -405,3 +415,41 @@ def _split(name: str) -> tuple[str, str, str]:
 
 def _join(template: str, number: str, leaf: str) -> str:
     return template.replace("#", number).replace("*", leaf)
+
+
+def transformers_config(config: ViTConfig) -> dict:
+    """What config.json has to say of the model that `from_timm` writes for transformers; "architectures" names its
+    class. Raises ValueError where there is none."""
+    format, prefix = _writer("transformers", config)
+    gated = config.mlp == "swiglu"
+    family = format.source.removeprefix("transformers' ") + ("WithRegisters" if config.reg_tokens else "")
+    ending = "Model" if not prefix else "ForImageClassification" + ("WithTeacher" if config.distilled else "")
+    types = {"ViT": "vit", "DeiT": "deit", "Dinov2": "dinov2", "Dinov2WithRegisters": "dinov2_with_registers"}
+    hidden = int(config.embed_dim * config.mlp_ratio)
+    facts = {
+        "model_type": types[family],
+        "architectures": [family + ending],
+        "image_size": _one_or_both(config.img_size),
+        "patch_size": _one_or_both(config.patch_size),
+        "num_channels": config.in_chans,
+        "hidden_size": config.embed_dim,
+        "num_hidden_layers": config.depth,
+        "num_attention_heads": config.num_heads,
+        "qkv_bias": config.qkv_bias,
+        "layer_norm_eps": config.norm_eps,
+    }
+    facts |= {} if gated else {"hidden_act": _ACTIVATIONS[config.activation]}
+    facts |= {"num_labels": config.num_classes} if config.num_classes else {}
+    if config.init_values is None:
+        return facts | {"intermediate_size": hidden}
+    # A whole number in place of intermediate_size; of SwiGLU they take two thirds, for gate and value each.
+    ratio = round(hidden / config.embed_dim * (0.75 if gated else 1))
+    theirs = ratio * config.embed_dim
+    if hidden != ((theirs * 2 // 3 + 7) // 8 * 16 if gated else theirs):
+        raise ValueError(f"{format.source} has only whole mlp_ratios, the model has {config.mlp_ratio}")
+    facts |= {"use_swiglu_ffn": gated, "mlp_ratio": ratio}
+    return facts | ({"num_register_tokens": config.reg_tokens} if config.reg_tokens else {})
+
+
+def _one_or_both(pair: tuple[int, int]) -> int | list[int]:
+    return pair[0] if pair[0] == pair[1] else list(pair)

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from .config import ViTConfig
-from .formats import State, from_timm, not_read
+from .config import IMAGENET, ViTConfig
+from .formats import Format, State, from_timm, not_read, transformers_config
 from .infer import classes_of, infer_config
 from .reading import check_path, read_checkpoint
 from .registry import create_model, model_entry
@@ -64,7 +64,7 @@ def load_checkpoint(
     if entry is not None:
         model = create_model(model, num_classes=None if new_classifier else classes_of(state))
     elif model is None:
-        config, names = _infer(state, path)
+        config, names = _infer(state, format, path)
         model = VisionTransformer(config)
         model.pretrained_cfg.update({"architecture": names[0]} if names else {})
     load_weights(model, state, format, path, new_classifier=new_classifier, grid_size=grid_size)
@@ -90,6 +90,10 @@ class Converted:
         tensors = {name: tensor.contiguous() for name, tensor in self.state.items()}
         return save(tensors, {"format": "pt"})  # which transformers insists on
 
+    def transformers_config(self) -> dict:
+        """What config.json says beside tensors for transformers. Raises ValueError where it has no such model."""
+        return transformers_config(self.config)
+
 
 def convert_checkpoint(path: str | os.PathLike, model: str | None = None, to: str = "timm") -> Converted:
     """The tensors in `path` under the names of "timm", "torchvision" or "transformers", in the dtypes that they have.
@@ -101,7 +105,7 @@ def convert_checkpoint(path: str | os.PathLike, model: str | None = None, to: st
     entry = None if model is None else model_entry(model)
     state, format = read_checkpoint(path)
     if entry is None:
-        config, names = _infer(state, path)
+        config, names = _infer(state, format, path)
     else:
         config, names = entry.config, [entry.name]
         with contextlib.suppress(ValueError):  # what keeps the file from telling its sizes is found below
@@ -112,11 +116,12 @@ def convert_checkpoint(path: str | os.PathLike, model: str | None = None, to: st
     return Converted(from_timm(state, to, config), config, names, format.source)
 
 
-def _infer(state: State, path: str | os.PathLike) -> tuple[ViTConfig, list[str]]:
+def _infer(state: State, format: Format, path: str | os.PathLike) -> tuple[ViTConfig, list[str]]:
     try:
-        return infer_config(state)
+        config, names = infer_config(state)
     except ValueError as error:
         source = not_read(state)
         reason = f"does not tell which model it is of: {error}"
         reason = f"holds a checkpoint of {source}, which fastvit does not read" if source else reason
         raise ValueError(f"{os.fspath(path)} {reason}") from error
+    return replace(config, **IMAGENET) if format.imagenet and config.in_chans == 3 else config, names

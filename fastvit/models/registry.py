@@ -17,7 +17,7 @@ import torch
 from fastvit.nn.block import block_indices
 
 from .backbone import FeatureGetterNet
-from .config import ViTConfig
+from .config import IMAGENET, ViTConfig
 from .reading import check_path, read_checkpoint
 from .vision_transformer import VisionTransformer
 from .weights import fetch_pretrained, load_weights
@@ -37,15 +37,14 @@ _SIZES = {  # arXiv 2010.11929 (B, L, H), 2012.12877 (Ti, S), 2204.07118 (M), 23
         **{"mlp": "swiglu", "activation": "silu", "mlp_ratio": 2.66667 * 2},
     },
 }
-_IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 _HEADLESS = {"num_classes": 0}
-_DINOV2 = {**_IMAGENET, **_HEADLESS, "init_values": 1e-5, "crop_pct": 1.0}
+_DINOV2 = {**IMAGENET, **_HEADLESS, "init_values": 1e-5, "crop_pct": 1.0}
 _REGISTERS = {**_DINOV2, "reg_tokens": 4, "no_embed_class": True}
 _FAMILIES = {
     "vit_{size}_patch{patch}_{img}": {},
-    "deit_{size}_patch{patch}_{img}": _IMAGENET,
-    "deit_{size}_distilled_patch{patch}_{img}": {**_IMAGENET, "distilled": True},
-    "deit3_{size}_patch{patch}_{img}": {**_IMAGENET, "no_embed_class": True, "init_values": 1e-6},
+    "deit_{size}_patch{patch}_{img}": IMAGENET,
+    "deit_{size}_distilled_patch{patch}_{img}": {**IMAGENET, "distilled": True},
+    "deit3_{size}_patch{patch}_{img}": {**IMAGENET, "no_embed_class": True, "init_values": 1e-6},
     "vit_{size}_patch{patch}_dinov2": _DINOV2,
     "vit_{size}_patch{patch}_reg4_dinov2": _REGISTERS,
 }
@@ -56,7 +55,7 @@ _UNTRAINED = "untrained"  # timm's tag where there are no weights
 _TABLE = (  # family, size, patch, img, timm's default tag, and what differs
     (_VIT, "tiny", 16, 224, _AUGREG, {}),
     (_VIT, "tiny", 16, 384, _AUGREG, {}),
-    (_VIT, "small", 8, 224, "dino", {**_IMAGENET, **_HEADLESS}),
+    (_VIT, "small", 8, 224, "dino", {**IMAGENET, **_HEADLESS}),
     (_VIT, "small", 16, 224, _AUGREG, {}),
     (_VIT, "small", 16, 384, _AUGREG, {}),
     (_VIT, "small", 32, 224, _AUGREG, {}),
@@ -99,7 +98,7 @@ _TABLE = (  # family, size, patch, img, timm's default tag, and what differs
 )
 # timm's other tags of these names, and what differs from the default tag's.
 _IN21K = {"num_classes": 21843}
-_SELF_SUPERVISED = {**_IMAGENET, **_HEADLESS}
+_SELF_SUPERVISED = {**IMAGENET, **_HEADLESS}
 _OTHER_TAGS = {
     "vit_tiny_patch16_224": {"augreg_in21k": _IN21K},
     "vit_small_patch16_224": {"augreg_in1k": {}, "augreg_in21k": _IN21K, "dino": _SELF_SUPERVISED},
