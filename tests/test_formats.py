@@ -102,6 +102,10 @@ def test_what_a_library_saves_gives_its_outputs(kind, tmp_path):
     # transformers has other names in memory than in its files.
     in_memory = fastvit.load_checkpoint(None, saved(tmp_path / "memory.pth", peer.state_dict())).state_dict()
     torch.testing.assert_close(dict(in_memory), dict(model.state_dict()), rtol=0, atol=0)
+    # A file in half precision, read into a model in float32.
+    half = copy.deepcopy(peer).bfloat16()
+    path = on_disk(half, tmp_path / "half")
+    assert_equal_outputs(fastvit.load_checkpoint(None, path), half.float())
     # In float64 nothing hides behind rounding.
     path = on_disk(peer.double(), tmp_path / "double")
     exact = fastvit.VisionTransformer(model.config, dtype=torch.float64)

@@ -318,8 +318,8 @@ def not_read(state: State) -> str | None:
 def to_timm(state: State) -> tuple[State, Format]:
     """`state` under timm's names, in its dtypes, and the format that it came in. Neither it nor its tensors change.
 
-    Names that the format does not know stay as they are, and so do parts of a tensor that are not all there or do not
-    fit each other: they are found unexpected.
+    A sum of a class token and its position in half precision is in float32. Names that the format does not know stay as
+    they are, and so do parts of a tensor that are not all there or do not fit each other: they are found unexpected.
     """
     format = next((one for one in FORMATS if any(re.search(one.telling, name) for name in state)), _TIMM)
     ours = {}  # theirs -> timm's, which part of it, of how many
@@ -354,7 +354,9 @@ def to_timm(state: State) -> tuple[State, Format]:
     if format.fold and {"reg_token", "cls_token", "pos_embed"} <= found.keys():
         token, position = found["cls_token"], found["pos_embed"][:, :1]
         if token.shape == position.shape:
-            found |= {"cls_token": token + position, "pos_embed": found["pos_embed"][:, 1:]}
+            half = token.dtype in (torch.float16, torch.bfloat16)
+            total = token.float() + position if half else token + position
+            found |= {"cls_token": total, "pos_embed": found["pos_embed"][:, 1:]}
     return found, format
 
 

@@ -111,6 +111,8 @@ def convert_checkpoint(path: str | os.PathLike, model: str | None = None, to: st
         with contextlib.suppress(ValueError):  # what keeps the file from telling its sizes is found below
             told, _ = infer_config(state)
             config = replace(config, img_size=told.img_size, num_classes=told.num_classes)
+    if "cls_token" in state and "pos_embed" in state:  # a sum may be of more precision than what it is of
+        state["cls_token"] = state["cls_token"].to(state["pos_embed"].dtype)
     fitting = {name: tensor for name, tensor in state.items() if name != "mask_token"}
     check_fit(fitting, VisionTransformer(config, device="meta").state_dict(), format, path)
     return Converted(from_timm(state, to, config), config, names, format.source)

@@ -1,8 +1,10 @@
 """`fastvit convert`: what is written, what is said of it, and what stays as it was where it fails."""
 
+import json
+
 import pytest
 import torch
-from command_line import one_line, run
+from command_line import PHOTOS, one_line, read_npz, run
 
 import fastvit
 
@@ -39,6 +41,24 @@ def test_to_another_librarys_and_back(weights, tmp_path, capsys):
     assert said[3] == f"from   transformers' DeiT: {there}"
     torch.testing.assert_close(safetensors.load_file(back), state, rtol=0, atol=0)
     assert "deit.encoder.layer.0.attention.attention.query.weight" in safetensors.load_file(there)
+
+
+def test_what_is_written_for_transformers_is_read_by_the_other_commands(weights, tmp_path, capsys):
+    pytest.importorskip("PIL")
+    path, _ = weights
+    assert run("convert", path, tmp_path / "folder", "--to", "transformers") == 0
+    assert json.loads((tmp_path / "folder" / "config.json").read_text())["num_hidden_layers"] == 12
+    said = []
+    for checkpoint in (path, tmp_path / "folder"):
+        capsys.readouterr()
+        model = ["--model", "deit_tiny_distilled_patch16_224", "--checkpoint", checkpoint]
+        assert run("classify", PHOTOS / "chelsea.jpg", "--device", "cpu", "--json", *model) == 0
+        said.append(capsys.readouterr().out)
+        output = tmp_path / "features.npz"
+        assert run("embed", PHOTOS, "-o", output, "--device", "cpu", *model) == 0
+        said[-1] += str(read_npz(output)[1])
+        output.unlink()
+    assert said[0] == said[1]
 
 
 def test_several_models_of_the_same_shapes_and_none(tmp_path, capsys):
