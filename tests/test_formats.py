@@ -12,11 +12,11 @@ import json
 import pytest
 import torch
 from checkpoints import saved
-from command_line import run
+from command_line import ROOT, run
 
 import fastvit
 from fastvit.accuracy import relative_rms
-from fastvit.models.formats import to_timm
+from fastvit.models import formats
 from fastvit.models.loading import convert_checkpoint
 from fastvit.models.reading import read_checkpoint
 
@@ -220,7 +220,7 @@ def test_what_is_converted_is_left_as_it_was(tmp_path):
     for kind in ("torchvision", "DeiT", "Dinov2 with registers, gated"):
         state = as_trained(PEERS[kind]()).state_dict()
         before = copy.deepcopy(state)
-        to_timm(state)
+        formats.to_timm(state)
         assert list(state) == list(before)
         torch.testing.assert_close(dict(state), dict(before), rtol=0, atol=0)
 
@@ -326,6 +326,12 @@ def test_how_images_were_normalised_where_the_format_tells(tmp_path):
     for kind, mean in (("torchvision", 0.485), ("ViT", 0.5)):
         model = fastvit.load_checkpoint(None, on_disk(PEERS[kind](), tmp_path / kind))
         assert model.config.mean[0] == model.pretrained_cfg["mean"][0] == mean
+
+
+def test_the_page_has_every_format():
+    page = " ".join((ROOT / "docs" / "checkpoints.md").read_text().split())
+    for source in (*(format.source for format in formats.FORMATS), *formats._NOT_READ):
+        assert source in page, source
 
 
 def test_a_class_token_without_position_is_written_with_one_of_zeros(tmp_path):
