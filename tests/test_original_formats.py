@@ -148,6 +148,33 @@ def test_bad_npz(tmp_path):
     assert_state(model, before)
 
 
+@pytest.mark.parametrize("shape", [(), (7,), (1, 0, 128), (1, 17, 64), (2, 17, 128), (0, 17, 128)])
+@pytest.mark.parametrize("name", ["pos_embed", "cls_token", "register_tokens", "patch_embed.proj.weight"])
+def test_tensors_of_any_shape_are_an_error_of_ours(name, shape, tmp_path):
+    source = fastvit.create_model("vit_small_patch14_reg4_dinov2", **{**SIZES, "num_classes": 0})
+    state = {key.replace("reg_token", "register_tokens"): tensor for key, tensor in source.state_dict().items()}
+    state["pos_embed"] = torch.zeros(1, 17, 128)
+    path = saved(tmp_path / "w.pth", state)
+    fastvit.load_checkpoint(source, path)
+    state[name] = torch.zeros(shape)
+    path = saved(path, state)
+    with pytest.raises(ValueError, match="w.pth .*(does not fit the model|does not tell which)"):
+        fastvit.load_checkpoint(source, path)
+    with pytest.raises(ValueError, match="w.pth .*(does not fit the model|does not tell which)"):
+        fastvit.load_checkpoint(None, path)
+
+
+def test_arrays_of_any_shape_are_an_error_of_ours(tmp_path):
+    source = fastvit.create_model("vit_tiny_patch16_224", **SIZES)
+    arrays = flax_arrays(source.state_dict())
+    for change in (lambda arrays: arrays, scanned):
+        for name in [name for name in change(arrays) if "encoderblock_1/" not in name]:
+            for shape in ((), (2, 3, 5)):
+                np.savez(tmp_path / "w.npz", **change(arrays) | {name: np.zeros(shape, np.float32)})
+                with pytest.raises(ValueError, match="w.npz .*does not fit the model"):
+                    fastvit.load_checkpoint(source, tmp_path / "w.npz")
+
+
 @pytest.mark.parametrize("chunked", [True, False])
 @pytest.mark.parametrize("name", ["vit_small_patch14_dinov2", "vit_giant_patch14_reg4_dinov2"])
 def test_original_dinov2_as_timm_reads_it(name, chunked, tmp_path):
@@ -203,8 +230,10 @@ def test_mae_before_fine_tuning(tmp_path):
     decoder = {"mask_token": (1, 1, 64), "decoder_pos_embed": (1, 17, 64), "decoder_embed.weight": (64, 128)}
     decoder |= {"decoder_blocks.0.norm1.weight": (64,), "decoder_norm.bias": (64,), "decoder_pred.weight": (192, 64)}
     state = peer.state_dict() | {name: torch.randn(shape) for name, shape in decoder.items()}
-    model = fastvit.load_checkpoint(None, saved(tmp_path / "w.pth", {"model": state}))
-    assert_state(model, peer.state_dict())
+    path = saved(tmp_path / "w.pth", {"model": state})
+    assert_state(fastvit.load_checkpoint(None, path), peer.state_dict())
+    masked = fastvit.create_model("vit_base_patch16_224", **{**SIZES, "num_classes": 0}, mask_token=True)
+    assert not fastvit.load_checkpoint(masked, path).mask_token.any()  # its own
 
 
 @pytest.mark.parametrize("name", MODELS)

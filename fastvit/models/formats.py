@@ -177,7 +177,7 @@ def _flax_layout(state: State) -> State:
     for name, tensor in state.items():
         if name.startswith("pre_logits/") and zeros:
             continue
-        if "/encoderblock/" in name:  # big_vision's scan over depth
+        if "/encoderblock/" in name and tensor.dim():  # big_vision's scan over depth
             found |= {name.replace("/encoderblock/", f"/encoderblock_{i}/"): one for i, one in enumerate(tensor)}
         else:
             found[name] = tensor
@@ -352,11 +352,10 @@ def to_timm(state: State) -> tuple[State, Format]:
     for parts in waiting.values():
         found |= dict(parts.values())
     if format.fold and {"reg_token", "cls_token", "pos_embed"} <= found.keys():
-        token, position = found["cls_token"], found["pos_embed"][:, :1]
-        if token.shape == position.shape:
-            half = token.dtype in (torch.float16, torch.bfloat16)
-            total = token.float() + position if half else token + position
-            found |= {"cls_token": total, "pos_embed": found["pos_embed"][:, 1:]}
+        token, table = found["cls_token"], found["pos_embed"]
+        if token.dim() == table.dim() == 3 and token.shape == table[:, :1].shape:
+            total = token.float() if token.dtype in (torch.float16, torch.bfloat16) else token
+            found |= {"cls_token": total + table[:, :1], "pos_embed": table[:, 1:]}
     return found, format
 
 
