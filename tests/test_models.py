@@ -192,7 +192,7 @@ def test_list_models():
     tiny = fastvit.list_models(["deit_tiny_*", "vit_tiny_*", "*_tiny_*"])
     assert tiny == [name for name in names if "tiny" in name]
     assert fastvit.list_models(filter="*tiny*", exclude_filters="vit_*") == [n for n in tiny if n.startswith("deit")]
-    assert fastvit.list_models(exclude_filters=["vit_*", "deit_*"]) == []
+    assert fastvit.list_models(exclude_filters=["vit_*", "deit*"]) == []
     for name, value in (("filter", 3), ("filter", ["*", None]), ("exclude_filters", None)):
         with pytest.raises(TypeError, match=f"^{name} is .*, expected a shell pattern or a list of them$"):
             fastvit.list_models(**{name: value})

@@ -15,8 +15,9 @@ from samples import timm_masks
 
 import fastvit
 from fastvit.accuracy import FACTOR, relative_rms
+from fastvit.models.formats import to_timm
 from fastvit.models.registry import MODELS
-from fastvit.models.weights import convert_names, resample_position_table
+from fastvit.models.weights import resample_position_table
 
 timm = pytest.importorskip("timm")
 
@@ -232,7 +233,7 @@ def test_dinov2_with_registers_under_its_original_names():
     peer = transformers.Dinov2WithRegistersModel(transformers.Dinov2WithRegistersConfig(**TRANSFORMERS_SIZES))
     peer = randomise(peer).eval()
     ours = fastvit.create_model("vit_base_patch14_reg4_dinov2", **{**SMALL, "num_classes": 0}).eval()
-    ours.load_state_dict(convert_names(transformers_names(peer.state_dict())))
+    ours.load_state_dict(to_timm(transformers_names(peer.state_dict()))[0])
     images = torch.randn(3, 3, 32, 32)
     with torch.no_grad():
         want = copy.deepcopy(peer).double()(images.double()).pooler_output

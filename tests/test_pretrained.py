@@ -103,14 +103,16 @@ def test_pretrained_weights(tmp_path, hub):
     source = small(patch_size=16, img_size=224)
     content = saved(tmp_path / "model.safetensors", source.state_dict()).read_bytes()
     whole, cut, gone = "vit_tiny_patch16_224", "vit_small_patch16_224", "deit_tiny_patch16_224"
+    tagged = "vit_base_patch16_224.sam_in1k"
     Hub.files = {f"timm/{name}.augreg_in21k_ft_in1k": content for name in (whole, cut)}
+    Hub.files[f"timm/{tagged}"] = content
     Hub.cut = {f"timm/{cut}.augreg_in21k_ft_in1k"}
     endpoint = f"http://127.0.0.1:{hub.server_port}"
-    said = pretrained(tmp_path, endpoint, whole, cut, gone)
+    said = pretrained(tmp_path, endpoint, whole, cut, gone, tagged)
     # 14 x 14 and 7 x 28 have equally many rows, and the table is resampled all the same.
     table = resample_position_table(source.pos_embed, (14, 14), (7, 28), 1)
     loaded = f"loaded {float(table.detach().double().sum())}"
-    assert said[whole] == loaded
+    assert said[whole] == said[tagged] == loaded
     for name, tag in ((cut, "augreg_in21k_ft_in1k"), (gone, "fb_in1k")):
         assert said[name].startswith(f"RuntimeError could not download model.safetensors of timm/{name}.{tag}: "), said
     path = f"/timm/{whole}.augreg_in21k_ft_in1k/resolve/main/model.safetensors"

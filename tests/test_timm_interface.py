@@ -150,16 +150,26 @@ def test_none_leaves_a_field_as_it_is():
     assert config == MODELS[REGISTERS].config
 
 
-def test_names_with_timms_default_tag():
+def test_names_with_timms_tags():
+    """Every tag that timm has of our names, with the facts about its weights and their images."""
     for name, entry in MODELS.items():
-        tag = timm.models.get_pretrained_cfg(name).tag
-        assert fastvit.models.registry.model_entry(f"{name}.{tag}") is entry
-    model = fastvit.create_model(f"{NAME}.augreg_in21k_ft_in1k", device="meta")
-    assert model.pretrained_cfg["architecture"] == NAME
+        default = timm.models.get_pretrained_cfg(name).tag
+        assert fastvit.models.registry.model_entry(f"{name}.{default}") is entry
+        for full in timm.list_pretrained(f"{name}.*"):
+            facts, found = timm.models.get_pretrained_cfg(full), fastvit.models.registry.model_entry(full)
+            assert found.tag == facts.tag and found.hub_id == facts.hf_hub_id, full
+            for field in ("num_classes", "mean", "std", "crop_pct", "interpolation"):
+                assert getattr(found.config, field) == getattr(facts, field), (full, field)
+            assert found.config.img_size == tuple(facts.input_size[1:])
+    model = fastvit.create_model("vit_base_patch16_224.augreg_in21k", device="meta")
+    assert model.pretrained_cfg["architecture"] == "vit_base_patch16_224" and model.num_classes == 21843
+    assert model.pretrained_cfg["hf_hub_id"] == "timm/vit_base_patch16_224.augreg_in21k"
     with pytest.raises(
-        ValueError, match="vit_base_patch16_224 has only the tag 'augreg2_in21k_ft_in1k' here; checkpoint"
+        ValueError, match="expected no tag of vit_base_patch16_384 or one of augreg_in21k_ft_in1k, orig"
     ):
-        fastvit.create_model("vit_base_patch16_224.augreg_in21k")
+        fastvit.create_model("vit_base_patch16_384.augreg_in21k")
+    with pytest.raises(ValueError, match="no weights of vit_huge_patch14_224.untrained"):
+        fastvit.create_model("vit_huge_patch14_224.untrained", pretrained=True)
 
 
 @pytest.mark.parametrize("name", ["vit_base_patch16_siglip_224", "resnet50", "vit_tiny_patch16_22.augreg_in21k"])

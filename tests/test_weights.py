@@ -136,20 +136,31 @@ def test_a_position_table_that_does_not_fit_is_listed_with_the_rest(tmp_path):
 
 
 def test_registers_without_the_rest_of_dinov2_are_listed(tmp_path):
-    with pytest.raises(ValueError, match="unexpected register_tokens"):
+    with pytest.raises(
+        ValueError, match="the original DINOv2, .*missing blocks.0-1.norm1.weight.*; unexpected reg_token"
+    ):
         load_checkpoint(small(), saved(tmp_path / "w.pth", {"register_tokens": torch.zeros(1, 4, 48)}))
 
 
-def test_long_lists_of_misfits_are_cut(tmp_path):
+def test_misfits_alike_in_several_blocks_are_told_once(tmp_path):
     deep, shallow = small(depth=6), small(qkv_bias=False, num_classes=3)
-    path = saved(tmp_path / "w.pth", deep.state_dict())
+    state = deep.state_dict()
+    del state["blocks.1.norm1.bias"]
+    path = saved(tmp_path / "w.pth", state)
     with pytest.raises(ValueError) as error:
         load_checkpoint(shallow, path)
+    rest = {"norm1.weight": "48,", "norm1.bias": "48,", "attn.qkv.weight": "144, 48", "attn.proj.weight": "48, 48"}
+    rest |= {"attn.proj.bias": "48,", "norm2.weight": "48,", "norm2.bias": "48,", "mlp.fc1.weight": "192, 48"}
+    rest |= {"mlp.fc1.bias": "192,", "mlp.fc2.weight": "48, 192", "mlp.fc2.bias": "48,"}
     assert str(error.value) == (
-        f"{path} does not fit the model: unexpected blocks.0.attn.qkv.bias (144,); "
-        "unexpected blocks.1.attn.qkv.bias (144,); unexpected blocks.2.norm1.weight (48,); 47 more unexpected; "
-        "head.weight has shape (1000, 48), expected (3, 48); head.bias has shape (1000,), expected (3,)"
+        f"{path} does not fit the model: missing blocks.1.norm1.bias (48,); "
+        "unexpected blocks.0-5.attn.qkv.bias (144,); "
+        + "".join(f"unexpected blocks.2-5.{name} ({shape}); " for name, shape in rest.items())
+        + "head.weight has shape (1000, 48), expected (3, 48); head.bias has shape (1000,), expected (3,)"
     )
+    del state["blocks.3.norm1.weight"]
+    with pytest.raises(ValueError, match=r"unexpected blocks\.2,4-5\.norm1\.weight"):
+        load_checkpoint(shallow, saved(path, state))
 
 
 @pytest.mark.parametrize("patch_size", [4, 16, (8, 4)])

@@ -6,24 +6,10 @@ from functools import partial
 
 from torch import nn
 
+from fastvit.models.formats import from_timm
+
 from . import Built, _torchvision_shim
 from ._common import copy_into
-
-# Ours to theirs, in this order: the first name of each pair is ours.
-_NAMES = (
-    ("cls_token", "class_token"),
-    ("pos_embed", "encoder.pos_embedding"),
-    ("patch_embed.proj.", "conv_proj."),
-    ("norm1.", "ln_1."),
-    ("norm2.", "ln_2."),
-    ("norm.", "encoder.ln."),
-    ("head.", "heads.head."),
-    ("attn.qkv.", "self_attention.in_proj_"),
-    ("attn.proj.", "self_attention.out_proj."),
-    ("mlp.fc1.", "mlp.0."),
-    ("mlp.fc2.", "mlp.3."),
-    ("blocks.", "encoder.layers.encoder_layer_"),
-)
 
 
 def unfit(peer, case, config, device) -> str | None:
@@ -45,11 +31,7 @@ def build(peer, case, ours, inputs) -> Built:
     _torchvision_shim.install()
     from torchvision.models import VisionTransformer
 
-    config, state = ours.config, {}
-    for name, tensor in ours.state_dict().items():
-        for mine, theirs in _NAMES:
-            name = name.replace(mine, theirs)
-        state[name] = tensor
+    config, state = ours.config, from_timm(ours.state_dict(), "torchvision", ours.config)
     make = partial(
         VisionTransformer,
         image_size=config.img_size[0],

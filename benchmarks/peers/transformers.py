@@ -6,10 +6,10 @@ from functools import partial
 
 import torch
 
+from fastvit.models.formats import transformers_config
+
 from . import Built, _torchvision_shim
 from ._common import copy_into
-
-_ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "quick_gelu": "quick_gelu", "silu": "silu"}
 
 # Ours to theirs: the part of a name that every family has in common, and what ViT and DeiT, and Dinov2, call the rest.
 _NAMES = {
@@ -48,40 +48,14 @@ def build(peer, case, ours, inputs) -> Built:
     _torchvision_shim.install()
     import transformers
 
-    config, mlp = ours.config, ours.blocks[0].mlp
-    arguments = {
-        "image_size": list(config.img_size),
-        "patch_size": list(config.patch_size),
-        "num_channels": config.in_chans,
-        "hidden_size": config.embed_dim,
-        "num_hidden_layers": config.depth,
-        "num_attention_heads": config.num_heads,
-        "intermediate_size": mlp.fc1.out_features,
-        "hidden_act": _ACTIVATIONS[config.activation],
-        "qkv_bias": config.qkv_bias,
-        "layer_norm_eps": config.norm_eps,
-        "num_labels": config.num_classes,
-        "attn_implementation": "sdpa",
-    }
-    prefix, pick = "", lambda out: out.pooler_output  # Dinov2's is the normalised class token
-    if config.init_values is not None:
-        family = "Dinov2WithRegisters" if config.reg_tokens else "Dinov2"
-        make = getattr(transformers, f"{family}Model")
-        # A whole number in place of intermediate_size; of SwiGLU they take two thirds, for gate and value each.
-        gated = config.mlp == "swiglu"
-        ratio = round(mlp.fc1.out_features / config.embed_dim * (0.75 if gated else 1))
-        arguments |= {"use_swiglu_ffn": gated, "mlp_ratio": ratio, "num_register_tokens": config.reg_tokens}
-    elif config.distilled:
-        family, prefix, pick = "DeiT", "deit.", lambda out: out.logits
-        make = transformers.DeiTForImageClassificationWithTeacher
-    elif config.num_classes:
-        family, prefix, pick = "ViT", "vit.", lambda out: out.logits
-        make = transformers.ViTForImageClassification
-    else:
-        family, pick = "ViT", lambda out: out.last_hidden_state[:, 0]
-        make = partial(transformers.ViTModel, add_pooling_layer=False)
-
-    theirs = getattr(transformers, f"{family}Config")(**arguments)
+    config, prefix, pick = ours.config, "", lambda out: out.pooler_output  # Dinov2's is the normalised class token
+    facts = transformers_config(config)
+    make = getattr(transformers, facts["architectures"][0])
+    if config.num_classes:
+        prefix, pick = ("deit." if config.distilled else "vit."), lambda out: out.logits
+    elif config.init_values is None:
+        make, pick = partial(make, add_pooling_layer=False), lambda out: out.last_hidden_state[:, 0]
+    theirs = transformers.AutoConfig.for_model(**facts, attn_implementation="sdpa")
     model = copy_into(ours, lambda: make(theirs), _convert(ours.state_dict(), config, prefix))
     return Built(lambda images: pick(model(images)), "positions of the prefix zero" if config.no_embed_class else "")
 

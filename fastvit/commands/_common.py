@@ -36,12 +36,18 @@ def as_usage_error(*kinds: type[Exception]) -> Iterator[None]:
 
 
 def add_command(
-    commands: argparse._SubParsersAction, name: str, text: str, run: Callable[[argparse.Namespace], int]
+    commands: argparse._SubParsersAction,
+    name: str,
+    text: str,
+    run: Callable[[argparse.Namespace], int],
+    device: bool = True,
 ) -> argparse.ArgumentParser:
-    """The parser of a new command, which does `run`; `text` is its line in `fastvit --help`."""
+    """The parser of a new command, which does `run`; `text` is its line in `fastvit --help`. device: whether it
+    computes anything, on a device that can be chosen."""
     parser = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
     parser.set_defaults(run=run)
-    parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda or cuda:N")
+    if device:
+        parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda or cuda:N")
     return parser
 
 

@@ -60,11 +60,11 @@ def _classes(arguments: argparse.Namespace, config) -> int:
     """How many classes there are: those of the checkpoint's classifier if it has one, else the model's own."""
     if arguments.pretrained:
         return config.num_classes
-    from ..models.weights import read_state_dict
+    from ..models.infer import classes_of
+    from ..models.reading import read_checkpoint
 
     with _common.as_usage_error(ValueError, OSError):
-        head = read_state_dict(arguments.checkpoint).get("head.weight")
-    return len(head) if head is not None and head.dim() else config.num_classes
+        return classes_of(read_checkpoint(arguments.checkpoint)[0]) or config.num_classes
 
 
 def imagenet_classes() -> list[str]:

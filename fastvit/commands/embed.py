@@ -115,11 +115,14 @@ def _weights(arguments: argparse.Namespace) -> str:
     """What tells these weights from others: the checkpoint's path, size and modification time."""
     if arguments.pretrained:
         return "pretrained"
+    from ..models.reading import weights_file
+
+    path = Path(weights_file(arguments.checkpoint)).resolve()
     try:
-        status = arguments.checkpoint.stat()
+        status = path.stat()
     except OSError:
         raise UsageError(f"no checkpoint at {arguments.checkpoint}") from None
-    return f"{arguments.checkpoint.resolve()}, {status.st_size} bytes, modified {status.st_mtime_ns} ns"
+    return f"{path}, {status.st_size} bytes, modified {status.st_mtime_ns} ns"
 
 
 @contextlib.contextmanager

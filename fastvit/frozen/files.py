@@ -10,7 +10,7 @@ import os
 import torch
 
 from fastvit.models.config import ViTConfig
-from fastvit.models.weights import check_path
+from fastvit.models.reading import check_path
 
 from .plan import OPERATIONS, Plan, Step
 
@@ -44,7 +44,7 @@ def load(path: str | os.PathLike) -> tuple[Plan, dict]:
     except ImportError as error:
         raise ImportError(f"reading {path} needs safetensors: pip install 'fastvit[hub]'") from error
     path = os.fspath(path)
-    if not os.path.exists(path):
+    if not os.path.isfile(path):
         raise FileNotFoundError(f"no file {path}")
     try:
         with safe_open(path, "pt") as file:

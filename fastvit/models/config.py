@@ -16,6 +16,8 @@ MLPS = {"mlp": Mlp, "swiglu": SwiGLU}
 POS_RESAMPLING = ("antialias", "bicubic", "dinov2")
 # Pillow's filters, by timm's names.
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
+# How images were normalised that most models but Google's were trained on.
+IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 _FLAGS = ("qkv_bias", "class_token", "no_embed_class", "distilled", "final_norm")
 _FLAGS += ("dynamic_img_size", "dynamic_img_pad", "mask_token")
 _RATES = ("drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate")

@@ -17,15 +17,17 @@ import torch
 from fastvit.nn.block import block_indices
 
 from .backbone import FeatureGetterNet
-from .config import ViTConfig
+from .config import IMAGENET, ViTConfig
+from .reading import check_path, read_checkpoint
 from .vision_transformer import VisionTransformer
-from .weights import check_path, fetch_pretrained, load_checkpoint
+from .weights import fetch_pretrained, load_weights
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-_SIZES = {  # arXiv 2010.11929 (B, L, H), 2012.12877 (Ti, S), 2304.07193 (g)
+_SIZES = {  # arXiv 2010.11929 (B, L, H), 2012.12877 (Ti, S), 2204.07118 (M), 2304.07193 (g)
     "tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3},
     "small": {"embed_dim": 384, "depth": 12, "num_heads": 6},
+    "medium": {"embed_dim": 512, "depth": 12, "num_heads": 8},
     "base": {"embed_dim": 768, "depth": 12, "num_heads": 12},
     "large": {"embed_dim": 1024, "depth": 24, "num_heads": 16},
     "huge": {"embed_dim": 1280, "depth": 32, "num_heads": 16},
@@ -35,25 +37,25 @@ _SIZES = {  # arXiv 2010.11929 (B, L, H), 2012.12877 (Ti, S), 2304.07193 (g)
         **{"mlp": "swiglu", "activation": "silu", "mlp_ratio": 2.66667 * 2},
     },
 }
-_IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 _HEADLESS = {"num_classes": 0}
-_DINOV2 = {**_IMAGENET, **_HEADLESS, "init_values": 1e-5, "crop_pct": 1.0}
+_DINOV2 = {**IMAGENET, **_HEADLESS, "init_values": 1e-5, "crop_pct": 1.0}
 _REGISTERS = {**_DINOV2, "reg_tokens": 4, "no_embed_class": True}
 _FAMILIES = {
     "vit_{size}_patch{patch}_{img}": {},
-    "deit_{size}_patch{patch}_{img}": _IMAGENET,
-    "deit_{size}_distilled_patch{patch}_{img}": {**_IMAGENET, "distilled": True},
+    "deit_{size}_patch{patch}_{img}": IMAGENET,
+    "deit_{size}_distilled_patch{patch}_{img}": {**IMAGENET, "distilled": True},
+    "deit3_{size}_patch{patch}_{img}": {**IMAGENET, "no_embed_class": True, "init_values": 1e-6},
     "vit_{size}_patch{patch}_dinov2": _DINOV2,
     "vit_{size}_patch{patch}_reg4_dinov2": _REGISTERS,
 }
-_VIT, _DEIT, _DEIT_DISTILLED, _DINO2, _DINO2_REG = _FAMILIES
+_VIT, _DEIT, _DEIT_DISTILLED, _DEIT3, _DINO2, _DINO2_REG = _FAMILIES
 
 _AUGREG = "augreg_in21k_ft_in1k"
 _UNTRAINED = "untrained"  # timm's tag where there are no weights
 _TABLE = (  # family, size, patch, img, timm's default tag, and what differs
     (_VIT, "tiny", 16, 224, _AUGREG, {}),
     (_VIT, "tiny", 16, 384, _AUGREG, {}),
-    (_VIT, "small", 8, 224, "dino", {**_IMAGENET, **_HEADLESS}),
+    (_VIT, "small", 8, 224, "dino", {**IMAGENET, **_HEADLESS}),
     (_VIT, "small", 16, 224, _AUGREG, {}),
     (_VIT, "small", 16, 384, _AUGREG, {}),
     (_VIT, "small", 32, 224, _AUGREG, {}),
@@ -77,6 +79,14 @@ _TABLE = (  # family, size, patch, img, timm's default tag, and what differs
     (_DEIT_DISTILLED, "small", 16, 224, "fb_in1k", {}),
     (_DEIT_DISTILLED, "base", 16, 224, "fb_in1k", {}),
     (_DEIT_DISTILLED, "base", 16, 384, "fb_in1k", {}),
+    (_DEIT3, "small", 16, 224, "fb_in1k", {}),
+    (_DEIT3, "small", 16, 384, "fb_in1k", {}),
+    (_DEIT3, "medium", 16, 224, "fb_in1k", {}),
+    (_DEIT3, "base", 16, 224, "fb_in1k", {}),
+    (_DEIT3, "base", 16, 384, "fb_in1k", {}),
+    (_DEIT3, "large", 16, 224, "fb_in1k", {}),
+    (_DEIT3, "large", 16, 384, "fb_in1k", {}),
+    (_DEIT3, "huge", 14, 224, "fb_in1k", {}),
     (_DINO2, "small", 14, 518, "lvd142m", {}),
     (_DINO2, "base", 14, 518, "lvd142m", {}),
     (_DINO2, "large", 14, 518, "lvd142m", {}),
@@ -86,11 +96,43 @@ _TABLE = (  # family, size, patch, img, timm's default tag, and what differs
     (_DINO2_REG, "large", 14, 518, "lvd142m", {}),
     (_DINO2_REG, "giant", 14, 518, "lvd142m", {}),
 )
+# timm's other tags of these names, and what differs from the default tag's.
+_IN21K = {"num_classes": 21843}
+_SELF_SUPERVISED = {**IMAGENET, **_HEADLESS}
+_OTHER_TAGS = {
+    "vit_tiny_patch16_224": {"augreg_in21k": _IN21K},
+    "vit_small_patch16_224": {"augreg_in1k": {}, "augreg_in21k": _IN21K, "dino": _SELF_SUPERVISED},
+    "vit_small_patch16_384": {"augreg_in1k": {}},
+    "vit_small_patch32_224": {"augreg_in21k": _IN21K},
+    "vit_base_patch8_224": {"augreg_in21k_ft_in1k": {}, "augreg_in21k": _IN21K, "dino": _SELF_SUPERVISED},
+    "vit_base_patch16_224": {
+        **{"augreg_in21k_ft_in1k": {}, "orig_in21k_ft_in1k": {}, "augreg_in1k": {}, "sam_in1k": {}},
+        **{"orig_in21k": _HEADLESS, "augreg_in21k": _IN21K, "dino": _SELF_SUPERVISED, "mae": _SELF_SUPERVISED},
+        "bamboo": {
+            "num_classes": 115217,
+            "mean": (0.48145466, 0.4578275, 0.40821073),
+            "std": (0.26862954, 0.26130258, 0.27577711),
+            "crop_pct": 1.0,
+        },
+    },
+    "vit_base_patch16_384": {"orig_in21k_ft_in1k": {}, "augreg_in1k": {}},
+    "vit_base_patch32_224": {"augreg_in1k": {}, "sam_in1k": {}, "orig_in21k": _HEADLESS, "augreg_in21k": _IN21K},
+    "vit_base_patch32_384": {"augreg_in1k": {}},
+    "vit_large_patch16_224": {"orig_in21k": _HEADLESS, "augreg_in21k": _IN21K, "mae": _SELF_SUPERVISED},
+    "vit_huge_patch14_224": {_UNTRAINED: {"num_classes": 1000}, "mae": _SELF_SUPERVISED},
+    **{
+        f"deit3_{size}": {"fb_in22k_ft_in1k": {"crop_pct": 1.0}}
+        for size in (
+            *("small_patch16_224", "small_patch16_384", "medium_patch16_224", "base_patch16_224"),
+            *("base_patch16_384", "large_patch16_224", "large_patch16_384", "huge_patch14_224"),
+        )
+    },
+}
 
 
 @dataclass(frozen=True)
 class ModelEntry:
-    """One known model: its name, its configuration, and the tag of timm's default weights."""
+    """One known model: its name, its configuration, and the tag of timm's weights that are meant."""
 
     name: str
     config: ViTConfig
@@ -126,9 +168,9 @@ def _matching(name: str, patterns: str | Sequence[str]) -> set[str]:
 
 
 def model_entry(name: str) -> ModelEntry:
-    """The table's entry of `name`, which may end in "." and timm's default tag.
+    """The table's entry of `name`, which may end in "." and one of timm's tags; without, the default one is meant.
 
-    Raises TypeError for what is no string, ValueError for an unknown name, with the nearest ones, or another tag.
+    Raises TypeError for what is no string, and ValueError for an unknown name, with the nearest ones, or tag.
     """
     if not isinstance(name, str):
         raise TypeError(f"name is {name!r}, expected the name of a model, as fastvit.list_models() has them")
@@ -137,10 +179,13 @@ def model_entry(name: str) -> ModelEntry:
         near = difflib.get_close_matches(known, MODELS, n=3, cutoff=0.5)
         hint = f"did you mean {', '.join(near)}? " if near else ""
         raise ValueError(f"unknown model {name!r}; {hint}fastvit.list_models() has them all")
-    entry = MODELS[known]
-    if tag not in ("", entry.tag):
-        raise ValueError(f"name is {name!r}, but {known} has only the tag {entry.tag!r} here; checkpoint loads others")
-    return entry
+    entry, others = MODELS[known], _OTHER_TAGS.get(known, {})
+    if tag in ("", entry.tag):
+        return entry
+    if tag not in others:
+        tags = ", ".join([entry.tag, *others])
+        raise ValueError(f"name is {name!r}, expected no tag of {known} or one of {tags}; checkpoint loads any file")
+    return ModelEntry(known, replace(entry.config, **others[tag]), tag)
 
 
 def create_model(
@@ -156,10 +201,11 @@ def create_model(
 ) -> VisionTransformer | FeatureGetterNet:
     """Build the known model `name`, with any field of ViTConfig overridden, on `device` and in `dtype`.
 
-    name: one of `list_models()`; timm's default tag may follow it ("vit_tiny_patch16_224.augreg_in21k_ft_in1k").
-    pretrained: load timm's default weights of that name from the Hugging Face hub (or its local cache); checkpoint:
-    load a .safetensors or .pth file instead. The position table is resampled where img_size asks for another grid. A
-    classifier of another width is left at its random start if num_classes is overridden, and is an error if not.
+    name: one of `list_models()`; one of timm's tags may follow it ("vit_base_patch16_224.augreg_in21k"), else its
+    default one is meant. pretrained: load timm's weights of that name and tag from the Hugging Face hub (or its local
+    cache); checkpoint: load a file instead, of any format that `load_checkpoint` reads. The position table is resampled
+    where img_size asks for another grid. A classifier of another width is left at its random start if num_classes is
+    overridden, and is an error if not.
 
     features_only: a `FeatureGetterNet` over the blocks `out_indices`, the last n for an int, 3 for None. device and
     dtype default to torch's. An override of None leaves the field as it is. Where in_chans differs from the table's,
@@ -204,7 +250,8 @@ def create_model(
         # Only of the hub's own files is it known which grid their position table has.
         grid_size = entry.config.grid_size if pretrained else None
         new_classifier = features_only or "num_classes" in overrides
-        load_checkpoint(model, checkpoint, new_classifier=new_classifier, grid_size=grid_size)
+        found = read_checkpoint(checkpoint)
+        load_weights(model, *found, checkpoint, new_classifier=new_classifier, grid_size=grid_size)
     return FeatureGetterNet(model, out_indices) if features_only else model
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints: reading, renaming, fitting to the model, checking, loading; and the hub's files."""
+"""Weights under timm's names: fitting them to the model, checking, loading; and the hub's files."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import math
 import operator
 import os
 import queue
-import re
 import threading
 
 import torch
@@ -15,76 +14,23 @@ from torch import nn
 
 from fastvit.nn.patch_embed import resample_patch_weight
 
-from .config import ViTConfig
+from .formats import BLOCK_NUMBER, Format, State, not_read
 
 _HEADS = ("head.", "head_dist.")
 _PATCH_WEIGHT = "patch_embed.proj.weight"
-# Entries of training files that hold the weights. The first one wins: averaged weights before raw ones, as in timm, and
-# DINO's teacher before its student. An entry of another name is taken where only that one has a patch projection.
-_WRAPPERS = ("state_dict_ema", "model_ema", "teacher", "state_dict", "model", "model_state_dict")
-# Objects that training files hold beside the tensors, and that weights_only stops at.
-_BESIDE_TENSORS = (
-    "argparse.Namespace",
-    *(f"{module}.{system}Path" for module in ("pathlib", "pathlib._local") for system in ("Posix", "Windows")),
-    *(f"numpy.{core}.multiarray.{maker}" for core in ("core", "_core") for maker in ("scalar", "_reconstruct")),
-    "numpy.ndarray",
-    "numpy.dtype",
-)
-# Formats of other releases, and a name that tells each; where one has another's names as well, it comes first.
-_OTHER_FORMATS = {
-    "torchvision's VisionTransformer": r"conv_proj\.",
-    "Swin": r"(layers\.\d+\.blocks|features\.\d+)\.\d+\..*relative_position_bias_table",
-    "BEiT or EVA": r"attn\.q_bias",
-    "DeiT III or CaiT as Meta releases it": r"blocks\.\d+\.gamma_1",
-    "MAE before fine-tuning": r"decoder_(blocks|pos_embed)",
-    "Segment Anything or ViTDet": r"attn\.rel_pos_h",
-    "CLIP as OpenAI and OpenCLIP release it": r"transformer\.resblocks\.",
-    "DINOv3 as Meta releases it": r"storage_tokens|rope_embed\.periods",
-    "mmpretrain": r"layers\.\d+\.ln1\.",
-    "transformers' CLIP": r"embeddings\.class_embedding",
-    "transformers' SigLIP": r"embeddings\.patch_embedding\.",
-    "transformers' DINOv3": r"embeddings\.patch_embeddings\.weight",
-    "transformers' DeiT": r"embeddings\.distillation_token",
-    "transformers' Dinov2": r"layer_scale1\.lambda1",
-    "transformers' ViT": r"embeddings\.patch_embeddings\.",
-    "ResNet": r"layer1\.0\.conv1\.",
-    "ConvNeXt": r"stages\.0\.(blocks\.)?0\.(conv_dw|dwconv)\.",
-}
 
 
-def load_checkpoint(
+def load_weights(
     model: nn.Module,
+    state: State,
+    format: Format,
     path: str | os.PathLike,
     *,
     new_classifier: bool = False,
     grid_size: tuple[int, int] | None = None,
 ) -> None:
-    """Load the weights in `path` into a VisionTransformer, cast to its dtype: all that the model has, or none at all.
-
-    The file is .safetensors, or of torch.save and readable without running code; names are timm's or those of the
-    original DINOv2. From a training checkpoint the first of these entries is taken: state_dict_ema, model_ema, teacher,
-    state_dict, model, model_state_dict; else the only one that holds a model of such names. A prefix that the whole
-    model has ("module.", "_orig_mod.", "backbone.", "model.") is removed, and what lies outside of it is left out, as
-    DINO's projection head is.
-
-    A position table of another grid is resampled by the config's policy; that grid is `grid_size` (rows, columns) if
-    given, else the model's own if the rows agree, else a square. So is a projection of patches of another size. RGB
-    weights are summed for a model of one channel, and repeated and scaled for other numbers, as in timm. A mask_token
-    that only the file has is left out; one that only the model has stays.
-
-    new_classifier: a classifier that the file lacks or that does not fit stays the model's own. So, with it, does a
-    final norm that the file has on the other side of the pool (`norm` or `fc_norm`), as in timm. Without new_classifier
-    both are errors.
-
-    Raises ValueError for a file that cannot be read, and where tensors are missing, unexpected or of another shape,
-    with the first few of each and the format if it is a known one of another library; FileNotFoundError; ImportError
-    where safetensors is not installed; and TypeError for a model of another class and a path that is none.
-    """
-    if not isinstance(getattr(model, "config", None), ViTConfig):
-        name = f"{type(model).__module__}.{type(model).__qualname__}"
-        raise TypeError(f"model is a {name}, expected a fastvit.VisionTransformer")
-    check_path("path", path)
-    state = convert_names(read_state_dict(path))
+    """Load what `reading.read_checkpoint` found at `path` into a VisionTransformer, as `load_checkpoint` says."""
+    state = dict(state)
     wanted = model.state_dict()
     if any(tensor.is_meta for tensor in wanted.values()):
         raise ValueError("model is on the meta device, expected one with storage: call model.to_empty first")
@@ -103,161 +49,58 @@ def load_checkpoint(
             moved = ("fc_norm.weight" in state) != ("fc_norm.weight" in wanted)
             state = _keep_own(state, wanted, (*_HEADS, "norm.", "fc_norm.") if moved else _HEADS)
 
-    if misfit := _misfit(state, wanted):
-        raise ValueError(f"{os.fspath(path)} {misfit}")
+    check_fit(state, wanted, format, path)
     model.load_state_dict(state)
 
 
-def check_path(name: str, path) -> None:
-    """Raise TypeError unless `path` is a path, ValueError for a directory."""
-    if not isinstance(path, (str, os.PathLike)):
-        raise TypeError(f"{name} is a {type(path).__name__}, expected a path; load_state_dict takes tensors")
-    if os.path.isdir(path):
-        raise ValueError(f"{name} is {os.fspath(path)!r}, a directory, expected a .safetensors or .pth file")
-
-
-def _misfit(state, wanted):
-    """What keeps `state` from fitting a model whose state_dict is `wanted`, in one line; "" if nothing does."""
-    missing = [f"missing {name} {tuple(wanted[name].shape)}" for name in wanted if name not in state]
-    unexpected = [f"unexpected {name} {tuple(state[name].shape)}" for name in state if name not in wanted]
-    misshaped = [
-        f"{name} has shape {tuple(state[name].shape)}, expected {tuple(tensor.shape)}"
+def check_fit(state: State, wanted: State, format: Format, path: str | os.PathLike) -> None:
+    """Raise ValueError, with all names that are missing, unexpected or misshaped, unless `state`, which was found at
+    `path` in `format`, has the names and shapes of `wanted`, a model's state_dict."""
+    problems = _listed("missing ", {name: str(tuple(t.shape)) for name, t in wanted.items() if name not in state})
+    problems += _listed("unexpected ", {name: str(tuple(t.shape)) for name, t in state.items() if name not in wanted})
+    misshaped = {
+        name: f"has shape {tuple(state[name].shape)}, expected {tuple(tensor.shape)}"
         for name, tensor in wanted.items()
         if name in state and state[name].shape != tensor.shape
-    ]
-    problems = []
-    for kind, found in (("missing", missing), ("unexpected", unexpected), ("misshaped", misshaped)):
-        problems += found[:3] + ([f"{len(found) - 3} more {kind}"] if len(found) > 3 else [])
+    }
+    problems += _listed("", misshaped)
     if not problems:
-        return ""
-    names = "\n".join(state)
-    for source, telling in _OTHER_FORMATS.items():
-        if re.search(telling, names):
-            return f"holds a checkpoint of {source}, expected timm's names: {'; '.join(problems)}"
+        return
+    if source := not_read(state):
+        raise ValueError(f"{os.fspath(path)} holds a checkpoint of {source}, which fastvit does not read")
     if "norm.weight" in state and "fc_norm.weight" in wanted:
         problems.append("the file has its norm before the pool, as a model with fc_norm=False")
     if "fc_norm.weight" in state and "norm.weight" in wanted:
         problems.append("the file has its norm after the pool, as a model with fc_norm=True")
-    return f"does not fit the model: {'; '.join(problems)}"
+    whose = "" if format.source == "timm" else f"holds a checkpoint of {format.source}, which "
+    raise ValueError(f"{os.fspath(path)} {whose}does not fit the model: {'; '.join(problems)}")
+
+
+def _listed(kind: str, said_of: dict[str, str]) -> list[str]:
+    """`kind`, a name and what is said of it, for every name; for names alike but for their block's number, once."""
+    numbers_of: dict[tuple[str, ...], list[int]] = {}
+    for name, said in said_of.items():
+        number = BLOCK_NUMBER.search(name)
+        alike = (name, "") if number is None else (name[: number.start()], name[number.end() :])
+        numbers_of.setdefault((*alike, said), []).extend([] if number is None else [int(number.group())])
+    return [f"{kind}{before}{_ranges(numbers)}{after} {said}" for (before, after, said), numbers in numbers_of.items()]
+
+
+def _ranges(numbers: list[int]) -> str:
+    """[0, 1, 2, 5] -> "0-2,5"."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def _keep_own(state, wanted, prefixes):
     """`state` with the model's own tensors, `wanted`, in place of those whose names begin with one of `prefixes`."""
     kept = {name: tensor for name, tensor in state.items() if not name.startswith(prefixes)}
     return kept | {name: tensor for name, tensor in wanted.items() if name.startswith(prefixes)}
-
-
-def read_state_dict(path: str | os.PathLike) -> dict[str, torch.Tensor]:
-    """The tensors of one model in a .safetensors or torch file by name, on the CPU, out of any wrapper and prefix.
-
-    Raises FileNotFoundError, ImportError where safetensors is not installed, and ValueError for a file that cannot be
-    read without running code or at all, and for one that holds several models or anything but tensors.
-    """
-    path = os.fspath(path)
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"no checkpoint at {path}")
-    state = _read_safetensors(path) if path.endswith(".safetensors") else _read_torch_file(path)
-    while isinstance(state, dict):
-        inner = next((entry for entry in map(state.get, _WRAPPERS) if isinstance(entry, dict) and entry), None)
-        if inner is None:
-            named = [name for name, entry in state.items() if isinstance(entry, dict) and _model_prefixes(entry)]
-            if len(named) > 1:
-                entries = " and ".join(map(repr, named))
-                raise ValueError(f"{path} holds models as {entries}, expected one: save it alone")
-            if not named:
-                break
-            inner = state[named[0]]
-        state = inner
-    if not isinstance(state, dict):
-        raise ValueError(f"{path} holds a {type(state).__name__}, expected tensors by name")
-    for name, tensor in state.items():
-        real = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided and not tensor.is_complex()
-        if not isinstance(name, str) or not real:
-            raise ValueError(f"{path} holds {name!r}, a {type(tensor).__name__}, expected dense real tensors by name")
-
-    state = {name.replace("_orig_mod.", ""): tensor for name, tensor in state.items()}  # torch.compile's, anywhere
-    prefixes = _model_prefixes(state)
-    if "" in prefixes or not prefixes:
-        return state
-    if len(prefixes) > 1:
-        raise ValueError(f"{path} holds models under {' and '.join(map(repr, prefixes))}, expected one: save it alone")
-    return {name.removeprefix(prefixes[0]): v for name, v in state.items() if name.startswith(prefixes[0])}
-
-
-def _model_prefixes(state):
-    """What stands before the patch projection's name in `state`: a prefix for each model that is in it."""
-    return [name.removesuffix(_PATCH_WEIGHT) for name in map(str, state) if f".{name}".endswith(f".{_PATCH_WEIGHT}")]
-
-
-def _read_safetensors(path):
-    try:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-    except ImportError as error:
-        raise ImportError(f"reading {path} needs safetensors: pip install 'fastvit[hub]'") from error
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} cannot be read as a safetensors file: {error}") from error
-
-
-class _Ignored:
-    """Stands in for an object beside the tensors: whatever the file would make it from, it keeps and runs nothing."""
-
-    def __new__(cls, *_):
-        return super().__new__(cls)
-
-    def __init__(self, *_):
-        pass
-
-    def __setstate__(self, _):
-        pass
-
-
-def _read_torch_file(path):
-    if path.endswith(".npz"):
-        raise ValueError(f"{path} is a NumPy archive, as JAX models come in, expected a torch or safetensors file")
-    with open(path, "rb") as file:
-        start = file.read(16)
-    refused = f"{path} cannot be read as a torch file of plain tensors"
-    if not start.startswith((b"PK", b"\x80")):  # a zip archive, or in old files a pickle
-        raise ValueError(f"{refused}: it begins with {start!r}")
-    try:
-        with torch.serialization.safe_globals([(_Ignored, name) for name in _BESIDE_TENSORS]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # on garbage the unpickler raises KeyError, IndexError, struct.error and more
-        reason = _reason(error)
-        advice = "; a file of model.state_dict() alone can be read" if "GLOBAL" in reason else ""
-        raise ValueError(f"{refused}: {reason}{advice}") from error
-
-
-def _reason(error):
-    """What torch.load found wrong, in one line, without its advice to run what is in the file."""
-    framing = ("Weights only load failed", "(1)", "(2)", "Check the documentation")
-    for line in str(error).splitlines():
-        line = re.split(r"\.? *(?:Please|In PyTorch)|\.$", line.split("WeightsUnpickler error:")[-1].strip())[0]
-        if line and not line.startswith(framing):
-            return line
-    return type(error).__name__
-
-
-def convert_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """`state` under timm's names, with original DINOv2 files (arXiv 2304.07193) brought over.
-
-    Those have register_tokens, mlp.w12 and mlp.w3, blocks in chunks (blocks.<chunk>.<block>), and with registers a
-    position for the class token, which timm has folded into the token. Old ViT files have an unused pre_logits layer.
-    """
-    renamed = {}
-    for name, tensor in state.items():
-        name = re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", name)
-        name = name.replace(".mlp.w12.", ".mlp.fc1.").replace(".mlp.w3.", ".mlp.fc2.")
-        if not name.startswith("pre_logits."):
-            renamed[name] = tensor
-    if {"register_tokens", "cls_token", "pos_embed"} <= renamed.keys():
-        renamed["reg_token"] = renamed.pop("register_tokens")
-        renamed["cls_token"] = renamed["cls_token"] + renamed["pos_embed"][:, :1]
-        renamed["pos_embed"] = renamed["pos_embed"][:, 1:]
-    return renamed
 
 
 def _fit_channels(weight, in_chans):

@@ -20,7 +20,7 @@ def test_help_does_not_import_torch():
     code += "assert not {'torch', 'triton', 'numpy', 'PIL'} & set(sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
-    for command in ("info", "verify", "bench", "embed", "classify", "attention"):
+    for command in ("info", "verify", "bench", "embed", "classify", "attention", "convert"):
         assert command in done.stdout
 
 

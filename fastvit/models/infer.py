@@ -1,0 +1,96 @@
+"""Which model weights are of, told by their names and shapes."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import replace
+
+from .config import ViTConfig
+from .formats import State
+from .registry import MODELS
+
+# The fields that shapes tell, besides image size, channels and classes. Activation, eps, the start of layer scale, and
+# how images are prepared leave no trace.
+_TOLD = ("embed_dim", "depth", "patch_size", "mlp", "qkv_bias", "class_token", "reg_tokens", "no_embed_class")
+_TOLD += ("distilled", "final_norm", "norm_after_pool")
+
+
+def infer_config(state: State) -> tuple[ViTConfig, list[str]]:
+    """The config of the model that `state`, under timm's names, is of, and the names of the known models that it may
+    be, the likeliest first: the config is that one's with the file's image size, channels and classes.
+
+    Where none is known of these shapes, heads are those of known models of the same width, else 64 wide, and the rest
+    is ViTConfig's. Raises ValueError where the tensors do not tell.
+    """
+    found = _told_by_shapes(state)
+    fits = [name for name, entry in MODELS.items() if _facts(entry.config) == _facts(found)]
+    # Known models of this size first; among those of one size, the order of the table.
+    fits.sort(key=lambda name: MODELS[name].config.img_size != found.img_size)
+    if not fits:
+        return found, fits
+    sizes = {field: getattr(found, field) for field in ("img_size", "num_classes")}
+    if found.in_chans != MODELS[fits[0]].config.in_chans:
+        sizes |= {field: getattr(found, field) for field in ("in_chans", "mean", "std")}
+    return replace(MODELS[fits[0]].config, **sizes), fits
+
+
+def classes_of(state: State) -> int:
+    """How many classes the classifier in `state` has; 0 where it has none."""
+    head = state.get("head.weight")
+    return head.shape[0] if head is not None and head.dim() else 0
+
+
+def _facts(config: ViTConfig) -> tuple:
+    hidden = int(config.embed_dim * config.mlp_ratio)
+    return hidden, config.init_values is not None, *(getattr(config, field) for field in _TOLD)
+
+
+def _told_by_shapes(state: State) -> ViTConfig:
+    def shape(name: str, dims: int) -> tuple[int, ...]:
+        if name not in state or state[name].dim() != dims:
+            what = f"{name} of shape {tuple(state[name].shape)}" if name in state else f"no {name}"
+            raise ValueError(f"there is {what}, expected one of {dims} axes")
+        return tuple(state[name].shape)
+
+    embed_dim, in_chans, *patch = shape("patch_embed.proj.weight", 4)
+    depth = len({found.group() for name in state if (found := re.match(r"blocks\.\d+\.", name))})
+    (rows, _), (_, hidden) = shape("blocks.0.mlp.fc1.weight", 2), shape("blocks.0.mlp.fc2.weight", 2)
+    registers = shape("reg_token", 3)[1] if "reg_token" in state else 0
+    class_token, distilled = "cls_token" in state, "dist_token" in state
+    prefix, positions = class_token + distilled + registers, shape("pos_embed", 3)[1]
+    # Squares of patches that come with positions for the prefix, or without.
+    sides = {bare: math.isqrt(max(positions - (0 if bare else prefix), 0)) for bare in (False, True)}
+    squares = [bare for bare, side in sides.items() if side and side**2 + (0 if bare else prefix) == positions]
+    if not squares:
+        raise ValueError(f"pos_embed has {positions} rows, which are no square of patches with or without {prefix}")
+    bare = squares[-1] if registers else squares[0]
+    ratio = rows / embed_dim
+    if int(embed_dim * ratio) != rows:
+        ratio = math.nextafter(ratio, math.inf)
+    gated = rows == 2 * hidden
+    fc_norm = "fc_norm.weight" in state
+    heads = {entry.config.embed_dim: entry.config.num_heads for entry in MODELS.values()}.get(embed_dim)
+    if heads is None and embed_dim % 64:
+        raise ValueError(f"embed_dim is {embed_dim}, which does not tell how many heads there are")
+    return ViTConfig(
+        img_size=(sides[bare] * patch[0], sides[bare] * patch[1]),
+        patch_size=tuple(patch),
+        in_chans=in_chans,
+        num_classes=classes_of(state),
+        global_pool="token" if class_token and not fc_norm else "avg",
+        embed_dim=embed_dim,
+        depth=depth,
+        num_heads=heads or embed_dim // 64,
+        mlp_ratio=ratio,
+        mlp="swiglu" if gated else "mlp",
+        activation="silu" if gated else "gelu",
+        qkv_bias="blocks.0.attn.qkv.bias" in state,
+        init_values=1e-5 if "blocks.0.ls1.gamma" in state else None,
+        class_token=class_token,
+        reg_tokens=registers,
+        no_embed_class=bare and prefix > 0,
+        distilled=distilled,
+        final_norm=fc_norm or "norm.weight" in state,
+        fc_norm=fc_norm,
+    )
