@@ -35,10 +35,12 @@ def run(arguments: argparse.Namespace) -> int:
     with _common.as_usage_error(ValueError, OSError):
         found = convert_checkpoint(arguments.checkpoint, arguments.model, arguments.to)
         settings = found.transformers_config() if folder else None
+    content = found.safetensors()
     if folder:
         _common.make_folder(folder, "OUT")
+    write_atomically(output, content)
+    if folder:
         write_json(folder / "config.json", settings)
-    write_atomically(output, found.safetensors())
     print(f"from   {found.source}: {arguments.checkpoint}")
     print(f"model  {_described(found, guessed=arguments.model is None)}")
     print(f"to     {arguments.to}, {len(found.state)} tensors: {output}")

@@ -6,6 +6,7 @@ import contextlib
 import os
 from dataclasses import dataclass, replace
 
+import torch
 from torch import nn
 
 from .config import IMAGENET, ViTConfig
@@ -61,12 +62,17 @@ def load_checkpoint(
         raise TypeError(f"model is {model!r}, expected a fastvit.VisionTransformer, the name of a model or None")
     entry = model_entry(model) if isinstance(model, str) else None
     state, format = read_checkpoint(path)
-    if entry is not None:
-        model = create_model(model, num_classes=None if new_classifier else classes_of(state))
-    elif model is None:
-        config, names = _infer(state, format, path)
-        model = VisionTransformer(config)
-        model.pretrained_cfg.update({"architecture": names[0]} if names else {})
+    if not isinstance(model, nn.Module):
+        # What comes from the file, all of it, needs no random start, which takes longer than the rest.
+        device = None if new_classifier else "meta"
+        if entry is not None:
+            model = create_model(model, num_classes=None if new_classifier else classes_of(state), device=device)
+        else:
+            config, names = _infer(state, format, path)
+            model = VisionTransformer(config, device=device)
+            model.pretrained_cfg.update({"architecture": names[0]} if names else {})
+        if not new_classifier:
+            model.to_empty(device=torch.get_default_device())
     load_weights(model, state, format, path, new_classifier=new_classifier, grid_size=grid_size)
     return model
 
