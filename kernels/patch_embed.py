@@ -37,10 +37,23 @@ from .tiles import MATRIX, plain, transposed
 
 
 @triton.jit
-def pixel_offsets(i, j, geometry):
+def pixel_offsets(
+    i,
+    j,
+    tokens,
+    prefix,
+    across,
+    stride_b,
+    stride_c,
+    stride_h,
+    stride_w,
+    UNIT: tl.constexpr,
+    C: tl.constexpr,
+    PH: tl.constexpr,
+    PW: tl.constexpr,
+):
     """Offset of the pixel that token i has at index j of its flattened patch, as one part by row and one by column; and
     which rows and columns have one. The strides but the last are in units of UNIT."""
-    tokens, prefix, across, stride_b, stride_c, stride_h, stride_w, UNIT, C, PH, PW = geometry
     patch = i % tokens - prefix
     y, x = patch // across * PH, patch % across * PW
     row = ((i // tokens).to(tl.int64) * stride_b + y.to(tl.int64) * stride_h) * UNIT + x.to(tl.int64) * stride_w
@@ -53,8 +66,8 @@ def pixel_offsets(i, j, geometry):
 def load_patches(i, j, source, size_i, size_j):
     """A tile of flattened patches. Floats as they are, or normalised as (pixel + offset) * gain; bytes as (pixel - 128)
     / 128, which 8 bits hold. Prefix tokens, and what is beyond a patch, have 0, or are bytes NOTHING."""
-    ptr, gain_ptr, offset_ptr, NOTHING, geometry = source
-    row, column, row_ok, column_ok = pixel_offsets(i, j, geometry)
+    ptr, gain_ptr, offset_ptr, NOTHING, tokens, prefix, across, b, c, h, w, UNIT, C, PH, PW = source
+    row, column, row_ok, column_ok = pixel_offsets(i, j, tokens, prefix, across, b, c, h, w, UNIT, C, PH, PW)
     mask = ((i < size_i) & row_ok)[:, None] & column_ok[None, :]
     pixels = ptr + (row[:, None] + column[None, :])
     if ptr.dtype.element_ty == tl.uint8:
@@ -97,8 +110,8 @@ def store_tokens(acc, i, j, part, target, size_i, size_j, ACTIVATION: tl.constex
 @triton.jit
 def store_pixels(acc, i, j, part, target, size_i, size_j, ACTIVATION: tl.constexpr):
     """Scatter the gradient of flattened patches into the image's, times the gain of each column."""
-    ptr, gain_ptr, geometry = target
-    row, column, row_ok, column_ok = pixel_offsets(i, j, geometry)
+    ptr, gain_ptr, tokens, prefix, across, b, c, h, w, UNIT, C, PH, PW = target
+    row, column, row_ok, column_ok = pixel_offsets(i, j, tokens, prefix, across, b, c, h, w, UNIT, C, PH, PW)
     if gain_ptr is not None:
         acc *= tl.load(gain_ptr + j, mask=column_ok, other=0.0)[None, :]
     out = ptr + (row[:, None] + column[None, :])
@@ -168,8 +181,8 @@ SCATTERED_PIXELS = Epilogue("scattered_pixels", store_pixels, scatters=True, gat
 
 class Patches(NamedTuple):
     """How the patches of an image lie in memory. image (B, C, H, W), or with channels innermost (B, 1, H, W * C), and
-    `inner` of these, else 1; geometry: what `pixel_offsets` takes, first the tokens of an image; width: so many bytes
-    side by side a load may take."""
+    `inner` of these, else 1; geometry: the last arguments of `pixel_offsets`, first the tokens of an image; width: so
+    many bytes side by side a load may take."""
 
     image: torch.Tensor
     inner: int
@@ -268,7 +281,7 @@ def patch_embed_forward(
     batch, tokens, (embed_dim, width) = len(image), patches.geometry[0], flat.shape
     out = torch.empty(batch, tokens, embed_dim, dtype=out_dtype, device=image.device)
     first_position = 0 if pos_embed is None else tokens - len(pos_embed)
-    source = (patches.image, *in_load, BLACK, patches.geometry)
+    source = (patches.image, *in_load, BLACK, *patches.geometry)
     stats = None
     if statistics:
         groups = ceil_div(embed_dim, GROUP.value)
@@ -299,7 +312,7 @@ def patch_embed_backward(dtokens, image, weight, prefix_rows: int, mean, std, dt
     if needs_weight:
         columns, changed = weight[0].numel(), _is_rearranged(weight, patches.inner, folded)
         width, wide = ceil_div(columns, 16) * 16, changed or weight.dtype != dtype
-        source = (patches.image, *in_load, MIDDLE, patches.geometry)
+        source = (patches.image, *in_load, MIDDLE, *patches.geometry)
         product = gemm.weight_gradient(rows, patches.load, source, width, dtype, wide)
         dweight = torch.empty_like(weight) if changed else product.view(weight.shape)
         if changed:
@@ -310,7 +323,7 @@ def patch_embed_backward(dtokens, image, weight, prefix_rows: int, mean, std, dt
         written = patches_of(dimage, weight.shape[2:], prefix_rows)
         (gain, _), folded = _normalisations(written, weight, mean, std, dtype)
         flat, _ = _projection(weight, None, written.inner, folded, dtype)
-        target = (written.image, gain, written.geometry)
+        target = (written.image, gain, *written.geometry)
         shape = (batch * tokens, flat.shape[1], embed_dim)
         gemm.launch(MATRIX, plain(rows), MATRIX, plain(flat), written.store, target, shape, dtype)
     return dimage, dweight, dbias if needs_bias else None, by_token if needs_sum else None

@@ -86,6 +86,8 @@ def _gemm_tile(request: Request, arch: Arch, sms: int) -> GemmConfig:
         config = HEAVY
     elif ceil_div(m, LARGE.BLOCK_M) * ceil_div(n, LARGE.BLOCK_N) < sms:
         config = SMALL
+    elif arch.name == "sm_90" and not left.plain and epilogue.columns > 1 and request.parts.left_dtype.itemsize == 2:
+        config = SMALL  # where row statistics follow patches, Triton 3.6 serializes the products of LARGE and HEAVY
     else:
         config = LARGE
         plain = left.plain and right.plain
