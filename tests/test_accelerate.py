@@ -342,12 +342,29 @@ def test_inputs_that_the_kernels_do_not_take():
                 which(wrong)
             errors.append(str(error.value))
         assert errors[0] == errors[1]
+    model, other = pair(DINOV2, modules=("patch_embed", "block"))
+    for size in ((36, 32), (32, 44)):  # of which a convolution leaves out the edge
+        uneven = torch.randn(2, 3, *size)
+        assert ops_of(lambda uneven=uneven: model(uneven)) == BLOCKS
+        with fastvit.use_backend("triton"):
+            torch.testing.assert_close(DINOV2.run(model, uneven), DINOV2.run(other, uneven), rtol=1e-4, atol=1e-4)
     wide = VIT.model(img_size=32, embed_dim=288, num_heads=1)
     fastvit.accelerate(wide)
     want = wide(images())
     with fastvit.use_backend("triton"), pytest.raises(RuntimeError, match="head dimension 288"):
         wide(images())
     torch.testing.assert_close(wide(images()), want, rtol=0, atol=0)
+
+
+@one_of_each
+@torch.no_grad()
+def test_what_dispatch_leaves_to_pytorch_is_the_librarys(family, monkeypatch):
+    """As float32 on a GPU is, to the bit."""
+    model, other = pair(family, modules=("patch_embed", "block"))
+    want = family.run(other, images())
+    monkeypatch.setattr(dispatch, "choose", lambda op, args: (op.torch, args))
+    with fastvit.use_backend("triton"):
+        torch.testing.assert_close(family.run(model, images()), want, rtol=0, atol=0)
 
 
 @torch.no_grad()
