@@ -312,6 +312,9 @@ def test_what_else_transformers_layers_are_asked_for():
     for which in (model, other):
         which.set_attn_implementation("eager")
     assert_its_own(DINOV2, model, other, output_attentions=True)
+    for which in (model, other):
+        which.config.output_attentions = True  # of which the layers are not told
+    assert_its_own(DINOV2, model, other)
 
 
 @torch.no_grad()
@@ -361,10 +364,14 @@ def test_inputs_that_the_kernels_do_not_take():
 def test_what_dispatch_leaves_to_pytorch_is_the_librarys(family, monkeypatch):
     """As float32 on a GPU is, to the bit."""
     model, other = pair(family, modules=("patch_embed", "block"))
-    want = family.run(other, images())
     monkeypatch.setattr(dispatch, "choose", lambda op, args: (op.torch, args))
-    with fastvit.use_backend("triton"):
-        torch.testing.assert_close(family.run(model, images()), want, rtol=0, atol=0)
+    convolve, convolved = nn.Conv2d.forward, []
+    monkeypatch.setattr(nn.Conv2d, "forward", lambda self, x: convolved.append(x.shape) or convolve(self, x))
+    for dtype in (torch.float32, torch.bfloat16):
+        want = family.run(other.to(dtype), images(dtype=dtype))
+        with fastvit.use_backend("triton"):
+            torch.testing.assert_close(family.run(model.to(dtype), images(dtype=dtype)), want, rtol=0, atol=0)
+    assert len(convolved) == 4
 
 
 @torch.no_grad()
