@@ -312,6 +312,9 @@ def test_what_else_transformers_layers_are_asked_for():
     for which in (model, other):
         which.set_attn_implementation("eager")
     assert_its_own(DINOV2, model, other, output_attentions=True)
+    for which in (model, other):
+        which.config.output_attentions = True  # of which the layers are not told
+    assert_its_own(DINOV2, model, other)
 
 
 @torch.no_grad()
@@ -342,12 +345,33 @@ def test_inputs_that_the_kernels_do_not_take():
                 which(wrong)
             errors.append(str(error.value))
         assert errors[0] == errors[1]
+    model, other = pair(DINOV2, modules=("patch_embed", "block"))
+    for size in ((36, 32), (32, 44)):  # of which a convolution leaves out the edge
+        uneven = torch.randn(2, 3, *size)
+        assert ops_of(lambda uneven=uneven: model(uneven)) == BLOCKS
+        with fastvit.use_backend("triton"):
+            torch.testing.assert_close(DINOV2.run(model, uneven), DINOV2.run(other, uneven), rtol=1e-4, atol=1e-4)
     wide = VIT.model(img_size=32, embed_dim=288, num_heads=1)
     fastvit.accelerate(wide)
     want = wide(images())
     with fastvit.use_backend("triton"), pytest.raises(RuntimeError, match="head dimension 288"):
         wide(images())
     torch.testing.assert_close(wide(images()), want, rtol=0, atol=0)
+
+
+@one_of_each
+@torch.no_grad()
+def test_what_dispatch_leaves_to_pytorch_is_the_librarys(family, monkeypatch):
+    """As float32 on a GPU is, to the bit."""
+    model, other = pair(family, modules=("patch_embed", "block"))
+    monkeypatch.setattr(dispatch, "choose", lambda op, args: (op.torch, args))
+    convolve, convolved = nn.Conv2d.forward, []
+    monkeypatch.setattr(nn.Conv2d, "forward", lambda self, x: convolved.append(x.shape) or convolve(self, x))
+    for dtype in (torch.float32, torch.bfloat16):
+        want = family.run(other.to(dtype), images(dtype=dtype))
+        with fastvit.use_backend("triton"):
+            torch.testing.assert_close(family.run(model.to(dtype), images(dtype=dtype)), want, rtol=0, atol=0)
+    assert len(convolved) == 4
 
 
 @torch.no_grad()

@@ -176,6 +176,21 @@ def test_parts(name, known):
     assert "attention" in {entry.kind for entry in summary.swapped}
 
 
+def test_a_layer_scale_that_is_quantised_since(known):
+    class Quantised(torch.Tensor):
+        pass
+
+    model, x = DoubleDeitScaledBlock(), torch.randn(2, 5, D)
+    fastvit.accelerate(model)
+    assert gradients(model, x, "triton")[1] == ["transformer_block"]
+    model.gamma_1 = nn.Parameter(model.gamma_1.detach().as_subclass(Quantised))
+    with torch.no_grad():
+        ran = []
+        with fastvit.use_backend("triton"), dispatch.watching(lambda op, args: ran.append(op.name)):
+            model(x)
+    assert ran == []
+
+
 def test_lists_of_tensors_are_the_blocks_own(known):
     model = DoubleNestedBlock()
     fastvit.accelerate(model)
