@@ -124,6 +124,16 @@ FAMILIES = [
         from_timm("vit_tiny_patch16_224", qkv_bias=False, act_layer="gelu_tanh"),
         "eps 1e-06, gelu_tanh, no qkv bias",
     ),
+    Family(
+        "timm EVA-02",
+        from_timm("eva02_tiny_patch14_224", mlp_ratio=4 * 2 / 3, swiglu_mlp=True),
+        "eps 1e-06, silu, some qkv bias",
+    ),
+    Family(
+        "timm DINOv3",
+        from_timm("vit_small_patch16_dinov3_qkvb"),
+        "eps 1e-05, gelu, some qkv bias, layer-scale",
+    ),
     Family("torchvision ViT", from_torchvision, "eps 1e-06, gelu, qkv bias"),
     Family("transformers ViT", from_transformers("ViTModel"), "eps 1e-12, gelu, qkv bias"),
     Family("transformers DeiT", from_transformers("DeiTModel"), "eps 1e-12, gelu, qkv bias"),
@@ -137,6 +147,16 @@ FAMILIES = [
         "transformers Dinov2WithRegisters",
         from_transformers("Dinov2WithRegistersModel", qkv_bias=False),
         "eps 1e-06, gelu, no qkv bias, layer-scale",
+    ),
+    Family(
+        "transformers DINOv3ViT",
+        from_transformers("DINOv3ViTModel", num_register_tokens=4),
+        "eps 1e-05, gelu, some qkv bias, layer-scale",
+    ),
+    Family(
+        "transformers DINOv3ViT, gated",
+        from_transformers("DINOv3ViTModel", use_gated_mlp=True, hidden_act="silu"),
+        "eps 1e-05, silu, some qkv bias, layer-scale",
     ),
     Family("transformers CLIP vision", from_transformers("CLIPVisionModel"), "eps 1e-05, quick_gelu, qkv bias"),
     Family("transformers SigLIP vision", from_transformers("SiglipVisionModel"), "eps 1e-06, gelu_tanh, qkv bias"),

@@ -737,9 +737,8 @@ def test_models_that_have_nothing_to_swap():
     models = {
         torchvision.models.resnet18(): None,
         transformers.GPT2Model(transformers.GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=8)): None,
-        timm.create_model("eva02_tiny_patch14_224", depth=1): "takes rotary positions",
         timm.create_model("beit_base_patch16_224", depth=1, embed_dim=48, num_heads=3): "takes relative positions",
-        transformers.DINOv3ViTModel(transformers.DINOv3ViTConfig(num_hidden_layers=1)): "takes rotary positions",
+        timm.create_model("vit_small_patch16_rope_mixed_224", depth=1): "forward pass of its attn",
         timm.create_model("swin_tiny_patch4_window7_224", embed_dim=24): "does not know its forward pass",
     }
     for model, reason in models.items():

@@ -8,6 +8,7 @@ import io
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 
 from fastvit.report import Table
@@ -285,7 +286,7 @@ def _after(block: nn.Module, layout: BlockLayout, number: int) -> dict:
     _layers(block, (), layout.dropouts, ())
     if layout.layer_scales and layout.layer_scales[number] in block._parameters:
         found["layer_scale"] = ("", layout.layer_scales[number])
-    elif layout.layer_scales:
+    elif layout.layer_scales and getattr(block, layout.layer_scales[number], block) is not None:
         name = layout.layer_scales[number]
         module = _part(block, name, is_layer_scale, "a layer-scale")
         found["after"] += (name,)
@@ -339,9 +340,8 @@ def _block_plan(block: nn.Module) -> tuple[BlockPlan, str]:
     if len(dim) != 1 or sum(w.shape[0] for w in rows) != 3 * dim[0] or tuple(proj.shape) != dim * 2 or dim[0] % heads:
         raise NotTaken("its attention's width is not its own")
     plan = BlockPlan(layout, inside, mlp, first, second, activation)
-    bias = attention.in_proj_bias if not inside.qkv else [attention._modules[name].bias for name in inside.qkv]
     options = [f"{heads} heads of {dim[0] // heads}", _eps(block, layout.norm1, layout.norm2), activation]
-    options.append(_bias("qkv bias", bias))
+    options.append(_bias("qkv bias", _qkv_biases(attention, inside)))
     return plan, ", ".join([*options, *_branch_options(block, second)])
 
 
@@ -372,8 +372,7 @@ def _attention_plan(attention: nn.Module) -> tuple[AttentionPlan, str]:
     if not plain(attention.parameters()):
         raise NotTaken("its weights are quantised or distributed")
     roles = tuple((type(attention._modules[name]),) for name in layers)
-    bias = attention.in_proj_bias if not layout.qkv else [attention._modules[name].bias for name in layout.qkv]
-    options = f"{getattr(attention, layout.heads)} heads, {_bias('qkv bias', bias)}"
+    options = f"{getattr(attention, layout.heads)} heads, {_bias('qkv bias', _qkv_biases(attention, layout))}"
     return AttentionPlan(layout, layers, roles), options
 
 
@@ -387,6 +386,12 @@ _PLANNERS = {"block": _block_plan, "mlp": _mlp_plan}
 def _eps(block: nn.Module, *norms: str) -> str:
     found = dict.fromkeys(f"{block._modules[norm].eps:g}" for norm in norms)
     return f"eps {' and '.join(found)}"
+
+
+def _qkv_biases(attention: nn.Module, layout: AttentionLayout) -> list[torch.Tensor | None]:
+    if layout.biases is not None:
+        return layout.biases(attention)
+    return [attention._modules[name].bias for name in layout.qkv] or [attention.in_proj_bias]
 
 
 def _bias(what: str, bias) -> str:

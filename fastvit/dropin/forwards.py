@@ -31,6 +31,8 @@ KNOWN = {
     "bafe392ead95312d": "drop path",  # calls the next
     "d0b421ec780289ba": "drop path, as a function",
     "225654455a32964d": "timm layer norm",
+    "0e7305bcec8f4898": "timm eva block",
+    "43750b6153fe3938": "timm eva attention",
     "d38cfa9d692acfd5": "gelu",
     "20b39c0e43529b23": "gelu_tanh",
     "3cc7af57b55ea063": "quick_gelu",  # calls the next
@@ -48,6 +50,9 @@ KNOWN = {
     "31b5f66fbf2916c9": "softmax attention, as a function",  # CLIP's and SigLIP's
     "f697bab5c14ac5fe": "softmax attention, as a function",  # AltCLIP's
     "7e157d7c92171ef6": "transformers mlp",
+    "92ca2ab7c6137d24": "transformers rotary block",  # DINOv3's
+    "e978a02421adbc0f": "transformers rotary attention",
+    "e5d6cc96bfe13007": "transformers mlp, up and down",
     "c0ca1abe0922ae1a": "transformers swiglu",
     "527930fdc52c5fec": "layer scale by lambda1",
     "518eed25f0ba5a57": "drop path by rounding",

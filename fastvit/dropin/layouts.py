@@ -21,9 +21,11 @@ from .forwards import known_forward
 class AttentionLayout:
     """Self-attention as a module has it.
 
-    qkv: its linear layers, packed as one or three apart; none where it holds in_proj_weight itself. proj: the linear
+    qkv: its linear layers, packed as one or three apart; none where it holds in_proj_weight itself; biases(module): of
+    q, k and v, where those have none. proj: the linear
     layer after it; heads: the attribute that has their number; rate: the one that has a rate of dropout; dropouts: its
-    modules of dropout; nothing: those that must be nn.Identity. arguments(module, x, ...) are (attn_mask, is_causal) of
+    modules of dropout; nothing: those that must be nn.Identity. arguments(module, x, ...) are (attn_mask, is_causal),
+    and with a rotary embedding its cos and sin as `ops.attention` has them, and whether pairs are neighbours, of
     a call, None where it asks for more; scale(module) is of the scores; refuse(module) says why the module is not plain
     attention, if it is not; alone(module) whether its output is all that it has to return. paired: it returns (output,
     None).
@@ -40,6 +42,7 @@ class AttentionLayout:
     rate: str | None = None
     dropouts: tuple[str, ...] = ()
     nothing: tuple[str, ...] = ()
+    biases: Callable[[nn.Module], list[torch.Tensor | None]] | None = None
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,26 @@ def asks_for_more(others: dict) -> bool:
     return asked not in ([], ["output_hidden_states"])
 
 
+def _eva_arguments(attention, x, rope=None, attn_mask=None, is_causal=False):
+    if rope is None:
+        return attn_mask, is_causal
+    if rope.dim() != 2 or rope.shape[0] != x.shape[1] - attention.num_prefix_tokens:
+        return None
+    sin, cos = rope.chunk(2, dim=-1)  # of each pair twice
+    pairs = slice(cos.shape[1] // 2) if attention.rotate_half else slice(None, None, 2)
+    return attn_mask, is_causal, cos[:, pairs], sin[:, pairs], not attention.rotate_half
+
+
+def _rotary_arguments(attention, hidden_states, attention_mask=None, position_embeddings=None, **others):
+    given = _transformers_arguments(attention, hidden_states, attention_mask, **others)
+    if given is None or position_embeddings is None:
+        return None
+    cos, sin = position_embeddings
+    if cos.dim() != 2:
+        return None
+    return *given, *(angle[:, : angle.shape[1] // 2] for angle in (cos, sin)), False
+
+
 def _without_masks(attention, x, attn_bias=None):
     return (None, False) if attn_bias is None else None
 
@@ -124,6 +147,14 @@ def _timm_scale(attention):
 
 def _timm_refuse(attention):
     return None if getattr(attention, "gate", None) is None else "its output is gated"
+
+
+def _eva_refuse(attention):
+    return "its output is gated" if attention.gate is not None else None
+
+
+def _eva_biases(attention):
+    return [None] * 3 if attention.q_bias is None else [attention.q_bias, None, attention.v_bias]
 
 
 def _multihead_refuse(attention):
@@ -164,6 +195,17 @@ _TRANSFORMERS = {
     "alone": _not_eager,
     "paired": True,
 }
+_EVA = {
+    "proj": "proj",
+    "heads": "num_heads",
+    "arguments": _eva_arguments,
+    "scale": lambda attention: attention.scale,
+    "refuse": _eva_refuse,
+    "dropouts": ("attn_drop", "proj_drop"),
+    "nothing": ("q_norm", "k_norm", "norm"),
+}
+_EVA_PACKED = AttentionLayout(("qkv",), biases=_eva_biases, **_EVA)
+_EVA_APART = AttentionLayout(("q_proj", "k_proj", "v_proj"), **_EVA)
 ATTENTIONS = {
     "timm attention": AttentionLayout(
         ("qkv",),
@@ -175,6 +217,7 @@ ATTENTIONS = {
         dropouts=("attn_drop", "proj_drop"),
         nothing=("q_norm", "k_norm", "norm"),
     ),
+    "timm eva attention": lambda attention: _EVA_APART if attention.qkv is None else _EVA_PACKED,
     "attention without masks": AttentionLayout(
         ("qkv",),
         "proj",
@@ -201,6 +244,13 @@ ATTENTIONS = {
         rate="attention_dropout",
         **_TRANSFORMERS,
     ),
+    "transformers rotary attention": AttentionLayout(
+        proj="o_proj",
+        heads="num_heads",
+        scale=lambda attention: attention.scaling,
+        rate="dropout",
+        **{**_TRANSFORMERS, "arguments": _rotary_arguments},
+    ),
     "transformers tower attention": AttentionLayout(
         proj="out_proj", heads="num_heads", scale=lambda attention: attention.scale, rate="dropout", **_TRANSFORMERS
     ),
@@ -218,12 +268,16 @@ MLPS = {
         ("2", "4"),
         refuse=lambda mlp: None if [*mlp._modules] == ["0", "1", "2", "3", "4"] else "it has not five layers",
     ),
+    "transformers mlp, up and down": MlpLayout(("up_proj",), "act_fn", "down_proj"),
     "transformers mlp": MlpLayout(("fc1",), "activation_fn", "fc2"),
     "transformers swiglu": MlpLayout(("gate_proj", "up_proj"), "act_fn", "down_proj"),
 }
 BLOCKS = {
     "timm block": BlockLayout(
         "norm1", "attn", "norm2", "mlp", _timm_arguments, ("ls1", "ls2"), ("drop_path1", "drop_path2")
+    ),
+    "timm eva block": BlockLayout(
+        "norm1", "attn", "norm2", "mlp", _eva_arguments, ("gamma_1", "gamma_2"), ("drop_path1", "drop_path2")
     ),
     "dinov2 block": BlockLayout(
         "norm1", "attn", "norm2", "mlp", _no_arguments, ("ls1", "ls2"), own_way=_leaves_out_samples
@@ -253,6 +307,15 @@ BLOCKS = {
         ("layer_scale1", "layer_scale2"),
         ("drop_path", "drop_path"),
     ),
+    "transformers rotary block": BlockLayout(
+        "norm1",
+        "attention",
+        "norm2",
+        "mlp",
+        _rotary_arguments,
+        ("layer_scale1", "layer_scale2"),
+        ("drop_path", "drop_path"),
+    ),
     "transformers tower block": BlockLayout("layer_norm1", "self_attn", "layer_norm2", "mlp", _transformers_arguments),
 }
 
@@ -261,7 +324,8 @@ def known_layout(layouts: dict, module: nn.Module):
     """The layout of a module whose class's forward pass is known, or None."""
     if type(module) is nn.MultiheadAttention:
         return layouts.get("multi-head attention")
-    return layouts.get(known_forward(type(module)))
+    layout = layouts.get(known_forward(type(module)))
+    return layout(module) if callable(layout) else layout
 
 
 # --------------------------------------------------------------------------------------------------------------------

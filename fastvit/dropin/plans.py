@@ -29,6 +29,7 @@ from fastvit.nn.layers import (
 from .layouts import AttentionLayout, BlockLayout, MlpLayout
 
 Otherwise = Callable[[], torch.Tensor]
+_NO_ROPE = (None, None, False)
 _PLAIN = (torch.Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
 
 
@@ -57,6 +58,21 @@ def packed(layers: list[nn.Module]) -> list[torch.Tensor | None]:
         return [torch.cat(rows), None]
     filled = [w.new_zeros(w.shape[0]) if bias is None else bias for w, bias in zip(rows, biases, strict=True)]
     return [torch.cat(rows), torch.cat(filled)]
+
+
+def qkv_of(attention: nn.Module, layout: AttentionLayout) -> list[torch.Tensor | None]:
+    """The weight and the bias of q, k and v, packed."""
+    if not layout.qkv:
+        return [attention.in_proj_weight, attention.in_proj_bias]
+    weight, bias = packed(submodules(attention, layout.qkv))
+    if layout.biases is not None:
+        biases = layout.biases(attention)
+        bias = (
+            None
+            if biases[0] is None
+            else torch.cat([b if b is not None else torch.zeros_like(biases[0]) for b in biases])
+        )
+    return [weight, bias]
 
 
 def _records_nothing(module: nn.Module) -> bool:
@@ -90,7 +106,7 @@ def _dropping(attention: nn.Module, layout: AttentionLayout) -> bool:
 
 def _masks(given: tuple, x: torch.Tensor, heads: int) -> tuple | None:
     """(key_padding_mask, attn_bias) of a call; None for masks that no op takes."""
-    attn_mask, is_causal = given
+    attn_mask, is_causal, *_ = given
     try:
         return masks(attn_mask, is_causal, x.shape[0], heads, x.shape[1], x)
     except (TypeError, ValueError):
@@ -170,10 +186,9 @@ class BlockPlan:
         ):
             return otherwise()
         count, split = len(self.attention.qkv), len(self.mlp.fc1)
-        qkv = layers[:count]
         parameters = [
             *weights(norm1),
-            *(packed(qkv) if qkv else (attention.in_proj_weight, attention.in_proj_bias)),
+            *qkv_of(attention, self.attention),
             *weights(layers[count]),
             *weights(norm2),
             *packed(mlp_layers[:split]),
@@ -186,7 +201,7 @@ class BlockPlan:
         activation = _activation(mlp_layers[split], self.activation) if self.mlp.act else self.activation
         how = (heads, self.attention.scale(attention), norm1.eps, norm2.eps, activation)
         return ops.run_transformer_block(
-            (x, *parameters, *how, scale1, scale2, drawn1, drawn2, *found, None, None, False, False), otherwise
+            (x, *parameters, *how, scale1, scale2, drawn1, drawn2, *found, *(given[2:] or _NO_ROPE), False), otherwise
         )
 
 
@@ -254,11 +269,11 @@ class AttentionPlan:
             or (found := _masks(given, x, heads)) is None
         ):
             return otherwise()
-        count = len(layout.qkv)
-        weight, bias = packed(layers[:count]) if count else (attention.in_proj_weight, attention.in_proj_bias)
-        qkv = F.linear(x, weight, bias).unflatten(2, (3, heads, -1))
-        mixed = ops.attention(qkv, scale=layout.scale(attention), key_padding_mask=found[0], attn_bias=found[1])
-        out = F.linear(mixed, *weights(layers[count]))
+        qkv = F.linear(x, *qkv_of(attention, layout)).unflatten(2, (3, heads, -1))
+        names = ("key_padding_mask", "attn_bias", "rope_cos", "rope_sin", "rope_interleaved")
+        options = dict(zip(names, (*found, *(given[2:] or _NO_ROPE)), strict=True))
+        mixed = ops.attention(qkv, scale=layout.scale(attention), **options)
+        out = F.linear(mixed, *weights(layers[len(layout.qkv)]))
         return (out, None) if layout.paired else out
 
 
