@@ -391,18 +391,30 @@ def transformer_block(
     layers += (norm2_weight, norm2_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     how = (num_heads, scale, eps1, eps2, activation)
     scales = (layer_scale1, layer_scale2, drop_path_scale1, drop_path_scale2)
-    return run_transformer_block((x, *layers, *how, *scales, key_padding_mask, attn_bias, recompute_fc1))
+    run, args = dispatch.choose(OP, (x, *layers, *how, *scales, key_padding_mask, attn_bias, recompute_fc1))
+    carry = _carry()
+    return run(*args) if carry is None else _carried(carry, run, args)
 
 
-def run_transformer_block(args: tuple, otherwise: Callable[[], torch.Tensor] | None = None) -> torch.Tensor:
+def run_transformer_block(args: tuple, otherwise: Callable[[], torch.Tensor]) -> torch.Tensor:
     """`transformer_block` of all its arguments in order, x first; in place of running in PyTorch, `otherwise()`."""
     run, args = dispatch.choose(OP, args)
-    if run is OP.torch and otherwise is not None:
-        run, args = otherwise, ()
-    carry = None if torch.compiler.is_compiling() else getattr(_here, "carry", None)
-    if carry is None:
-        return run(*args)
-    if run in (OP.torch, otherwise):
+    carry = _carry()
+    if run is not OP.torch:
+        return run(*args) if carry is None else _carried(carry, run, args)
+    if carry is not None:
+        carry.leave(None, (None, None, None))
+    return otherwise()
+
+
+def _carry() -> Carry | None:
+    """What this thread's last block may have left for the next, if anybody asked for that."""
+    return None if torch.compiler.is_compiling() else getattr(_here, "carry", None)
+
+
+def _carried(carry: Carry, run: Callable[..., torch.Tensor], args: tuple) -> torch.Tensor:
+    """run(*args) with what was left for it, leaving its own."""
+    if run is OP.torch:
         carry.leave(None, (None, None, None))
         return run(*args)
     out = run(*args[:-1], carry)
