@@ -75,7 +75,8 @@ _LEFT_OUT = frozenset(("annotation", "returns", "decorator_list", "type_comment"
 
 
 def known_forward(cls: type) -> str | None:
-    """The name in KNOWN of a module class's forward pass, or "sequence"; None where it is not known, or calls what is not."""
+    """The name in KNOWN of a module class's forward pass, or "sequence"; None where it is not known, or calls what is
+    not."""
     if cls.__call__ is not nn.Module.__call__:
         return None
     if cls.forward is nn.Sequential.forward:  # torchvision's MLP is one
