@@ -65,7 +65,7 @@ def below() -> str:
 
 
 if __name__ == "__main__":
+    rows = [cells(family) for family in FAMILIES]
     before, _, rest = PAGE.read_text().partition(BEGIN)
     _, _, after = rest.partition(END)
-    rows = [cells(family) for family in FAMILIES]
     PAGE.write_text(f"{before}{BEGIN}\n\n{table(rows)}\n\n{below()}\n\n{END}{after}")

@@ -36,7 +36,7 @@ FAULTS = {
     "keys for queries": (plans, "packed", lambda layers: packed([layers[1], layers[0], *layers[2:]])),
     "tanh": (plans, "_activation", lambda module, found: "gelu_tanh"),
     "no layer-scale": (plans.Branch, "scales", lambda *args: (torch.ones_like(g := scales(*args)[0]) + 0 * g, None)),
-    "eps": (plans.ops, "run_transformer_block", lambda args, _: run((*args[:EPS], 1e-5, *args[EPS + 1 :]))),
+    "eps": (plans.ops, "run_transformer_block", lambda args, own: run((*args[:EPS], 1e-5, *args[EPS + 1 :]), own)),
     "none": (plans, "packed", packed),
 }
 

@@ -38,7 +38,6 @@ KNOWN = {
     "3cc7af57b55ea063": "quick_gelu",  # calls the next
     "f6192b3609a0b3cb": "quick_gelu, as a function",
     "755052d218f929e5": "torchvision block",
-    "c84bd1f48258a6a2": "sequence",  # torch.nn.Sequential's, which torchvision's MLP has
     "f84ed9e2ab70aaa8": "transformers block",
     "9e5cff99f0757b1b": "transformers scaled block",  # Dinov2's
     "77ef972e919e460a": "transformers tower block",  # CLIP's and SigLIP's
@@ -81,9 +80,12 @@ _LEFT_OUT = frozenset(("annotation", "returns", "decorator_list", "type_comment"
 
 
 def known_forward(cls: type) -> str | None:
-    """The name in KNOWN of a module class's forward pass; None where it is not known, or calls what is not."""
+    """The name in KNOWN of a module class's forward pass, or "sequence"; None where it is not known, or calls what is
+    not."""
     if cls.__call__ is not nn.Module.__call__:
         return None
+    if cls.forward is nn.Sequential.forward:  # torchvision's MLP is one
+        return "sequence"
     name = known(cls.forward)
     if name == _AS_ITS_BASE:
         return known_forward([base for base in cls.__mro__ if "forward" in base.__dict__][1])

@@ -13,7 +13,7 @@ from fastvit.dispatch import Op
 
 from . import _common
 from ._common import Operator, dense, launchers, or_none, statistics_dtype
-from .transformer_block import carry_of
+from .transformer_block import carried, carry_of
 
 
 def _tokens_dtype(dtype, pos_embed, prefix):
@@ -204,8 +204,4 @@ def patch_embed(
     """
     run, args = dispatch.choose(OP, (image, weight, bias, pos_embed, prefix, mean, std))
     carry = carry_of(OP, run)
-    if carry is None:
-        return run(*args)
-    out = run(*args[:-1], carry)
-    carry.leave(out, carry.stream)
-    return out
+    return run(*args) if carry is None else carried(carry, run, args)

@@ -412,17 +412,22 @@ def transformer_block(
     how = (num_heads, scale, eps1, eps2, activation)
     scales = (layer_scale1, layer_scale2, drop_path_scale1, drop_path_scale2)
     options = (key_padding_mask, attn_bias, rope_cos, rope_sin, rope_interleaved, recompute_fc1)
-    return run_transformer_block((x, *layers, *how, *scales, *options))
+    run, args = dispatch.choose(OP, (x, *layers, *how, *scales, *options))
+    carry = carry_of(OP, run)
+    return run(*args) if carry is None else carried(carry, run, args)
 
 
-def run_transformer_block(args: tuple, otherwise: Callable[[], torch.Tensor] | None = None) -> torch.Tensor:
+def run_transformer_block(args: tuple, otherwise: Callable[[], torch.Tensor]) -> torch.Tensor:
     """`transformer_block` of all its arguments in order, x first; in place of running in PyTorch, `otherwise()`."""
     run, args = dispatch.choose(OP, args)
     carry = carry_of(OP, run)
-    if run is OP.torch and otherwise is not None:
+    if run is OP.torch:
         return otherwise()
-    if carry is None:
-        return run(*args)
+    return run(*args) if carry is None else carried(carry, run, args)
+
+
+def carried(carry: Carry, run: Callable[..., torch.Tensor], args: tuple) -> torch.Tensor:
+    """run(*args) with the carry in place of the last of args, leaving in it what is known of the result."""
     out = run(*args[:-1], carry)
     carry.leave(out, carry.stream)
     return out
