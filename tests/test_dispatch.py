@@ -58,7 +58,9 @@ def test_unknown_names_are_refused():
         fastvit.use_backend("cuda"),
     ):
         pass
-    with pytest.raises(ValueError, match="unknown op 'softmax', expected one of attention, layer_norm"):
+    with pytest.raises(
+        ValueError, match="unknown op 'softmax', expected one of attention, attention_varlen, layer_norm"
+    ):
         fastvit.explain("softmax", torch.zeros(1))
 
 

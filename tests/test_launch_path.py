@@ -117,6 +117,7 @@ LAUNCHES = {
         "qkv": ATTENTION_BACKWARD,
         "attn_bias": ATTENTION_BACKWARD,  # the second for nothing: its results are the gradients of k and v
     },
+    "attention-rotary": {"forward": ["attention_kernel"], "backward": ATTENTION_BACKWARD, "qkv": ATTENTION_BACKWARD},
     "patch_embed": {  # of 60 pixels, which are filled up to 64
         "forward": [FOLD_PIXELS, EMBED],
         "backward": [COLUMN_SUM, PATCH_WEIGHT, UNFOLD_PIXELS, FOLD_PIXELS, PIXELS],
@@ -162,6 +163,10 @@ LAUNCHES["transformer_block-gated"] = {
     for names, kernels in LAUNCHES["transformer_block"].items()
 } | {"forward": [*BLOCK_FORWARD[:5], GATED, STREAM]}
 
+for name in ("attention_varlen", "attention_varlen-rotary"):
+    LAUNCHES[name] = LAUNCHES["attention-rotary"]
+LAUNCHES["transformer_block-rotary"] = LAUNCHES["transformer_block"]
+
 # How many kernels each sample has compiled once it has run, forward and backward, at these batch sizes, one after the
 # other. Triton compiles anew for an integer that is 1 or a multiple of 16, but no such integer follows from the number
 # of rows. What follows from it: a sum in one part is rounded as it is stored, one in several is a sum of float32.
@@ -174,10 +179,12 @@ VARIANTS = {
     "layer_norm_mlp-residual": [12, 12, 13, 14, 14, 14],
     "attention": [3] * 6,
     "attention-biased": [3] * 6,
+    "attention-rotary": [3] * 6,
     "patch_embed": [7] * 6,
     "patch_embed-uint8": [5] * 6,
     "transformer_block": [17, 17, 20, 21, 22, 22],
     "transformer_block-gated": [18, 18, 21, 22, 23, 23],
+    "transformer_block-rotary": [17, 17, 20, 21, 22, 22],
     "transformer_block-all": [18, 18, 21, 22, 23, 23],
 }
 

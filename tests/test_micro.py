@@ -136,7 +136,7 @@ def test_the_loop_by_tma_takes_products_without_their_parts(table):
 
 
 def test_attention_is_tried_at_other_lengths(table):
-    call = small_call(dispatch.OPS["attention"], ((1, 21, 3, 1, 16),), (0.25, None, None, 0.0))
+    call = small_call(dispatch.OPS["attention"], ((1, 21, 3, 1, 16),), (0.25, None, None, 0.0, None, None, False, None))
     rows = rows_of(call)
     assert list(rows) == [
         f"attention_{name} 1x21x1x16 bfloat16" for name in ("forward", "backward_dq", "backward_dkdv")
@@ -172,7 +172,11 @@ def test_products_without_their_parts_are_the_same_products(op, table):
 
 def test_both_backward_kernels_of_attention_stand_beside_one_pass(table):
     launches = list(
-        rows_of(small_call(dispatch.OPS["attention"], ((1, 21, 3, 1, 16),), (0.25, None, None, 0.0))).values()
+        rows_of(
+            small_call(
+                dispatch.OPS["attention"], ((1, 21, 3, 1, 16),), (0.25, None, None, 0.0, None, None, False, None)
+            )
+        ).values()
     )
     forward, dq, dkdv = launches
     merged = micro.merged(launches)
@@ -194,7 +198,10 @@ def test_the_table_and_the_line_say_what_was_measured(table, capsys):
 @pytest.fixture
 def calls(monkeypatch):
     """Two ops in place of a model's."""
-    found = [small_call(), small_call(dispatch.OPS["attention"], ((1, 21, 3, 1, 16),), (0.25, None, None, 0.0))]
+    found = [
+        small_call(),
+        small_call(dispatch.OPS["attention"], ((1, 21, 3, 1, 16),), (0.25, None, None, 0.0, None, None, False, None)),
+    ]
     monkeypatch.setattr(micro, "calls_of", lambda *_: found)
     monkeypatch.setattr(micro.hardware, "current_arch", lambda: ARCH)
     return found

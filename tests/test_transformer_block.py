@@ -263,7 +263,21 @@ def test_nothing_is_kept_where_no_backward_pass_can_come(device):
     given = {name: value.detach() for name, value in operator.tensors(device=device).items()}
     found = []
     forward = kernels.transformer_block_forward
-    flat = (given["x"], None, None, None, *list(given.values())[1:], *[None] * 6, 3, 0.3, 1e-6, 1e-6, "gelu", False)
+    flat = (
+        given["x"],
+        None,
+        None,
+        None,
+        *list(given.values())[1:],
+        *[None] * 8,
+        False,
+        3,
+        0.3,
+        1e-6,
+        1e-6,
+        "gelu",
+        False,
+    )
     for keep in (False, True):
         found.append([value for value in forward(*flat, keep, torch.float32) if value is not None])
     assert len(found[0]) == 4 < len(found[1])

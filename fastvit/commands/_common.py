@@ -19,7 +19,7 @@ INTERRUPTED = 130
 DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16",
           "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # fmt: skip
 OPS = ("patch_embed", "attention", "layer_norm", "layer_norm_linear", "linear_residual", "layer_norm_mlp", "model")
-VERIFIED = (*OPS, "transformer_block")
+VERIFIED = (*OPS, "attention_varlen", "transformer_block")
 
 
 class UsageError(Exception):

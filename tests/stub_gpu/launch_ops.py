@@ -109,6 +109,8 @@ def report_launches(dtype: str, wide: str | None = None) -> dict[str, dict]:
 def report_variants(*batches: str) -> dict[str, list[int]]:
     found = {}
     for sample in samples.SAMPLES:
+        if sample.op == "attention_varlen":
+            continue  # which has no batch
         compiled, counts = set(), []
         for batch in map(int, batches):
             tensors = sample.tensors(torch.bfloat16)
@@ -145,8 +147,8 @@ def has_tensors(value) -> bool:
 
 
 def operators(op: str):
-    """The module of an op, whose name in `fastvit.ops` is the op's."""
-    return importlib.import_module(f"fastvit.ops.{op}")
+    """The module of an op, whose name in `fastvit.ops` is the op's; that of packed sequences has no own."""
+    return importlib.import_module(f"fastvit.ops.{op.removesuffix('_varlen')}")
 
 
 def program_alive(sample: samples.Sample, tensors: dict[str, torch.Tensor]) -> bool:
