@@ -148,14 +148,17 @@ FAMILIES = [
         from_transformers("Dinov2WithRegistersModel", qkv_bias=False),
         "eps 1e-06, gelu, no qkv bias, layer-scale",
     ),
+    # In training these draw a scale for their positions, if not told otherwise.
     Family(
         "transformers DINOv3ViT",
-        from_transformers("DINOv3ViTModel", num_register_tokens=4),
+        from_transformers("DINOv3ViTModel", num_register_tokens=4, pos_embed_rescale=None),
         "eps 1e-05, gelu, some qkv bias, layer-scale",
     ),
     Family(
         "transformers DINOv3ViT, gated",
-        from_transformers("DINOv3ViTModel", use_gated_mlp=True, hidden_act="silu"),
+        from_transformers(
+            "DINOv3ViTModel", use_gated_mlp=True, hidden_act="silu", num_register_tokens=2, pos_embed_rescale=None
+        ),
         "eps 1e-05, silu, some qkv bias, layer-scale",
     ),
     Family("transformers CLIP vision", from_transformers("CLIPVisionModel"), "eps 1e-05, quick_gelu, qkv bias"),
