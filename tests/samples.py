@@ -107,18 +107,15 @@ SAMPLES = [
         {"num_heads": H},
     ),
     Sample(
-        "transformer_block-rotary",
-        "transformer_block",
-        lambda: _rows(D, heads=H, hidden=M, also=examples.ROPE),
-        {"num_heads": H, "rope_interleaved": True},
-    ),
-    Sample(
         "transformer_block-all",
         "transformer_block",
         lambda: _rows(
             40, heads=2, hidden=56, also=(*examples.BLOCK_SCALES, "key_padding_mask", "attn_bias", *examples.ROPE)
         ),
-        {"num_heads": 2, "activation": "gelu_tanh", "scale": 0.2, "eps1": 1e-5, "recompute_fc1": True},
+        {
+            **{"num_heads": 2, "activation": "gelu_tanh", "scale": 0.2, "eps1": 1e-5, "recompute_fc1": True},
+            "rope_interleaved": True,
+        },
     ),
     Sample(
         "patch_embed-uint8",

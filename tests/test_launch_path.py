@@ -165,7 +165,6 @@ LAUNCHES["transformer_block-gated"] = {
 
 for name in ("attention_varlen", "attention_varlen-rotary"):
     LAUNCHES[name] = LAUNCHES["attention-rotary"]
-LAUNCHES["transformer_block-rotary"] = LAUNCHES["transformer_block"]
 
 # How many kernels each sample has compiled once it has run, forward and backward, at these batch sizes, one after the
 # other. Triton compiles anew for an integer that is 1 or a multiple of 16, but no such integer follows from the number
@@ -184,7 +183,6 @@ VARIANTS = {
     "patch_embed-uint8": [5] * 6,
     "transformer_block": [17, 17, 20, 21, 22, 22],
     "transformer_block-gated": [18, 18, 21, 22, 23, 23],
-    "transformer_block-rotary": [17, 17, 20, 21, 22, 22],
     "transformer_block-all": [18, 18, 21, 22, 23, 23],
 }
 
