@@ -233,6 +233,10 @@ class Op:
             return "torch", "no measurement says that the kernels' products are faster in float32"
         return KERNELS, ""
 
+    def is_random(self, args: tuple) -> bool:
+        """Whether a call draws dropout: its results cannot be compared, so it is not measured."""
+        return "dropout_p" in self.parameters and args[self.parameters.index("dropout_p")] > 0
+
     def key(self, args: tuple) -> str:
         """What a measurement of this call stands for: calls of the same op, shapes, dtypes and gradients; "first" is
         the first tensor once more: x as its own residual, which the kernels fuse."""
@@ -264,11 +268,14 @@ class Op:
             return Explanation(self.name, "torch", tuple(reasons), "torch", ())
         if _requested != "auto":
             return Explanation(self.name, KERNELS, (), KERNELS, ())
-        if _strided(args):
+        if self.is_random(args):
+            found = ("nothing for calls with dropout: heuristics decide",)
+        elif _strided(args):
             found = ("nothing for tensors that are not contiguous: heuristics decide",)
         else:
             found = evidence(device, self.key(args))
-        name, (unmeasured, why) = _follow_table(self, args), self.unmeasured(args)
+        unmeasured, why = self.unmeasured(args)
+        name = unmeasured if self.is_random(args) else _follow_table(self, args)
         if name != unmeasured:
             why = f"{name} was measured to be faster"
         backend = KERNELS if name == KERNELS else "torch"
@@ -357,6 +364,8 @@ def _decide(op: Op, args: tuple) -> str:
         return "torch"
     device = args[0].device
     tracing = torch.compiler.is_compiling() or isinstance(args[0], FakeTensor)
+    if op.is_random(args):
+        return KERNELS if _requested != "auto" else op.unmeasured(args)[0]
     if _tuner is not None and tuned.mode() == "measure" and not tracing and can_measure(device):
         _tuner(op, args)
     return KERNELS if _requested != "auto" else _follow_table(op, args)

@@ -10,7 +10,8 @@ Saved for backward: qkv, the output and the log-sum-exp of each row (in base 2, 
 attend to no key, whose output is 0). Recomputed: the scores and probabilities, and dropout's mask from its seed, once
 in each backward kernel.
 A call must move, for B H N d elements a head tensor of size s: forward 4 s each, backward 8 s each; the gradient of a
-bias adds B H N N float32. The two backward kernels move 12 s each, and make seven products where one would make five.
+bias adds B H M N float32 for M queries. The two backward kernels move 12 s each, and make seven products where one
+would make five.
 
 A program of the forward pass either keeps all keys and values of a head on chip and goes through its queries, tile
 after tile, which reads everything once, or has one tile of queries and goes through the keys. On chip the tiles of keys
@@ -62,8 +63,9 @@ def sequence(packed, N, M, number):
         return number, 0, N, M
     else:
         cu_ptr, total = packed
-        begin = tl.load(cu_ptr + number).to(tl.int64)
-        length = tl.maximum(tl.minimum(tl.load(cu_ptr + number + 1), total) - begin, 0).to(tl.int32)
+        begin = tl.maximum(tl.load(cu_ptr + number), 0).to(tl.int64)
+        length = tl.minimum(tl.load(cu_ptr + number + 1), total) - begin
+        length = tl.minimum(tl.maximum(length, 0), N).to(tl.int32)  # nobody may have looked at what is in there
         return number * 0, begin, length, length
 
 
@@ -398,6 +400,7 @@ def attention_backward_dq_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     RAGGED: tl.constexpr,  # whether the last tile of keys is wider than what is left
+    FEW: tl.constexpr,  # whether M is less than N
 ):
     """dq of a tile of queries of one head, or rstd * dq with the sums that the norm before qkv needs."""
     tiles = tl.cdiv(N, BLOCK_M)
@@ -431,7 +434,8 @@ def attention_backward_dq_kernel(
 
     scoring = (masks, nth, head_in_batch, N, M, scale * LOG2_E)
     dq = zeros(q, ACC)
-    for start in range(0, N, BLOCK_N):
+    end = tl.where(number * BLOCK_M < M, N, 0) if FEW else N  # of a tile that does not ask dq is 0
+    for start in range(0, end, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
         k, v = load_keys(pointers, n, n < N if RAGGED else None, HEAD_DIM, NEIGHBOURS, ACC)
         scores, factor = add_bias(product(q, k, ACC, PRECISION), m[:, None], n[None, :], scoring)
@@ -626,6 +630,8 @@ def _constants(request: Request, config: AttentionConfig) -> dict:
         if request.kernel == "attention_forward":
             widths = fit.widths if config.ROW_TILES > 1 else ()
             constants |= dict(TILES=config.ROW_TILES, WIDTHS=widths, PEELED=int(fit.peeled))
+        else:
+            constants |= dict(FEW=request.parts.queries > 0)
         constants |= dict(RAGGED=fit.ragged)
     return constants | dict(num_warps=config.num_warps, num_stages=config.num_stages)
 
@@ -686,7 +692,9 @@ def forward(qkv, scale: float, options: Options):
     """What `launch` takes for `attention_forward`, and the memory of what it returns."""
     call = _call(qkv, options)
     out_shape, lse_shape = result_shapes(qkv, options)
-    out = torch.empty(out_shape, dtype=qkv.dtype, device=qkv.device)
+    # Packed tokens may be in no sequence.
+    made = torch.empty if call.packed is None else torch.zeros
+    out = made(out_shape, dtype=qkv.dtype, device=qkv.device)
     lse = torch.empty(lse_shape, dtype=accumulator_dtype(qkv.dtype), device=qkv.device)
     args = (qkv, out, lse, call.masks, call.rope, call.packed, *call.sizes, scale, *_in_units(_strides(qkv, 4)))
     return (attention_kernel, "attention_forward", call, qkv, args, (out, lse)), (out, lse)
@@ -728,7 +736,7 @@ def backward(dout, qkv, out, lse, scale: float, options: Options, needs_bias=Fal
     batch, tokens, heads, head_dim = _dims(qkv)
     acc = accumulator_dtype(qkv.dtype)
     call = _call(qkv, options)
-    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+    dqkv = (torch.empty if call.packed is None else torch.zeros)(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     dbias = torch.empty(batch, heads, call.queries, tokens, dtype=acc, device=qkv.device) if needs_bias else None
     sums = None
     if dqkv.numel():

@@ -478,7 +478,7 @@ def test_dropout_with_the_other_options(device):
 def test_dropout_has_no_second_derivative(device):
     qkv = torch.randn(1, 9, 3, 2, 8, device=device, requires_grad=True)
     out = ops.attention(qkv, dropout_p=0.2)
-    with pytest.raises(NotImplementedError, match="dropout has no second derivative"):
+    with pytest.raises(NotImplementedError, match="dropout has neither a second derivative"):
         torch.autograd.grad(out.sum(), qkv, create_graph=True)
 
 

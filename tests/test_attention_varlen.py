@@ -1,5 +1,7 @@
 """attention_varlen: packed sequences against each one alone, with every option; lengths, bad input."""
 
+import sys
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ from fastvit.examples import ROPE
 
 pytestmark = pytest.mark.usefixtures("triton_backend")
 
+module = sys.modules["fastvit.ops.attention"]  # whose name in `fastvit.ops` is the op's
 LENGTHS = (17, 0, 1, 70, 2, 64, 65)
 
 
@@ -91,6 +94,32 @@ def test_no_sequence_and_few(lengths, device):
             assert torch.autograd.grad(out.sum(), qkv)[0].shape == qkv.shape
         if all(length == 1 for length in lengths):
             assert torch.equal(out, qkv[:, 2].flatten(1))
+
+
+@pytest.mark.parametrize(
+    ("cu_seqlens", "max_seqlen", "taken"),
+    [([0, 5], 5, [5]), ([0, 9], 4, [4]), ([2, 5, 30], 20, None), ([0, -3, 10], 20, None), ([-4, 6], 20, None)],
+    ids=str,
+)
+def test_what_nobody_looked_at_touches_no_other_memory(cu_seqlens, max_seqlen, taken, device, monkeypatch):
+    """As on a GPU, where the numbers are not read: tokens in no sequence, or beyond the longest, get zeros."""
+    monkeypatch.setattr(module, "_readable", lambda tensor: False)
+    qkv = torch.randn(12, 3, 2, 16, device=device)
+    bound = torch.tensor(cu_seqlens, device=device)
+    out, grad = run(ops.attention_varlen, qkv, torch.ones(12, 32), bound, max_seqlen=max_seqlen)
+    assert out.isfinite().all() and grad.isfinite().all()
+    if taken is not None:
+        assert not out[taken[0] :].any() and not grad[cu_seqlens[1] :].any()
+        alone = qkv[: taken[0], None].transpose(0, 1)
+        if cu_seqlens[1] == taken[0]:
+            assert relative_rms(out[: taken[0]], reference.attention(alone)[0]) < 1e-6
+
+
+def test_autocast_gives_the_same_dtype_on_both_back_ends(device):
+    qkv = torch.randn(9, 3, 2, 16, device=device)
+    for backend in ("triton", "torch"):
+        with fastvit.use_backend(backend), torch.autocast(device, torch.bfloat16):
+            assert ops.attention_varlen(qkv, bounds((4, 5), device)).dtype == torch.bfloat16
 
 
 def test_dropout_is_every_sequences_own(device):

@@ -219,6 +219,44 @@ def test_blocks_that_nobody_knows_are_compared_as_a_whole():
     assert report.first_departure == "block 1" and "nothing that was tried" in report.diagnosis
 
 
+def test_a_model_that_returns_nan_departs(tmp_path):
+    a, b = ours()
+    with torch.no_grad():
+        b.blocks[1].mlp.fc2.weight[0, 0] = float("nan")
+    report = parity_report(a, b, IMAGES)
+    assert not report.same and report.first_departure == "block 1 mlp"
+    assert "other weights (of the second layer)" in report.diagnosis
+    report.save(tmp_path / "r.json")
+    assert json.loads((tmp_path / "r.json").read_text())["rows"][-1]["difference"] is None
+
+
+def test_what_explains_is_tried_and_not_taken_for_granted():
+    """Another activation that no trial has, beside a weight that is off by next to nothing."""
+    model = BY_NAME["timm ViT"].model()
+    wrong = copy.deepcopy(model)
+    wrong.blocks[1].mlp.act = nn.ReLU()
+    with torch.no_grad():
+        wrong.blocks[1].mlp.fc1.weight[0, 0] += 1e-6
+    report = parity_report(model, wrong, IMAGES)
+    assert report.first_departure == "block 1 mlp" and "nothing that was tried" in report.diagnosis
+    wrong = copy.deepcopy(model)
+    wrong.blocks[0].attn.num_heads, wrong.blocks[0].attn.head_dim, wrong.blocks[0].attn.scale = 2, 24, 24**-0.5
+    assert "2 heads against 3 explains all" in parity_report(model, wrong, IMAGES).diagnosis
+
+
+def test_attention_with_rotary_positions_swapped_alone():
+    model = BY_NAME["timm EVA-02"].model()
+    for block in model.blocks:
+        block.mlp.act = nn.ReLU()
+    wrong = copy.deepcopy(model)
+    assert {entry.kind for entry in fastvit.accelerate(wrong).swapped} == {"attention", "patch_embed"}
+    assert parity_report(model, wrong, IMAGES).same
+    with torch.no_grad():
+        wrong.blocks[0].attn.q_bias += 0.1
+    report = parity_report(model, wrong, IMAGES)
+    assert report.first_departure == "block 0 attention" and "other weights (of q)" in report.diagnosis
+
+
 def test_files(tmp_path):
     a, b = ours()
     noise_on("pos_embed")(b)

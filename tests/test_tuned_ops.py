@@ -201,3 +201,19 @@ def test_patches_by_the_librarys_convolution(table, auto, pixel):
     with ops.carrying():
         out = ops.patch_embed(image, weight, bias, **names)
     torch.testing.assert_close(out, fastvit.reference.patch_embed(image, weight, bias, **names))
+
+
+def test_dropout_is_not_measured(table, auto, monkeypatch):
+    """Its results differ from call to call; a choice made without it is not followed with it."""
+    qkv = record(table, attention_call(False), "torch")[0]
+    assert fastvit.explain("attention", qkv).candidate == "torch"
+    found = fastvit.explain("attention", qkv, dropout_p=0.1)
+    assert found.candidate == "triton" and "calls with dropout" in found.evidence[0]
+    asked = []
+    monkeypatch.setattr(dispatch, "_tuner", lambda op, args: asked.append(op.name))
+    monkeypatch.setattr(dispatch, "can_measure", lambda device: True)
+    with tuned.use_tuning("measure"):
+        ops.attention(qkv, dropout_p=0.1)
+        assert not asked
+        ops.attention(qkv)
+    assert asked == ["attention"]

@@ -97,8 +97,9 @@ def _eva_arguments(attention, x, rope=None, attn_mask=None, is_causal=False):
     if rope.dim() != 2 or rope.shape[0] != x.shape[1] - attention.num_prefix_tokens:
         return None
     sin, cos = rope.chunk(2, dim=-1)  # of each pair twice
-    pairs = slice(cos.shape[1] // 2) if attention.rotate_half else slice(None, None, 2)
-    return attn_mask, is_causal, cos[:, pairs], sin[:, pairs], not attention.rotate_half
+    half = getattr(attention, "rotate_half", False)
+    pairs = slice(cos.shape[1] // 2) if half else slice(None, None, 2)
+    return attn_mask, is_causal, cos[:, pairs], sin[:, pairs], not half
 
 
 def _rotary_arguments(attention, hidden_states, attention_mask=None, position_embeddings=None, **others):
@@ -199,7 +200,7 @@ _EVA = {
     "proj": "proj",
     "heads": "num_heads",
     "arguments": _eva_arguments,
-    "scale": lambda attention: attention.scale,
+    "scale": _timm_scale,
     "refuse": _eva_refuse,
     "dropouts": ("attn_drop", "proj_drop"),
     "nothing": ("q_norm", "k_norm", "norm"),
@@ -320,11 +321,11 @@ BLOCKS = {
 }
 
 
-def known_layout(layouts: dict, module: nn.Module):
-    """The layout of a module whose class's forward pass is known, or None."""
+def known_layout(layouts: dict, module: nn.Module, cls: type[nn.Module] | None = None):
+    """The layout of a module whose class's forward pass is known, or None. cls: the class to go by, if not its own."""
     if type(module) is nn.MultiheadAttention:
         return layouts.get("multi-head attention")
-    layout = layouts.get(known_forward(type(module)))
+    layout = layouts.get(known_forward(cls or type(module)))
     return layout(module) if callable(layout) else layout
 
 

@@ -43,8 +43,9 @@ def _bound(name: str, args: tuple, kwargs: dict) -> tuple[dispatch.Op, tuple]:
 
 def explain(op: str, *args, **kwargs) -> dispatch.Explanation:
     """The back end that `fastvit.ops.<op>(*args, **kwargs)` would run on, and every reason why not another. A backward
-    pass with create_graph=True, or with a batch of upstream gradients, is PyTorch's whatever the forward pass was. On
-    the kernels also every launch, forward and backward, with what was chosen for it.
+    pass with create_graph=True, or with a batch of upstream gradients, is PyTorch's whatever the forward pass was (of
+    the kernels' dropout there is none). On the kernels also every launch, forward and backward, with what was chosen
+    for it.
 
     Raises ValueError for an unknown op, and whatever the op itself raises for bad arguments; launches nothing.
     """

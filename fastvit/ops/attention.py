@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import numbers
 from functools import partial
 
 import torch
@@ -89,7 +90,10 @@ class AttentionFunction(torch.autograd.Function):
         needs = ctx.needs_input_grad[0], attn_bias is not None and ctx.needs_input_grad[3]
         if _common.differentiating_again(dout):
             if tensors[2] is not None:
-                raise NotImplementedError("attention: the kernels' dropout has no second derivative")
+                raise NotImplementedError(
+                    "attention: the kernels' dropout has neither a second derivative nor one of several upstream "
+                    "gradients at once; fastvit.use_backend('torch') has"
+                )
 
             def attention(qkv, attn_bias):
                 options = _options((tensors[0], attn_bias, *tensors[2:]), *ctx.numbers)
@@ -118,7 +122,7 @@ def _check(qkv, scale, key_padding_mask, attn_bias, dropout_p, rope_cos, rope_si
     batch, tokens, _, heads, head_dim = qkv.shape
     _check_numbers(name, qkv, scale, dropout_p)
     if num_queries is not None:
-        if isinstance(num_queries, bool) or not isinstance(num_queries, (int, torch.SymInt)):
+        if isinstance(num_queries, bool) or not isinstance(num_queries, (numbers.Integral, torch.SymInt)):
             raise TypeError(f"{name}: num_queries must be an integer or None, got {num_queries!r}")
         if not 0 < num_queries <= tokens:
             raise ValueError(f"{name}: num_queries must be from 1 to N = {tokens}, got {num_queries}")
@@ -242,11 +246,12 @@ def _sdpa(
 
 def _sdpa_varlen(qkv, cu_seqlens, max_seqlen, scale, dropout_p, rope_cos, rope_sin, rope_interleaved):
     bounds = cu_seqlens.tolist()
-    outs = [qkv[:0, 0].flatten(1)]
+    outs = []
     for begin, end in zip(bounds, bounds[1:], strict=False):
         rope = [None if angle is None else angle[begin:end] for angle in (rope_cos, rope_sin)]
         outs.append(_sdpa(qkv[None, begin:end], scale, None, None, dropout_p, *rope, rope_interleaved)[0])
-    return torch.cat(outs)
+    out = torch.cat(outs) if outs else qkv[:0, 0].flatten(1)
+    return F.pad(out, (0, 0, 0, qkv.shape[0] - out.shape[0]))  # as on the kernels, tokens of no sequence get zeros
 
 
 def _prepare(qkv, scale, key_padding_mask, attn_bias, dropout_p, rope_cos, rope_sin, rope_interleaved, num_queries):
@@ -330,13 +335,15 @@ def attention(
 
     qkv (B, N, 3, H, d) of any strides; scale defaults to d ** -0.5; key_padding_mask (B, N) bool, True = attend;
     attn_bias broadcastable to (B, H, M, N), differentiable; dropout_p on the probabilities. num_queries: M, only the
-    first so many tokens ask (1: the class token of a last block); None: all N. A query that may attend to no key gets
+    first so many tokens ask (1: the class token of a last block); None: all N. dropout_p on the kernels has no second
+    derivative. A query that may attend to no key gets
     zeros. Returns (B, M, H * d) in qkv's dtype. Softmax in float32.
 
     rope_cos, rope_sin (R, d / 2) or (B, R, d / 2): a rotary position embedding (arXiv 2104.09864) of the last R tokens,
     those after class and register tokens, applied to q and k: each pair of columns (a, b) becomes
-    (a cos - b sin, b cos + a sin), computed in float32 and rounded to qkv's dtype. b is d / 2 columns after a
-    (DINOv3), or the next one with rope_interleaved (EVA-02). Where the tables require a gradient, PyTorch runs the op.
+    (a cos - b sin, b cos + a sin), rounded to qkv's dtype; the kernels compute it in float32. b is d / 2 columns after
+    a (DINOv3), or the next one with rope_interleaved (EVA-02). Where the tables require a gradient, PyTorch runs the
+    op.
 
     On the kernels the error in half precision is the same whatever the layout, and at most 1.5 times that of PyTorch's
     fused attention. PyTorch's unfused path, which it takes for some strides, works in float32 inside and is more
@@ -435,8 +442,9 @@ def attention_varlen(
     Returns (T, H * d) in qkv's dtype. What a sequence gets does not depend on those beside it, to the bit, for the same
     max_seqlen.
 
-    Raises what `attention` does. Whether the numbers in cu_seqlens fit is looked at on the CPU only: elsewhere what is
-    beyond max_seqlen, or in no sequence, has no result.
+    Raises what `attention` does. Whether the numbers in cu_seqlens fit is looked at on the CPU only, and not under a
+    compiler or a transform: elsewhere what is beyond max_seqlen, or in no sequence, gets zeros. PyTorch's back end
+    always waits for cu_seqlens.
     """
     given = (qkv, cu_seqlens, max_seqlen, scale, dropout_p, rope_cos, rope_sin, rope_interleaved)
     run, args = dispatch.choose(VARLEN_OP, given)

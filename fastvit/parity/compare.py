@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import io
-from dataclasses import asdict, dataclass, field
+import math
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -48,7 +49,7 @@ class ParityReport:
     rows: tuple[Row, ...]
     first_departure: str | None
     diagnosis: str
-    explained: float = field(default=0.0)
+    explained: float = 0.0
 
     @property
     def same(self) -> bool:
@@ -68,8 +69,14 @@ class ParityReport:
         return text.getvalue().rstrip("\n")
 
     def as_dict(self) -> dict:
-        """Everything, as JSON has it."""
-        return asdict(self) | {"same": self.same}
+        """Everything, as JSON has it: None for a number that is not finite."""
+        found = asdict(self) | {"same": self.same}
+        # JSON has no NaN.
+        found["rows"] = [
+            {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
+            for row in found["rows"]
+        ]
+        return found
 
     def save(self, path: str | Path) -> None:
         """Write the report to a file, by its name: .json; .png, the errors against depth, for which matplotlib is
@@ -95,7 +102,7 @@ def parity_report(model_a: nn.Module, model_b: nn.Module, images: torch.Tensor) 
     order of q, k and v, the heads, layer-scale, the images' normalisation, the position table, other weights.
 
     Images of noise will do, two at least: one cannot tell a difference in positions from one in anything else. Takes
-    five runs of each model, and memory for both in float64. Raises TypeError for what is no model, ValueError for
+    some ten runs of a model, and memory for both in float64. Raises TypeError for what is no model, ValueError for
     models without blocks or of other shapes, or in training mode.
     """
     for name, model in (("model_a", model_a), ("model_b", model_b)):
@@ -116,7 +123,7 @@ def parity_report(model_a: nn.Module, model_b: nn.Module, images: torch.Tensor) 
     rows: list[Row] = []
 
     def add(name: str, kind: str, mine, theirs, precise, own: float) -> None:
-        departs = own > ROUNDING.get(kind, ROUNDING_ELSEWHERE)
+        departs = not own <= ROUNDING.get(kind, ROUNDING_ELSEWHERE)  # NaN does
         errors = relative_rms(mine, precise), relative_rms(theirs, precise)
         largest = (theirs.double() - mine.double()).abs().max().item()
         rows.append(Row(name, relative_rms(theirs, mine), largest, *errors, own, departs))
@@ -150,7 +157,7 @@ def _check_shapes(a: Trace, b: Trace) -> None:
             f"model_a's first block reads {tuple(a.tokens.shape)}, but model_b's {tuple(b.tokens.shape)}: they differ "
             "in tokens or width"
         )
-    if len(a.calls) != len(b.calls) and max(_depth(a), _depth(b)) != min(_depth(a), _depth(b)):
+    if _depth(a) != _depth(b):
         raise ValueError(f"model_a has {_depth(a)} blocks, but model_b has {_depth(b)}")
 
 
@@ -160,11 +167,12 @@ def _depth(trace: Trace) -> int:
 
 def _nearer(last: Row) -> str:
     """What to say of two models that are one."""
+    same = "No layer departs by more than rounding"
     if last.error_a == last.error_b:
-        return "No layer departs by more than rounding; both are as near to the truth."
-    nearer, other = ("a", "b") if last.error_a < last.error_b else ("b", "a")
-    least, most = sorted((last.error_a, last.error_b))
+        return f"{same}; both are as near to the truth."
+    errors = {"a": last.error_a, "b": last.error_b}
+    nearer, other = sorted(errors, key=lambda name: math.inf if math.isnan(errors[name]) else errors[name])
     return (
-        f"No layer departs by more than rounding. In the end model_{nearer} is nearer to the truth: its error is "
-        f"{least:.1e}, model_{other}'s {most:.1e}."
+        f"{same}. In the end model_{nearer} is nearer to the truth: its error is {errors[nearer]:.1e}, model_{other}'s "
+        f"{errors[other]:.1e}."
     )

@@ -30,11 +30,7 @@ def block_layout(module: nn.Module) -> BlockLayout | None:
     """How a block of ours, or of a library that is known, is put together."""
     if isinstance(module, Block):
         return BLOCKS["timm block"]  # whose names ours has
-    cls = original_class(module)
-    if cls is None:
-        return known_layout(BLOCKS, module)
-    plain = cls.__new__(cls)  # only its class is looked at
-    return known_layout(BLOCKS, plain)
+    return known_layout(BLOCKS, module, original_class(module))
 
 
 def layers_of(model: nn.Module) -> list[Layer]:

@@ -6,7 +6,7 @@ import copy
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -76,7 +76,11 @@ def _best(name: str, wanted: torch.Tensor, now: torch.Tensor, found: Iterator[Tr
     for what, attempt in found:
         with torch.no_grad():
             got = attempt()
-        explained = 0.0 if got.shape != wanted.shape else 1 - ((got - wanted).norm() / before).item() ** 2
+        explained = 0.0
+        if got.shape == wanted.shape:
+            left = (got - wanted).norm()
+            # Of NaN nothing is explained but by having none.
+            explained = 1 - (left / before).item() ** 2 if before.isfinite() else float(left <= 1e-6 * wanted.norm())
         if explained > most + 1e-6:
             best, most = what, explained
     if most < ENOUGH:
@@ -130,8 +134,7 @@ def _of_mlp(mine: Layer, theirs: Layer, context: Context) -> Iterator[Trial]:
 def _attention_layout(module: nn.Module) -> AttentionLayout | None:
     if isinstance(module, Attention):
         return ATTENTIONS["timm attention"]
-    cls = original_class(module)
-    return known_layout(ATTENTIONS, module if cls is None else cls.__new__(cls))
+    return known_layout(ATTENTIONS, module, original_class(module))
 
 
 def _packed(attention: nn.Module, layout: AttentionLayout) -> list[list[torch.Tensor]]:
@@ -145,7 +148,11 @@ def _packed(attention: nn.Module, layout: AttentionLayout) -> list[list[torch.Te
         layers = [attention._modules[name] for name in layout.qkv]
         return [[t.data for t in (layer.weight, layer.bias) if t is not None] for layer in layers]
     parts = [tensor.data.chunk(3) for tensor in tensors if tensor is not None]
-    return [list(rows) for rows in zip(*parts, strict=True)]
+    biases = [None] * 3 if layout.biases is None else layout.biases(attention)
+    return [
+        [*rows, *([] if bias is None else [bias.data])]
+        for rows, bias in zip(zip(*parts, strict=True), biases, strict=True)
+    ]
 
 
 def _reorder(attention: nn.Module, layout: AttentionLayout, order: tuple[int, ...]) -> None:
@@ -180,8 +187,25 @@ def _of_attention(mine: Layer, theirs: Layer, context: Context) -> Iterator[Tria
         other = _attention_layout(mine.module)
         heads = getattr(theirs.module, layout.heads), other and getattr(mine.module, other.heads)
         if heads[1] and heads[0] != heads[1]:
-            yield f"{heads[0]} heads against {heads[1]}", lambda: context.a.calls[mine.name].out
+
+            def regroup(attention):
+                width = getattr(attention, layout.heads) * layout.scale(attention) ** -2
+                for names, value in _of_heads(layout, heads[1], width):
+                    for name in [name for name in names if hasattr(attention, name)]:
+                        setattr(attention, name, value)
+
+            yield f"{heads[0]} heads against {heads[1]}", _trial(theirs, context, regroup)
     yield from _of_weights(mine, theirs, context)
+
+
+def _of_heads(layout: AttentionLayout, heads: int, width: float) -> list[tuple[tuple[str, ...], float]]:
+    """What depends on the number of heads, by the names that libraries have for it."""
+    head_dim = round(width / heads)
+    return [
+        ((layout.heads,), heads),
+        (("head_dim", "attention_head_size"), head_dim),
+        (("scale", "scaling"), head_dim**-0.5),
+    ]
 
 
 def _named_parts(layer: Layer) -> dict[str, list[torch.Tensor]]:
@@ -197,23 +221,20 @@ def _named_parts(layer: Layer) -> dict[str, list[torch.Tensor]]:
         found = {f"of {'qkv'[i]}": part for i, part in enumerate(_packed(module, layout))}
         return found | {"of the projection": [t.data for t in (proj.weight, proj.bias) if t is not None]}
     if layer.kind == "mlp":
-        cls = original_class(module)
         ours = {Mlp: "timm mlp", SwiGLU: "timm packed glu"}.get(type(module))
-        layout = MLPS[ours] if ours else known_layout(MLPS, module if cls is None else cls.__new__(cls))
+        layout = MLPS[ours] if ours else known_layout(MLPS, module, original_class(module))
         if layout is None:
             return {}
         first = [module._modules[name] for name in layout.fc1]
-        fc1 = [[layer.weight for layer in first], [layer.bias for layer in first]]
         second = module._modules[layout.fc2]
-        found = {
-            "of the first layer": [torch.cat(ts).data if len(ts) > 1 else ts[0].data for ts in fc1 if None not in ts]
-        }
+        tensors = [t for layer in first for t in (layer.weight, layer.bias)]
+        found = {"of the first layer": [t.data for t in tensors if t is not None]}
         return found | {"of the second layer": [t.data for t in (second.weight, second.bias) if t is not None]}
     return {}
 
 
 def _of_weights(mine: Layer, theirs: Layer, context: Context) -> Iterator[Trial]:
-    """model_a's weights in model_b's layer, one after the other and all at once."""
+    """model_a's weights in model_b's layer, of those parts that differ."""
     wanted, own = _named_parts(mine), _named_parts(theirs)
     differing = [
         name
@@ -225,7 +246,14 @@ def _of_weights(mine: Layer, theirs: Layer, context: Context) -> Iterator[Trial]
     ]
     if differing and set(wanted) == set(own):
         names = ", ".join(differing)
-        yield f"other weights ({names})", lambda: context.a.calls[mine.name].out
+
+        def take(module):
+            parts = _named_parts(replace(theirs, module=module))
+            for name in differing:
+                for tensor, value in zip(parts[name], wanted[name], strict=True):
+                    tensor.copy_(value)
+
+        yield f"other weights ({names})", _trial(theirs, context, take)
 
 
 def _of_block(mine: Layer, theirs: Layer, context: Context) -> Iterator[Trial]:

@@ -192,7 +192,10 @@ def _gemm_shared_memory(config: GemmConfig, request: Request, arch: Arch) -> int
 
 
 def _attention_shared_memory(config: AttentionConfig, request: Request, arch: Arch) -> int:
-    row = sum(split_head(request.shape[3])) * request.dtype.itemsize
+    columns = sum(split_head(request.shape[3]))
+    if request.parts.rope:  # held by pairs, in two halves
+        columns = 2 * sum(split_head(request.shape[3] // 2))
+    row = columns * request.dtype.itemsize
     if config.ROW_TILES > 1:
         fit = tiling(request, config)
         # Sums across warps of the first token, and Blackwell's barriers, beside all keys and values.
@@ -203,6 +206,8 @@ def _attention_shared_memory(config: AttentionConfig, request: Request, arch: Ar
     held = 1 if request.kernel == "attention_forward" else 2
     buffers = config.num_stages if arch.has_wgmma else max(1, config.num_stages - 1)
     needed = held * config.BLOCK_ROWS * row + 2 * config.BLOCK_STEP * row * buffers
+    if request.parts.rope and config.num_stages > 1:  # cos and sin beside them
+        needed += 4 * config.BLOCK_STEP * columns * buffers
     if request.kernel == "attention_backward_dkdv":
         # The log-sum-exp beside the queries, and room to transpose it.
         needed += 4 * config.BLOCK_STEP * config.num_stages + 2048
