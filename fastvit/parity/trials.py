@@ -159,14 +159,14 @@ def _reorder(attention: nn.Module, layout: AttentionLayout, order: tuple[int, ..
     parts = _packed(attention, layout)
     copies = [[rows.clone() for rows in part] for part in parts]
     for place, source in enumerate(order):
-        for rows, other in zip(parts[place], copies[source], strict=True):
+        for rows, other in zip(parts[place], copies[source], strict=False):  # k may have no bias
             rows.copy_(other)
 
 
 def _by_head(attention: nn.Module, layout: AttentionLayout) -> None:
     """As if the rows of q, k and v came head by head."""
     heads, parts = getattr(attention, layout.heads), _packed(attention, layout)
-    for tensors in zip(*parts, strict=True):
+    for tensors in zip(*parts, strict=False):
         rows = torch.cat(tensors)
         found = rows.unflatten(0, (heads, 3, -1)).transpose(0, 1).flatten(0, 2).chunk(3)
         for tensor, value in zip(tensors, [value.clone() for value in found], strict=True):
