@@ -11,7 +11,7 @@ help:
 	@echo "make verify    every kernel against the reference"
 	@echo "make test      the tests; make test-all: with the slow ones"
 	@echo "make static    compile every kernel for six architectures with two Tritons: docs/static, and all that was"
-	@echo "               found in results/static; 15 to 30 minutes on 2 cores"
+	@echo "               found in results/static; 40 minutes and more on 2 cores"
 	@echo "make gpu       all that is worth knowing on this machine's GPU, with the python3 on PATH, under 9 minutes:"
 	@echo "               OUT=folder FROM=archive COMMIT=name BUDGET=seconds MODELS=names BATCH=n STEPS=names"
 	@echo "make host      launches of a model and the host's time for them, without a GPU: benchmarks/results/host.json"
