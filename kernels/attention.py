@@ -542,7 +542,7 @@ def attention_backward_dkdv_kernel(
 
 class Options(NamedTuple):
     """What attention takes beside qkv and its scale: see `fastvit.ops.attention`, and of cu_seqlens and max_seqlen
-    `attention_varlen`, whose qkv comes as a batch of one. seed: of dropout, a tensor of one integer."""
+    `attention_varlen`, whose qkv is a batch of one without that axis. seed: of dropout, a tensor of one integer."""
 
     key_padding_mask: torch.Tensor | None = None
     attn_bias: torch.Tensor | None = None

@@ -334,10 +334,9 @@ def attention(
     """Multi-head self-attention, softmax(q k^T * scale + attn_bias) v (arXiv 1706.03762, 2205.14135).
 
     qkv (B, N, 3, H, d) of any strides; scale defaults to d ** -0.5; key_padding_mask (B, N) bool, True = attend;
-    attn_bias broadcastable to (B, H, M, N), differentiable; dropout_p on the probabilities. num_queries: M, only the
-    first so many tokens ask (1: the class token of a last block); None: all N. dropout_p on the kernels has no second
-    derivative. A query that may attend to no key gets
-    zeros. Returns (B, M, H * d) in qkv's dtype. Softmax in float32.
+    attn_bias broadcastable to (B, H, M, N), differentiable; dropout_p on the probabilities, of which the kernels have
+    no second derivative. num_queries: M, only the first so many tokens ask (1: the class token of a last block); None:
+    all N. A query that may attend to no key gets zeros. Returns (B, M, H * d) in qkv's dtype. Softmax in float32.
 
     rope_cos, rope_sin (R, d / 2) or (B, R, d / 2): a rotary position embedding (arXiv 2104.09864) of the last R tokens,
     those after class and register tokens, applied to q and k: each pair of columns (a, b) becomes
@@ -373,7 +372,7 @@ def _check_varlen(qkv, cu_seqlens, max_seqlen, scale, dropout_p, rope_cos, rope_
     if max_seqlen is None and torch.compiler.is_compiling():
         raise ValueError(f"{name}: max_seqlen must be given to a compiler, which cannot look at cu_seqlens")
     if max_seqlen is not None:
-        if isinstance(max_seqlen, bool) or not isinstance(max_seqlen, (int, torch.SymInt)):
+        if isinstance(max_seqlen, bool) or not isinstance(max_seqlen, (numbers.Integral, torch.SymInt)):
             raise TypeError(f"{name}: max_seqlen must be an integer or None, got {max_seqlen!r}")
         if max_seqlen < 1:
             raise ValueError(f"{name}: max_seqlen must be at least 1, got {max_seqlen}")

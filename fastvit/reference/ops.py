@@ -91,7 +91,7 @@ def attention(
     qkv (B, N, 3, H, d); scale defaults to d ** -0.5; key_padding_mask (B, N) bool, True = attend; attn_bias,
     added to the scaled scores, broadcastable to (B, H, M, N). A query that may attend to no key gets zeros.
     rope_cos, rope_sin, rope_interleaved: of `rotate`, applied to q and k. num_queries: M, of which only the first so
-    many tokens ask; N for None. Returns (B, M, H * d).
+    many tokens ask; N for None. dropout_p: of the probabilities. Returns (B, M, H * d).
     """
     q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, N, d)
     if rope_cos is not None:
