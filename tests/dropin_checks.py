@@ -6,9 +6,11 @@ from __future__ import annotations
 import copy
 import io
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import torch
@@ -49,6 +51,23 @@ def errors(family: Family, dtype: torch.dtype, model=None) -> dict[str, tuple[fl
         return (found[name].double().norm() / size).item()
 
     return {name: (error(after, name), error(before, name)) for name in truth}
+
+
+@torch.inference_mode()
+def cpu_ratio(family: Family, rounds: int = 200) -> float:
+    """The time of an accelerated model's forward pass on the CPU, where it runs its library's code, over that of the
+    model as it was: the median of rounds in which both took turns."""
+    x, models = images(6), [family.model(), family.model()]
+    fastvit.accelerate(models[1])
+    ratios = []
+    for round in range(rounds + 5):  # the first to warm up
+        seconds = {}
+        for number in (0, 1) if round % 2 else (1, 0):
+            start = time.perf_counter()
+            family.run(models[number], x)
+            seconds[number] = time.perf_counter() - start
+        ratios.append(seconds[1] / seconds[0])
+    return statistics.median(ratios[5:])
 
 
 def too_large(found: dict[str, tuple[float, float]], dtype: torch.dtype) -> list[str]:

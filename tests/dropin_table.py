@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from dropin_checks import check_compile, check_distributed, check_export, check_other, errors, too_large
+from dropin_checks import check_compile, check_distributed, check_export, check_other, cpu_ratio, errors, too_large
 from dropin_models import FAMILIES, OTHERS, Family, timm, torchvision, transformers
 
 PAGE = Path(__file__).parents[1] / "docs/drop-in.md"
@@ -31,6 +31,7 @@ def cells(family: Family) -> list[str]:
         )
         found.append(f"{output[0]:.1e} / {output[1]:.1e}" + (", wrong" if wrong else ""))
         found.append(f"{gradients[0]:.1e} / {gradients[1]:.1e}")
+    found.append(f"{cpu_ratio(family):.2f}")
     for check in CHECKS.values():
         try:
             check(family)
@@ -45,6 +46,7 @@ def cells(family: Family) -> list[str]:
 def table(rows: list[list[str]]) -> str:
     heads = ["model", "found in its blocks"]
     heads += [f"{what}, {dtype}" for dtype in ("float32", "bfloat16") for what in ("outputs", "gradients")]
+    heads.append("time on a CPU, after / before")
     lines = [[*heads, *CHECKS], ["---"] * (len(heads) + len(CHECKS)), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

@@ -39,5 +39,6 @@ def test_the_table_has_every_family_and_nothing_failed():
 def test_a_row_is_what_the_checks_find(family):
     """But for the numbers, which another machine rounds otherwise."""
     row = cells(family)
-    assert row[:2] + row[6:] == ROWS[FAMILIES.index(family)][:2] + ROWS[FAMILIES.index(family)][6:]
+    kept = ROWS[FAMILIES.index(family)]
+    assert row[:2] + row[7:] == kept[:2] + kept[7:]
     assert table([row]).count("|") == 3 * (len(row) + 1)
