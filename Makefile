@@ -1,6 +1,9 @@
 # make bench, make test: set up their own environment on first use, .venv; nothing to install before.
 # make gpu: on a machine with a GPU whose python3 has torch and triton; installs nothing, needs no network.
 VENV := .venv
+# The oldest Triton that is supported, and the newest release: each alone in a folder that goes before $(VENV)'s own on
+# the path.
+TRITONS := 3.6.0 3.9.0
 # numpy's and torch's threads would fight the test processes, and the interpreter's small arrays gain nothing by them.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 
@@ -33,10 +36,10 @@ verify: $(VENV)/.bench
 	@mkdir -p results
 	@$(VENV)/bin/fastvit verify --json results/verify.json
 
-test: $(VENV)/.test
+test: $(VENV)/.test $(VENV)-static-$(firstword $(TRITONS))/.installed
 	@$(ONE_THREAD) $(VENV)/bin/pytest -n 2 -q
 
-test-all: $(VENV)/.test
+test-all: $(VENV)/.test $(VENV)-static-$(firstword $(TRITONS))/.installed
 	@$(ONE_THREAD) $(VENV)/bin/pytest -n 2 -q --slow
 
 # The stamps: made anew when what they install changes. Tests need all that the benchmark needs.
@@ -56,10 +59,7 @@ $(PLACE)/fastvit:
 	@mkdir -p $(@D)
 	@ln -sfn ../../fastvit $@
 
-# The oldest Triton that is supported, and the newest release: each alone in a folder that goes before $(VENV)'s own on
-# the path. A Triton whose report fails does not stop the other's, nor the pages.
-TRITONS := 3.6.0 3.9.0
-
+# A Triton whose report fails does not stop the other's, nor the pages.
 static: $(TRITONS:%=$(VENV)-static-%/.installed) $(PLACE)/fastvit
 	@rm -rf results/static; status=0; for version in $(TRITONS); do \
 		PYTHONPATH=$(VENV)-static-$$version:$(PLACE) PYTHONDONTWRITEBYTECODE=1 $(ONE_THREAD) $(VENV)/bin/python \

@@ -70,16 +70,20 @@ def sequence(packed, N, M, number):
 
 
 @triton.jit
-def head_pointers(qkv_ptr, strides, batch, begin, N, head, rope, UNIT: tl.constexpr):
-    """Where q, k and v of a head of N tokens start, how far apart its tokens are, and their rope, see `heads`."""
+def head_pointers(qkv_ptr, strides, batch, begin, head, UNIT: tl.constexpr):
+    """Where q, k and v of a head start, and how far apart its tokens are."""
     stride = tl.cast(strides[1], tl.int64) * UNIT
     q_ptr = qkv_ptr + (batch * UNIT * strides[0] + begin * stride + head * UNIT * strides[3])
     step = tl.cast(strides[2], tl.int64) * UNIT
-    if rope is not None:
-        cos_ptr, sin_ptr, tables, first = rope
-        offset = batch * tables[0] + begin * tables[1]
-        rope = (cos_ptr + offset, sin_ptr + offset, tables[1], tables[2], first, N)
-    return q_ptr, q_ptr + step, q_ptr + step + step, stride, rope
+    return q_ptr, q_ptr + step, q_ptr + step + step, stride
+
+
+@triton.jit
+def rope_of(rope, batch, begin, N):
+    """`attention_kernel`'s rope as `heads` has it, of a sequence of N tokens."""
+    cos_ptr, sin_ptr, tables, first = rope
+    offset = batch * tables[0] + begin * tables[1]
+    return cos_ptr + offset, sin_ptr + offset, tables[1], tables[2], first, N
 
 
 @triton.jit
@@ -171,8 +175,8 @@ def store_by_row(by_colsum, by_y, norm, number, row, row_ok):
 
 
 # Online softmax. A state is of some queries and the keys that they have seen: the largest score in base 2, the sum of
-# the exponentials, and the sum of these times v. `pointers`: what `head_pointers` returns. `scoring`: the masks (see
-# `attention_kernel`), the sequence's number, head, N, M, and what makes scores base 2.
+# the exponentials, and the sum of these times v. `pointers`: what `head_pointers` returns, and a rope or None.
+# `scoring`: the masks (see `attention_kernel`), the sequence's number, head, N, M, and what makes scores base 2.
 
 
 @triton.jit
@@ -325,7 +329,10 @@ def attention_kernel(
     head, number = tl.program_id(0) // programs, tl.program_id(0) % programs
     nth, head_in_batch = (head // H).to(tl.int64), (head % H).to(tl.int64)
     batch, begin, N, M = sequence(packed, N, M, nth)
-    pointers = head_pointers(qkv_ptr, strides, batch, begin, N, head_in_batch, rope, UNIT)
+    q_ptr, k_ptr, v_ptr, stride = head_pointers(qkv_ptr, strides, batch, begin, head_in_batch, UNIT)
+    if rope is not None:  # None is nothing that a function of Triton 3.6 can return
+        rope = rope_of(rope, batch, begin, N)
+    pointers = (q_ptr, k_ptr, v_ptr, stride, rope)
     out_ptr += (batch * M + begin) * (H * HEAD_DIM) + head_in_batch * HEAD_DIM
     lse_ptr += head.to(tl.int64) * PADDED
     scoring = (masks, nth, head_in_batch, N, M, scale * LOG2_E)
@@ -410,8 +417,10 @@ def attention_backward_dq_kernel(
     if packed is not None:  # noqa: SIM102, known at compile time
         if number * BLOCK_M >= N:
             return
-    pointers = head_pointers(qkv_ptr, strides, batch, begin, N, head_in_batch, rope, UNIT)
-    q_ptr, _, _, stride, rope = pointers
+    q_ptr, k_ptr, v_ptr, stride = head_pointers(qkv_ptr, strides, batch, begin, head_in_batch, UNIT)
+    if rope is not None:
+        rope = rope_of(rope, batch, begin, N)
+    pointers = (q_ptr, k_ptr, v_ptr, stride, rope)
     columns = head_in_batch * HEAD_DIM
     dout_stride = tl.cast(dout_strides[1], tl.int64) * UNIT
     dout_ptr += batch * UNIT * dout_strides[0] + begin * dout_stride + columns
@@ -495,8 +504,10 @@ def attention_backward_dkdv_kernel(
     if packed is not None:  # noqa: SIM102, known at compile time
         if number * BLOCK_N >= N:
             return
-    pointers = head_pointers(qkv_ptr, strides, batch, begin, N, head_in_batch, rope, UNIT)
-    q_ptr, k_ptr, _, stride, rope = pointers
+    q_ptr, k_ptr, v_ptr, stride = head_pointers(qkv_ptr, strides, batch, begin, head_in_batch, UNIT)
+    if rope is not None:
+        rope = rope_of(rope, batch, begin, N)
+    pointers = (q_ptr, k_ptr, v_ptr, stride, rope)
     columns = head_in_batch * HEAD_DIM
     dout_stride = tl.cast(dout_strides[1], tl.int64) * UNIT
     dout_ptr += batch * UNIT * dout_strides[0] + begin * dout_stride + columns

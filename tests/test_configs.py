@@ -65,7 +65,8 @@ def of_bytes(request):
 
 
 def heads(kernel, head_dim, *masks, dtype=BF16, tokens=197):
-    scores = Scores("mask" in masks, dtype if "bias" in masks else None, before_norm="norm" in masks)
+    has = {"before_norm": "norm" in masks, "dropout": "dropout" in masks}
+    scores = Scores("mask" in masks, dtype if "bias" in masks else None, **has)
     return Request(kernel, (64, tokens, 12, head_dim), dtype, scores)
 
 
@@ -114,7 +115,11 @@ CHOICES = [
     (("gfx942",), [heads("attention_forward", 64)], (64, 32, 4, 1)),
     (HOPPER, [heads(kernel, 64) for kernel in BACKWARD], (64, 64, 4, 1)),
     (HOPPER, [heads(kernel, 64, "bias") for kernel in BACKWARD], (64, 64, 8, 1)),
-    (HOPPER, [heads(kernel, 80, dtype=FP16) for kernel in BACKWARD], (64, 64, 8, 1)),
+    (("sm_90",), [heads(kernel, 80, dtype=FP16) for kernel in BACKWARD], (64, 64, 8, 1)),
+    (("sm_100",), [heads(kernel, 80, dtype=FP16) for kernel in BACKWARD], (64, 64, 8, 2)),
+    (("sm_100",), [heads(BACKWARD[1], 48)], (64, 64, 8, 1)),
+    (HOPPER, [heads(BACKWARD[1], 64, "dropout")], (64, 32, 4, 1)),
+    (HOPPER, [heads(BACKWARD[0], 64, "dropout"), heads(BACKWARD[0], 48)], (64, 64, 4, 1)),
     (HOPPER, [heads(kernel, 128, "mask") for kernel in BACKWARD], (64, 32, 8, 1)),
     (("gfx942", "sm_80"), [heads(kernel, 64, "mask") for kernel in BACKWARD], (64, 32, 4, 1)),
     (("sm_89", "sm_120"), [heads(BACKWARD[0], 64, "mask")], (64, 32, 8, 1)),

@@ -162,8 +162,14 @@ def _attention_backward(request: Request, arch: Arch) -> AttentionConfig:
         wide = head_dim > 80 and arch.name in ("sm_120", "gfx942")
         spills = not queries and (wide or len(split_head(head_dim)) > 2) or (rope and arch.backend == "hip")
         return AttentionConfig(BLOCK_ROWS=32, BLOCK_STEP=16 if masked or spills else 32, num_warps=8, num_stages=1)
+    blackwell = arch.name == "sm_100"
     if head_dim <= 64:
-        # Of four warps, dk and dv of rotated keys for a norm spill with Triton 3.9.
-        many = masked or (rope and request.parts.before_norm and not queries)
-        return AttentionConfig(BLOCK_ROWS=64, BLOCK_STEP=64, num_warps=8 if many else 4, num_stages=1)
-    return AttentionConfig(BLOCK_ROWS=64, BLOCK_STEP=32 if masked or rope else 64, num_warps=8, num_stages=1)
+        # Of four warps, dk and dv of rotated keys for a norm spill with Triton 3.9, of 48 columns with 3.6; of wider
+        # steps so do those beside dropout.
+        many = masked or (not queries and (rope and request.parts.before_norm or blackwell and head_dim == 48))
+        step = 32 if request.parts.dropout and not queries else 64
+        return AttentionConfig(BLOCK_ROWS=64, BLOCK_STEP=step, num_warps=8 if many else 4, num_stages=1)
+    if masked or rope:
+        return AttentionConfig(BLOCK_ROWS=64, BLOCK_STEP=32, num_warps=8, num_stages=1)
+    # Not pipelined, heads of 104 and 112 columns spill.
+    return AttentionConfig(BLOCK_ROWS=64, BLOCK_STEP=64, num_warps=8, num_stages=2 if blackwell else 1)
