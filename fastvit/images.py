@@ -113,15 +113,22 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def resize_and_crop(
-    image: Image.Image, img_size: int | tuple[int, int], crop_pct: float = 0.875, interpolation: str = "bicubic"
+    image: Image.Image,
+    img_size: int | tuple[int, int],
+    crop_pct: float = 0.875,
+    interpolation: str = "bicubic",
+    crop_mode: str = "center",
 ) -> Image.Image:
     """timm's evaluation geometry: shorter side to img_size / crop_pct, then the central img_size.
 
-    img_size: one side, or (height, width). Raises ImageError for an image so long and thin that it would be huge.
+    img_size: one side, or (height, width). crop_mode "squash": both sides to img_size / crop_pct, whatever the image's
+    proportions. Raises ImageError for an image so long and thin that it would be huge.
     """
     height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
     scaled_height, scaled_width = math.floor(height / crop_pct), math.floor(width / crop_pct)
-    if scaled_height == scaled_width:
+    if crop_mode == "squash":
+        size = (scaled_width, scaled_height)
+    elif scaled_height == scaled_width:
         short = min(image.size)
         size = tuple(int(scaled_width * side / short) for side in image.size)
     else:
@@ -144,7 +151,9 @@ def read(path: str | Path, config) -> torch.Tensor:
     """The image at `path` as the uint8 tensor (3, H, W) that a model of `config` (a ViTConfig) takes."""
     image = load_image(path)
     try:
-        return to_tensor(resize_and_crop(image, config.img_size, config.crop_pct, config.interpolation))
+        return to_tensor(
+            resize_and_crop(image, config.img_size, config.crop_pct, config.interpolation, config.crop_mode)
+        )
     except ImageError as error:
         raise ImageError(f"{path}: {error}") from None
 

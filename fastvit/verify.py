@@ -350,6 +350,8 @@ DEVICE = Sizes(
         ("vit_small_patch14_reg4_dinov2", {"img_size": 224}),
         ("vit_large_patch16_384", {"depth": 12}),
         ("vit_huge_patch14_224", {"depth": 12}),
+        ("vit_base_patch32_clip_quickgelu_224", {}),
+        ("vit_so400m_patch16_siglip_256", {"depth": 9}),
     ),
     model_batch=4,
 )

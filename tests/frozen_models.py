@@ -30,6 +30,9 @@ VARIANTS = {
     "padded": {"dynamic_img_size": True, "dynamic_img_pad": True},
     "one channel": {"in_chans": 1},
     "not square": {"img_size": (32, 48), "patch_size": (8, 4)},
+    "norm before the blocks": {"pre_norm": True, "norm_eps": 1e-5},
+    "attention pool": {"global_pool": "map", "class_token": False},
+    "attention pool beside a class token": {"global_pool": "map", "num_classes": 0},
     "blocks of one head of 12": {"embed_dim": 12, "num_heads": 1},
 }
 EXACT = 2e-6  # float32 outputs of 3 small blocks, relative rms

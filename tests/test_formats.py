@@ -68,6 +68,9 @@ PEERS = {
     "Dinov2 gated": lambda: of_transformers("Dinov2Model", **GATED),
     "Dinov2 with registers": lambda: of_transformers("Dinov2WithRegistersModel", **DINOV2),
     "Dinov2 with registers, gated": lambda: of_transformers("Dinov2WithRegistersModel", **GATED),
+    "CLIP": lambda: of_transformers("CLIPVisionModelWithProjection", projection_dim=5),
+    "CLIP without projection": lambda: of_transformers("CLIPVisionModel", hidden_act="gelu"),
+    "SigLIP": lambda: of_transformers("SiglipVisionModel"),
 }
 
 
@@ -80,16 +83,19 @@ def on_disk(peer, folder):
 
 
 def outputs(peer, images):
-    """The peer's logits, or without classifier its normalised tokens."""
+    """The peer's logits, or without classifier its normalised tokens, of a tower for images and text what it gives."""
     if isinstance(peer, transformers.ViTMAEModel):  # which would shuffle the patches, and drop some
         return peer(images, noise=torch.arange(16.0).expand(len(images), 16)).last_hidden_state
     found = peer(images)
+    if peer.__class__.__name__.startswith(("CLIP", "Siglip")):
+        return found["image_embeds"] if "image_embeds" in found else found["pooler_output"]
     return found if isinstance(found, torch.Tensor) else found["logits"] if "logits" in found else found[0]
 
 
 def assert_equal_outputs(model, peer, error=2e-6):
     images = torch.randn(2, 3, 32, 32, dtype=model.pos_embed.dtype)
-    ours = model.eval() if model.num_classes else model.eval().forward_features
+    tower = model.config.pre_norm or model.global_pool == "map"
+    ours = model.eval() if model.num_classes or tower else model.eval().forward_features
     with torch.no_grad():
         assert relative_rms(ours(images), outputs(peer, images)) <= error
 
@@ -146,7 +152,9 @@ def raw(path):
 def test_the_library_takes_what_is_written_for_it(kind, tmp_path):
     peer = as_trained(PEERS[kind]())
     ours = fastvit.load_checkpoint(None, on_disk(peer, tmp_path / "saved"))
-    path = saved(tmp_path / "ours.safetensors", ours.state_dict())
+    tower = ours.config.pre_norm or ours.global_pool == "map"
+    # Of a file alone nobody knows its activation, which the towers' config says.
+    path = tmp_path / "saved" if tower else saved(tmp_path / "ours.safetensors", ours.state_dict())
     if kind == "torchvision":
         again = of_torchvision().eval()
         again.load_state_dict(convert_checkpoint(path, to="torchvision").state)
@@ -157,7 +165,7 @@ def test_the_library_takes_what_is_written_for_it(kind, tmp_path):
         assert not said["unexpected_keys"] and not said["mismatched_keys"]
         facts, original = again.config.to_dict(), peer.config.to_dict()
         unread = {"architectures", "dtype", "transformers_version", "_name_or_path", "encoder_stride"}
-        unread |= {"id2label", "label2id"} if not ours.num_classes else set()
+        unread |= {"id2label", "label2id"} if not ours.num_classes or tower else set()
         unread |= {"intermediate_size"} if "Dinov2" in kind else set()
         assert {name for name in original if facts.get(name) != original[name]} <= unread
         unread = {"embeddings.mask_token", "pooler.dense.weight", "pooler.dense.bias"}
@@ -276,17 +284,43 @@ def test_a_classifier_that_timms_model_has_not(tmp_path):
         assert_equal_outputs(model, getattr(peer, peer.base_model_prefix))
 
 
-def test_eps_is_the_models(tmp_path):
-    """transformers' ViT has 1e-12 unless its config says otherwise; no file does."""
-    peer = as_trained(of_transformers("ViTModel"))
-    for module in peer.modules():
-        if isinstance(module, torch.nn.LayerNorm):
-            module.eps = 1e-3
-    model = fastvit.load_checkpoint(None, on_disk(peer, tmp_path / "w"))
+def test_what_the_config_beside_a_file_says(tmp_path):
+    """eps, activation and heads, which tensors do not tell; transformers' ViT has an eps of 1e-12 unless it is said."""
+    config = transformers.ViTConfig(
+        **{**SIZES, "layer_norm_eps": 1e-3, "num_attention_heads": 8, "hidden_act": "gelu_pytorch_tanh"}
+    )
+    peer = as_trained(transformers.ViTModel(config))
+    folder = on_disk(peer, tmp_path / "w")
+    model = fastvit.load_checkpoint(None, folder)
+    assert_equal_outputs(model, peer)
+    assert_equal_outputs(fastvit.load_checkpoint(None, folder / "model.safetensors"), peer)
+    alone = saved(tmp_path / "alone.safetensors", raw(folder))
     with pytest.raises(AssertionError):
-        assert_equal_outputs(model, peer)
-    model = fastvit.VisionTransformer(fastvit.ViTConfig(**{**vars(model.config), "norm_eps": 1e-3}))
-    assert_equal_outputs(fastvit.load_checkpoint(model, tmp_path / "w"), peer)
+        assert_equal_outputs(fastvit.load_checkpoint(None, alone), peer)
+    assert_equal_outputs(fastvit.load_checkpoint(fastvit.VisionTransformer(model.config), alone), peer)
+    for text in ('{"hidden_act": "relu"}', "[]", "{"):
+        (folder / "config.json").write_text(text)
+        with pytest.raises(ValueError, match=r"config\.json is no config of a Vision Transformer: "):
+            fastvit.load_checkpoint(None, folder)
+
+
+def test_towers_of_models_for_images_and_text(tmp_path):
+    """The whole of CLIP and SigLIP, and SigLIP with a classifier, which reads the mean of the patches."""
+    text = {"vocab_size": 9, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1, "bos_token_id": 0}
+    vision = {name: value for name, value in SIZES.items() if name != "num_labels"}
+    given = {"text_config": {**text, "eos_token_id": 1}, "vision_config": vision}
+    images = torch.randn(2, 3, 32, 32)
+    for kind, more, features in (
+        ("CLIPModel", {"projection_dim": 5}, lambda peer: peer.get_image_features(images).pooler_output),
+        ("SiglipModel", {}, lambda peer: peer.get_image_features(images).pooler_output),
+        ("SiglipForImageClassification", {"num_labels": 7}, lambda peer: peer(images).logits),
+    ):
+        peer = getattr(transformers, kind)
+        peer = as_trained(peer(peer.config_class(**given, **more)))
+        model = fastvit.load_checkpoint(None, on_disk(peer, tmp_path / kind)).eval()
+        assert model.config.activation == ("quick_gelu" if "CLIP" in kind else "gelu_tanh")
+        with torch.no_grad():
+            assert relative_rms(model(images), features(peer)) <= 2e-6
 
 
 @pytest.mark.parametrize(
@@ -297,6 +331,8 @@ def test_eps_is_the_models(tmp_path):
         ("torchvision", {"qkv_bias": False}, "torchvision has only qkv_bias=True, the model has False"),
         ("torchvision", {"class_token": False, "global_pool": "avg"}, "torchvision has only class_token=True"),
         ("transformers", {"reg_tokens": 4}, "transformers has only reg_tokens=0, the model has 4"),
+        ("transformers", {"pre_norm": True, "reg_tokens": 4}, "transformers' CLIP has only reg_tokens=0"),
+        ("transformers", {"global_pool": "map"}, "transformers' SigLIP has only class_token=False, the model has True"),
         ("transformers", {"init_values": 0.1}, "transformers' Dinov2 has only num_classes=0, the model has 5"),
         ("transformers", {"global_pool": "avg"}, "transformers has only global_pool='token', the model has 'avg'"),
         (

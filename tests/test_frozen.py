@@ -33,6 +33,7 @@ WHERE = {
     "norm into head": ("plain", 0, False),
     "heads averaged": ("distilled", 2, False),
     "softmax scale": ("plain", 0, False),
+    "learned query": ("attention pool", 1, True),
     "key bias": ("plain", 0, False),
     "value bias": ("plain", 0, False),
     "position table": ("registers", 0, False),

@@ -341,6 +341,7 @@ TIMM = {
     "plain": {},
     "one channel": {"in_chans": 1},
     "CLIP's": {"pre_norm": True, "norm_layer": "layernorm", "act_layer": "quick_gelu"},
+    "SigLIP's": {"global_pool": "map", "class_token": False, "act_layer": "gelu_tanh"},
     "average": {"global_pool": "avg"},
     "layer scale": {"init_values": 0.1},
     "registers": {"reg_tokens": 2, "no_embed_class": True},
@@ -401,7 +402,7 @@ def test_a_timm_model_keeps_its_preparation():
     "arguments, message",
     [
         ({"qk_norm": True}, "model.blocks.0.attn.q_norm is a LayerNorm"),
-        ({"global_pool": "map"}, "attn_pool is a AttentionPoolLatent"),
+        ({"global_pool": "prr"}, "attn_pool is a AttentionPoolPrr"),
         ({"act_layer": "relu"}, "act is a ReLU"),
     ],
 )

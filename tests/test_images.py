@@ -26,6 +26,7 @@ class Config:
     img_size: tuple[int, int] = (224, 224)
     crop_pct: float = 0.9
     interpolation: str = "bicubic"
+    crop_mode: str = "center"
 
 
 def gradient(width: int, height: int, mode: str = "RGB") -> Image.Image:
@@ -59,6 +60,18 @@ def test_equals_timms_evaluation_transform(size, crop_pct, interpolation):
         ours = normalise(images.read(file, Config(size, crop_pct, interpolation)), mean, std)
         # The pixels are the same; the floats may be rounded in another order.
         torch.testing.assert_close(ours, expected, rtol=0, atol=1e-6, msg=file.name)
+
+
+@pytest.mark.parametrize("crop_pct", [1.0, 0.95])
+@pytest.mark.parametrize("size", [(224, 224), (24, 40)])
+def test_squashed_as_timm_squashes(size, crop_pct):
+    data = pytest.importorskip("timm.data")
+    how = {"interpolation": "bicubic", "crop_pct": crop_pct, "crop_mode": "squash", "use_prefetcher": True}
+    transform = data.create_transform((3, *size), **how)
+    for file in sorted(PHOTOS.glob("*.jpg")):
+        with Image.open(file) as image:
+            expected = torch.as_tensor(transform(image.convert("RGB")))
+        assert torch.equal(images.read(file, Config(size, crop_pct, crop_mode="squash")), expected), file.name
 
 
 @pytest.mark.parametrize("size", [(7, 300), (300, 7), (225, 223), (31, 31), (1, 1)])

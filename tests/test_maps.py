@@ -19,6 +19,7 @@ SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_head
 TOKENS = 17
 MODELS = {
     "ours": partial(fastvit.create_model, "vit_base_patch16_224", **SMALL),
+    "our_siglip": partial(fastvit.create_model, "vit_base_patch16_siglip_224", **SMALL, class_token=True),
     "our_registers": partial(fastvit.create_model, "vit_small_patch14_reg4_dinov2", **SMALL, reg_tokens=4),
     **{
         name: partial(timm.create_model, "vit_base_patch16_224", **SMALL, **parts)

@@ -36,6 +36,8 @@ FAMILIES = {
     "dinov2": ("vit_small_patch14_dinov2", {"num_classes": 0}),
     "registers": ("vit_small_patch14_reg4_dinov2", {}),
     "swiglu": ("vit_giant_patch14_reg4_dinov2", {"num_classes": 0}),
+    "clip": ("vit_base_patch16_clip_quickgelu_224", {}),
+    "siglip": ("vit_base_patch32_siglip_256", {"num_classes": 0}),
 }
 
 
@@ -214,7 +216,8 @@ def test_config_is_frozen_and_complete():
         ({"img_size": 225}, ValueError, r"img_size is \(225, 225\), expected multiples of patch_size, \(16, 16\)"),
         ({"img_size": "big"}, ValueError, "img_size is 'big', expected a positive integer or"),
         ({"patch_size": -1}, ValueError, "patch_size is -1"),
-        ({"global_pool": "map"}, ValueError, "global_pool is 'map', expected one of"),
+        ({"global_pool": "prr"}, ValueError, "global_pool is 'prr', expected one of"),
+        ({"crop_mode": "border"}, ValueError, "crop_mode is 'border', expected one of"),
         ({"activation": "relu"}, ValueError, "activation is 'relu', expected one of"),
         ({"mlp": "glu"}, ValueError, "mlp is 'glu', expected one of"),
         ({"pos_resampling": "nearest"}, ValueError, "pos_resampling is 'nearest'"),

@@ -5,6 +5,8 @@ And which model a file is of, told by names and shapes, for every known model.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -36,6 +38,10 @@ def flax_arrays(state, big_vision=False):
     position = "pos_embedding" if big_vision else "Transformer/posembed_input/pos_embedding"
     top = {"cls_token": "cls", "pos_embed": position}
     modules = {"patch_embed.proj": "embedding", "norm": "Transformer/encoder_norm", "head": "head"}
+    modules |= {"attn_pool.norm": "MAPHead_0/LayerNorm_0"}
+    modules |= {f"attn_pool.mlp.fc{n}": f"MAPHead_0/MlpBlock_0/Dense_{n - 1}" for n in (1, 2)}
+    top |= {"attn_pool.latent": "MAPHead_0/probe"}
+    packed = {"attn.qkv": ("query", "key", "value"), "attn_pool.kv": ("key", "value"), "attn_pool.q": ("query",)}
     in_block = {"norm1": "LayerNorm_0", "norm2": f"LayerNorm_{norm2}"}
     in_block |= {f"mlp.fc{n}": f"MlpBlock_{mlp}/Dense_{n - 1}" for n in (1, 2)}
     for name, tensor in state.items():
@@ -43,23 +49,22 @@ def flax_arrays(state, big_vision=False):
         if name in top:
             arrays[top[name]] = array
             continue
+        block, parts = "", "MAPHead_0/MultiHeadDotProductAttention_0/"
         if name.startswith("blocks."):
             _, number, module = module.split(".", 2)
             block = f"Transformer/encoderblock_{number}/"
             parts = f"{block}MultiHeadDotProductAttention_{attention}/"
-            if module == "attn.qkv":
-                for part, rows in zip(("query", "key", "value"), np.split(array, 3), strict=True):
-                    by_head = rows.T.reshape(128, 2, 64) if leaf == "weight" else rows.reshape(2, 64)
-                    arrays[f"{parts}{part}/{'kernel' if leaf == 'weight' else 'bias'}"] = by_head
-                continue
-            if module == "attn.proj":
-                arrays[f"{parts}out/{'kernel' if leaf == 'weight' else 'bias'}"] = (
-                    array.T.reshape(2, 64, 128) if leaf == "weight" else array
-                )
-                continue
-            theirs = block + in_block[module]
-        else:
-            theirs = modules[module]
+        if module in packed:
+            for part, rows in zip(packed[module], np.split(array, len(packed[module])), strict=True):
+                by_head = rows.T.reshape(128, 2, 64) if leaf == "weight" else rows.reshape(2, 64)
+                arrays[f"{parts}{part}/{'kernel' if leaf == 'weight' else 'bias'}"] = by_head
+            continue
+        if module in ("attn.proj", "attn_pool.proj"):
+            arrays[f"{parts}out/{'kernel' if leaf == 'weight' else 'bias'}"] = (
+                array.T.reshape(2, 64, 128) if leaf == "weight" else array
+            )
+            continue
+        theirs = block + in_block[module] if block else modules[module]
         if leaf == "bias":
             arrays[f"{theirs}/bias"] = array
         elif array.ndim == 1:
@@ -101,6 +106,69 @@ def test_googles_npz_as_timm_reads_it(prefix, big_vision, change, tmp_path):
     model = fastvit.load_checkpoint(None, tmp_path / "w.npz")
     assert model.config.no_embed_class == big_vision
     assert_state(model, judge.state_dict())
+
+
+@pytest.mark.parametrize("change", [dict, scanned])
+def test_siglips_npz_as_timm_reads_it(change, tmp_path):
+    """google-research/big_vision, big_vision/models/vit.py: MAPHead; beside the tower for text."""
+    name, sizes = "vit_base_patch16_siglip_224", {"num_classes": 0}
+    peer = peer_of(name, **sizes)
+    arrays = {f"params/img/{key}": array for key, array in change(flax_arrays(peer.state_dict(), True)).items()}
+    np.savez(tmp_path / "w.npz", **arrays, **{"params/txt/Embed_0/embedding": np.zeros((4, 4), np.float32)})
+    judge = peer_of(name, **sizes)
+    judge.load_pretrained(tmp_path / "w.npz")
+    torch.testing.assert_close(judge.state_dict(), peer.state_dict(), rtol=0, atol=0)
+    model = fastvit.load_checkpoint(None, tmp_path / "w.npz")
+    assert_state(model, judge.state_dict())
+    torch.testing.assert_close(model.eval()(IMAGES), judge(IMAGES), rtol=1e-4, atol=1e-4)
+
+
+def as_openai(state):
+    """timm's tensors of a CLIP tower as OpenAI and OpenCLIP have them, beside some of the tower for text."""
+    names = {"cls_token": "class_embedding", "pos_embed": "positional_embedding", "head.weight": "proj"}
+    parts = {"patch_embed.proj.": "conv1.", "norm_pre.": "ln_pre.", "blocks.": "transformer.resblocks."}
+    parts |= {
+        ".norm1.": ".ln_1.",
+        ".norm2.": ".ln_2.",
+        ".attn.qkv.": ".attn.in_proj_",
+        ".attn.proj.": ".attn.out_proj.",
+    }
+    parts |= {".mlp.fc1.": ".mlp.c_fc.", ".mlp.fc2.": ".mlp.c_proj."}
+    found = {"token_embedding.weight": torch.zeros(4, 4), "logit_scale": torch.ones(())}
+    found |= {"positional_embedding": torch.zeros(7, 4), "transformer.resblocks.0.ln_1.weight": torch.ones(4)}
+    for name, tensor in state.items():
+        if name == "head.bias":
+            continue
+        theirs = names.get(name, name)
+        for ours, part in parts.items():
+            theirs = theirs.replace(ours, part)
+        theirs = f"ln_post.{theirs[5:]}" if theirs.startswith("norm.") else theirs
+        tensor = tensor.flatten() if name == "cls_token" else tensor[0] if name == "pos_embed" else tensor
+        found[f"visual.{theirs}"] = tensor.T.contiguous() if name == "head.weight" else tensor
+    return found
+
+
+def test_clip_as_timm_reads_it(tmp_path):
+    """openai/CLIP, clip/model.py; mlfoundations/open_clip, src/open_clip/transformer.py. Which GELU it is only the name
+    of the model says."""
+    name = "vit_base_patch32_clip_quickgelu_224"
+    peer = peer_of(name)
+    peer.head.bias.data.zero_()
+    state = as_openai(peer.state_dict())
+    judge = peer_of(name)
+    judge.load_state_dict(timm.models.vision_transformer.checkpoint_filter_fn(dict(state), judge))
+    path = saved(tmp_path / "w.pth", state)
+    model = fastvit.load_checkpoint(None, path)
+    assert_state(model, judge.state_dict())
+    assert model.config.activation == "gelu" and model.config.mean == peer.pretrained_cfg["mean"]
+    model = fastvit.create_model(name, **SIZES)
+    assert_state(fastvit.load_checkpoint(model, path), judge.state_dict())
+    torch.testing.assert_close(model.eval()(IMAGES), judge(IMAGES), rtol=1e-4, atol=1e-4)
+    # OpenCLIP's models on timm's towers.
+    trunk = {f"visual.trunk.{key}": tensor for key, tensor in peer.state_dict().items() if "head" not in key}
+    model = fastvit.create_model(name, **{**SIZES, "num_classes": 0})
+    fastvit.load_checkpoint(model, saved(path, trunk | {"text.token_embedding.weight": torch.zeros(4, 4)}))
+    assert torch.equal(model.norm_pre.weight, peer.norm_pre.weight)
 
 
 def test_npz_in_bfloat16_and_with_a_layer_before_the_classifier(tmp_path):
@@ -240,10 +308,11 @@ def test_mae_before_fine_tuning(tmp_path):
 def test_every_known_model_is_told_by_its_shapes(name):
     entry = MODELS[name]
     config, names = infer_config(fastvit.create_model(name, device="meta").state_dict())
-    assert name in names and config == MODELS[names[0]].config
+    assert name in names and config == replace(MODELS[names[0]].config, num_classes=entry.config.num_classes)
     for other in names:  # nothing that could be told is different
         told = MODELS[other].config
         assert (told.embed_dim, told.depth, told.num_heads) == (config.embed_dim, config.depth, config.num_heads)
+        assert (told.pre_norm, told.global_pool) == (config.pre_norm, config.global_pool)
         assert (told.mlp, told.reg_tokens, told.distilled) == (config.mlp, config.reg_tokens, config.distilled)
     smaller = {"img_size": entry.config.patch_size[0] * 5, "num_classes": 3, "in_chans": 2}
     config, names = infer_config(fastvit.create_model(name, **smaller, device="meta").state_dict())

@@ -15,6 +15,7 @@ from samples import timm_masks
 
 import fastvit
 from fastvit.accuracy import FACTOR, relative_rms
+from fastvit.dropin.layouts import activation_of
 from fastvit.models.formats import to_timm
 from fastvit.models.registry import MODELS
 from fastvit.models.weights import resample_position_table
@@ -269,15 +270,16 @@ def test_registry_agrees_with_timm(name):
     shapes = {key: tensor.shape for key, tensor in ours.state_dict().items()}
     assert list(shapes.items()) == [(key, tensor.shape) for key, tensor in theirs.state_dict().items()]
     config, facts = ours.config, theirs.pretrained_cfg
-    for field in ("num_classes", "mean", "std", "crop_pct", "interpolation"):
+    for field in ("num_classes", "mean", "std", "crop_pct", "crop_mode", "interpolation"):
         assert getattr(config, field) == facts[field], field
     assert ours.default_cfg is ours.pretrained_cfg and ours.pretrained_cfg.items() <= facts.items()
-    assert facts.keys() - ours.pretrained_cfg.keys() <= {"url", "custom_load", "license"}
+    assert facts.keys() - ours.pretrained_cfg.keys() <= {"url", "custom_load", "license", "notes"}
     for resolve in (timm.data.resolve_data_config, timm.data.resolve_model_data_config):
         assert resolve(model=ours) == resolve(model=theirs)
     assert MODELS[name].hub_id == facts.get("hf_hub_id")
     assert ours.feature_info == theirs.feature_info
     assert ours.blocks[0].attn.num_heads == theirs.blocks[0].attn.num_heads
+    assert config.activation == activation_of(theirs.blocks[0].mlp.act)
     assert ours.blocks[-1].norm2.eps == theirs.blocks[-1].norm2.eps == config.norm_eps
     assert ours.no_weight_decay() == theirs.no_weight_decay()
 
@@ -289,6 +291,8 @@ def test_registry_agrees_with_timm(name):
         ("deit_tiny_distilled_patch16_224", {}),
         ("vit_small_patch14_reg4_dinov2", {"num_classes": 10}),
         ("vit_giant_patch14_dinov2", {"num_classes": 10}),
+        ("vit_base_patch32_clip_quickgelu_224", {}),
+        ("vit_base_patch16_siglip_224", {}),
     ],
 )
 def test_the_same_seed_gives_timms_weights(name, overrides):

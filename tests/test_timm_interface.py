@@ -108,8 +108,30 @@ def test_pool(pool):
     model, peer = pair()
     tokens = torch.randn(2, 17, 48)
     assert torch.equal(model.pool(tokens, pool), peer.pool(tokens, pool))
-    with pytest.raises(ValueError, match="pool_type is 'map', expected one of"):
+    with pytest.raises(ValueError, match="pool_type is 'prr', expected one of"):
+        model.pool(tokens, "prr")
+    with pytest.raises(ValueError, match="pool_type is 'map', but the model was built for 'token'"):
         model.pool(tokens, "map")
+
+
+def test_a_pool_of_attention():
+    model, peer = pair("vit_base_patch16_siglip_224")
+    images = torch.randn(2, 3, 32, 32)
+    close(model(images), peer(images))
+    for pre_logits in (False, True):
+        tokens = model.forward_features(images)
+        close(model.forward_head(tokens, pre_logits), peer.forward_head(tokens, pre_logits))
+    with pytest.raises(ValueError, match="pool_type is 'avg', but the model was built for 'map'"):
+        model.pool(tokens, "avg")
+    for each in (model, peer):
+        each.reset_classifier(7)
+        assert each.attn_pool is not None
+        each.reset_classifier(0, "avg")
+        assert each.attn_pool is None
+    close(model(images), peer(images))
+    assert list(model.state_dict()) == list(peer.state_dict())
+    with pytest.raises(ValueError, match="num_heads is 5, expected a divisor of in_features, 48"):
+        fastvit.nn.AttentionPoolLatent(48, 5)
 
 
 def test_modules_put_where_timm_has_them_are_called():
@@ -158,7 +180,7 @@ def test_names_with_timms_tags():
         for full in timm.list_pretrained(f"{name}.*"):
             facts, found = timm.models.get_pretrained_cfg(full), fastvit.models.registry.model_entry(full)
             assert found.tag == facts.tag and found.hub_id == facts.hf_hub_id, full
-            for field in ("num_classes", "mean", "std", "crop_pct", "interpolation"):
+            for field in ("num_classes", "mean", "std", "crop_pct", "crop_mode", "interpolation"):
                 assert getattr(found.config, field) == getattr(facts, field), (full, field)
             assert found.config.img_size == tuple(facts.input_size[1:])
     model = fastvit.create_model("vit_base_patch16_224.augreg_in21k", device="meta")
@@ -172,7 +194,7 @@ def test_names_with_timms_tags():
         fastvit.create_model("vit_huge_patch14_224.untrained", pretrained=True)
 
 
-@pytest.mark.parametrize("name", ["vit_base_patch16_siglip_224", "resnet50", "vit_tiny_patch16_22.augreg_in21k"])
+@pytest.mark.parametrize("name", ["vit_base_patch16_siglip_gap_224", "resnet50", "vit_tiny_patch16_22.augreg_in21k"])
 def test_timms_other_names_are_refused(name):
     with pytest.raises(ValueError, match=rf"unknown model '{name}'; .*fastvit.list_models\(\) has them all"):
         fastvit.create_model(name)

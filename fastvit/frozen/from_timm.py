@@ -24,10 +24,6 @@ def as_ours(model: nn.Module) -> VisionTransformer | None:
     _check(model)
     with torch.device("meta"):
         ours = VisionTransformer(_config(model, type(model) is VisionTransformerDistilled))
-        if isinstance(model.norm_pre, nn.LayerNorm):
-            ours.norm_pre = nn.LayerNorm(ours.embed_dim)
-    if model.patch_embed.proj.bias is None:
-        ours.patch_embed.proj.bias = None
     theirs = dict(model.named_modules())
     for name, module in ours.named_modules():
         if isinstance(module, nn.LayerNorm):
@@ -68,6 +64,7 @@ def _config(model: nn.Module, distilled: bool) -> ViTConfig:
         reg_tokens=0 if model.reg_token is None else model.reg_token.shape[1],
         no_embed_class=model.no_embed_class,
         distilled=distilled,
+        pre_norm=isinstance(model.norm_pre, nn.LayerNorm),
         final_norm=not (isinstance(model.norm, nn.Identity) and isinstance(model.fc_norm, nn.Identity)),
         fc_norm=None if distilled else not isinstance(model.fc_norm, nn.Identity),
         dynamic_img_size=model.dynamic_img_size,
@@ -94,7 +91,7 @@ def _check(model: nn.Module) -> None:
         *(nn.Identity, nn.Linear, nn.Conv2d, nn.Dropout, nn.LayerNorm, nn.Sequential, nn.GELU, nn.SiLU),
         *(layers.LayerNorm, layers.Mlp, layers.GluMlp, layers.PatchEmbed, layers.DropPath, layers.LayerScale),
         *(layers.PatchDropout, layers.QuickGELU, layers.GELU, layers.GELUTanh, type(model)),
-        *(source.Block, source.Attention, source.LayerScale),
+        *(source.Block, source.Attention, source.LayerScale, layers.AttentionPoolLatent),
     }
     check_serves(model)
     for name, module in model.named_modules():
@@ -105,7 +102,10 @@ def _check(model: nn.Module) -> None:
             raise ValueError(f"{where} is a {type(module).__name__}, which a frozen model has no step for")
         if isinstance(module, layers.GluMlp) and (module.gate_last or not isinstance(module.act, nn.SiLU)):
             raise ValueError(f"{where} gates its first half, or not by SiLU, which a frozen model has no step for")
-    if model.attn_pool is not None or getattr(model, "pool_include_prefix", False):
-        raise ValueError("model pools by attention or its prefix too, which a frozen model has no step for")
-    if len({block.attn.num_heads for block in model.blocks}) > 1:
-        raise ValueError("model has blocks of different numbers of heads, expected one number")
+    pool = model.attn_pool
+    plain_pool = pool is None or (pool.latent_len == 1 and pool.pool == "token" and pool.pos_embed is None)
+    if not plain_pool or getattr(model, "pool_include_prefix", False):
+        raise ValueError("model pools its prefix too, or by several queries, which a frozen model has no step for")
+    heads = {layer.num_heads for layer in [block.attn for block in model.blocks] + ([] if pool is None else [pool])}
+    if len(heads) > 1:
+        raise ValueError("model has layers of different numbers of heads, expected one number")

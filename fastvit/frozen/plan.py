@@ -281,6 +281,11 @@ def split_heads(packed: torch.Tensor, parts: int, num_heads: int) -> tuple[torch
     return packed.unflatten(2, (parts, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
 
+def _latent(x, weight):
+    """A learned row (1, 1, D) for each of x (B, ...) -> (B, 1, D)."""
+    return weight.expand(x.shape[0], -1, -1)
+
+
 def _pool(x, kind):
     """(B, N, D) -> (B, D): "avg", "max", or half the sum of both."""
     if kind == "avg":
@@ -293,6 +298,8 @@ def _shape(step: Step, x: tuple[int, ...], weight: tuple[int, ...]) -> tuple[int
     too, but import its compiler for that, which takes two seconds."""
     if step.op == "patch_embed":
         return x[0], math.prod(-(-side // patch) for side, patch in zip(x[2:], weight[2:], strict=True)), weight[0]
+    if step.op == "latent":
+        return x[0], *weight[1:]
     if step.op == "assemble":
         return x[0], step.options["prefix_tokens"] + x[1], x[2]
     if step.op == "linear":
@@ -321,10 +328,11 @@ OPERATIONS: dict[str, Callable[..., torch.Tensor]] = {
     "attention": _attention,
     "rows": lambda x, start, stop: x[:, start:stop],
     "flatten": lambda x: x.flatten(1),
+    "latent": _latent,
     "pool": _pool,
     "mean": lambda *values: sum(values) / len(values),
 }
 # Of each row on its own: rows may be left out before such a step, in place of after it.
 ROW_WISE = frozenset(("layer_norm", "linear", "activation", "swiglu", "scale", "add"))
 # Look at what is there in another way: no launch, no bytes.
-VIEWS = frozenset(("rows", "flatten"))
+VIEWS = frozenset(("rows", "flatten", "latent"))

@@ -10,7 +10,7 @@ from torch import nn
 
 from fastvit.models.patches import PatchDropout
 from fastvit.models.vision_transformer import VisionTransformer
-from fastvit.nn import Attention, Block, PatchEmbed
+from fastvit.nn import Attention, AttentionPoolLatent, Block, PatchEmbed
 from fastvit.nn.layers import (
     DROP_PATH,
     DROPOUT,
@@ -85,7 +85,10 @@ def plan_of(model: VisionTransformer, outputs: Iterable[str]) -> Plan:
         elif pool:
             if config.num_prefix_tokens:
                 x = plan.step("patch_tokens", "rows", x, start=config.num_prefix_tokens, stop=None)
-            x = plan.step("pooled", "pool", x, kind=pool)
+            if pool == "map":
+                x = _attention_pool(plan, model.attn_pool, x)
+            else:
+                x = plan.step("pooled", "pool", x, kind=pool)
         features = plan.norm("fc_norm", model.fc_norm, x)
         logits = plan.linear("head", model.head, features)
     values = {"logits": logits, "features": features, "tokens": tokens}
@@ -135,15 +138,29 @@ def _block(plan: _Writer, name: str, block: Block, x: str) -> str:
     y = plan.linear(f"{name}.attn.proj", attn.proj, y)
     y = plan.scale(f"{name}.ls1", block.ls1, y)
     x = plan.step(f"{name}.middle", "add", (x, y))
-    y = plan.norm(f"{name}.norm2", block.norm2, x)
-    y = plan.linear(f"{name}.mlp.fc1", mlp.fc1, y)
-    if isinstance(mlp, SwiGLU):
-        y = plan.step(f"{name}.mlp.act", "swiglu", y)
-    else:
-        y = plan.step(f"{name}.mlp.act", "activation", y, kind=activation_name(mlp.act))
-    y = plan.linear(f"{name}.mlp.fc2", mlp.fc2, y)
+    y = _mlp(plan, f"{name}.mlp", mlp, plan.norm(f"{name}.norm2", block.norm2, x))
     y = plan.scale(f"{name}.ls2", block.ls2, y)
     return plan.step(name, "add", (x, y))
+
+
+def _mlp(plan: _Writer, name: str, mlp: Mlp | SwiGLU, x: str) -> str:
+    x = plan.linear(f"{name}.fc1", mlp.fc1, x)
+    if isinstance(mlp, SwiGLU):
+        x = plan.step(f"{name}.act", "swiglu", x)
+    else:
+        x = plan.step(f"{name}.act", "activation", x, kind=activation_name(mlp.act))
+    return plan.linear(f"{name}.fc2", mlp.fc2, x)
+
+
+def _attention_pool(plan: _Writer, pool: AttentionPoolLatent, x: str) -> str:
+    # Of the images it takes no more than their number.
+    q = plan.step("attn_pool.latent", "latent", IMAGES, plan.constants(weight=("attn_pool.latent", pool.latent)))
+    q, kv = plan.linear("attn_pool.q", pool.q, q), plan.linear("attn_pool.kv", pool.kv, x)
+    scale = (pool.latent.shape[-1] // pool.num_heads) ** -0.5
+    y = plan.step("attn_pool.attention", "attention", (q, kv), num_heads=pool.num_heads, scale=scale)
+    x = plan.linear("attn_pool.proj", pool.proj, y)
+    y = _mlp(plan, "attn_pool.mlp", pool.mlp, plan.norm("attn_pool.norm", pool.norm, x))
+    return plan.step("pooled", "flatten", plan.step("attn_pool", "add", (x, y)))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -151,6 +168,14 @@ def _block(plan: _Writer, name: str, block: Block, x: str) -> str:
 
 _IDENTITY = (nn.Identity,)
 _LINEARS, _NORMS = (*LINEAR, nn.Identity), (*LAYER_NORM, nn.Identity)
+_MLP = {
+    "mlp": (Mlp, SwiGLU),
+    "mlp.fc1": LINEAR,
+    "mlp.act": FUSED_ACTIVATION,
+    "mlp.drop1": (*DROPOUT, nn.Identity),
+    "mlp.fc2": LINEAR,
+    "mlp.drop2": (*DROPOUT, nn.Identity),
+}
 # The types that each module of a model may have, by its name; those of a block by the name in it.
 _MODEL = {
     "patch_embed": (PatchEmbed,),
@@ -160,6 +185,12 @@ _MODEL = {
     "norm_pre": _NORMS,
     "blocks": (nn.Sequential,),
     "norm": _NORMS,
+    "attn_pool": (AttentionPoolLatent,),
+    "attn_pool.q": LINEAR,
+    "attn_pool.kv": LINEAR,
+    "attn_pool.proj": LINEAR,
+    "attn_pool.norm": LAYER_NORM,
+    **{f"attn_pool.{name}": types for name, types in _MLP.items()},
     "fc_norm": _NORMS,
     "head_drop": DROPOUT,
     "head": _LINEARS,
@@ -176,12 +207,7 @@ _BLOCK = {
     "ls1": LAYER_SCALE,
     "drop_path1": DROP_PATH,
     "norm2": LAYER_NORM,
-    "mlp": (Mlp, SwiGLU),
-    "mlp.fc1": LINEAR,
-    "mlp.act": FUSED_ACTIVATION,
-    "mlp.drop1": (*DROPOUT, nn.Identity),
-    "mlp.fc2": LINEAR,
-    "mlp.drop2": (*DROPOUT, nn.Identity),
+    **_MLP,
     "ls2": LAYER_SCALE,
     "drop_path2": DROP_PATH,
 }

@@ -186,6 +186,17 @@ def _softmax_scale(plan: Plan) -> Plan:
     return draft.done()
 
 
+def _learned_query(plan: Plan) -> Plan:
+    draft = _Draft(plan)
+    for latent in plan.steps:
+        linear = plan.only_user(latent.out) if latent.op == "latent" else None
+        if linear is None or linear.op != "linear":
+            continue
+        row, bias = draft.wide(latent, "weight") @ draft.wide(linear, "weight").T, draft.wide(linear, "bias")
+        draft.put(latent, drop=linear.out, out=linear.out, weight=row if bias is None else row + bias)
+    return draft.done()
+
+
 def _key_bias(plan: Plan) -> Plan:
     draft = _Draft(plan)
     for _, linear in _of_attention(plan):
@@ -373,6 +384,12 @@ REWRITES: Mapping[str, Rewrite] = {
             "the scale of attention into q",
             "scale * (q k^T) = (scale * q) k^T",
             _softmax_scale,
+        ),
+        Rewrite(
+            "learned query",
+            "the projection of an attention pool's query is computed once",
+            "it does not depend on the image",
+            _learned_query,
         ),
         Rewrite(
             "key bias",

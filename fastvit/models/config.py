@@ -9,16 +9,19 @@ from fastvit.nn.layers import ACTIVATION_LAYERS, is_integer, is_number
 from fastvit.nn.mlp import Mlp, SwiGLU
 from fastvit.nn.patch_embed import to_pair
 
-POOLS = ("", "token", "avg", "avgmax", "max")
+POOLS = ("", "token", "avg", "avgmax", "max", "map")
 AVERAGING_POOLS = ("avg", "avgmax", "max")
 MLPS = {"mlp": Mlp, "swiglu": SwiGLU}
 # How a position table is brought to another grid; see `fastvit.models.weights.resample_position_table`.
 POS_RESAMPLING = ("antialias", "bicubic", "dinov2")
 # Pillow's filters, by timm's names.
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
-# How images were normalised that most models but Google's were trained on.
+# timm's names: with the proportions of the image, or without.
+CROP_MODES = ("center", "squash")
+# How images were normalised that CLIP was trained on, and most other models but Google's.
+OPENAI = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711)}
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-_FLAGS = ("qkv_bias", "class_token", "no_embed_class", "distilled", "final_norm")
+_FLAGS = ("qkv_bias", "class_token", "no_embed_class", "distilled", "pre_norm", "final_norm")
 _FLAGS += ("dynamic_img_size", "dynamic_img_pad", "mask_token")
 _RATES = ("drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate")
 
@@ -28,16 +31,18 @@ class ViTConfig:
     """A Vision Transformer's shape, regularisation and input. Field names are timm's wherever timm has the field.
 
     img_size and patch_size, pixels, are an int or (height, width) and are kept as the pair. num_classes 0 means no
-    classifier. global_pool: "token" (the class token), "avg", "max" or "avgmax" over the patch tokens, "" for none.
-    init_values: first value of layer scale (arXiv 2103.17239), None for no layer scale. reg_tokens: registers (arXiv
-    2309.16588). no_embed_class: prefix tokens have no position. fc_norm: the last norm comes after pooling; None
-    means it does for the pools over patches. dynamic_img_size: images of any size that the patch divides, the position
-    table being resampled to each; dynamic_img_pad: and of any other, filled up with zeros at the right and the bottom.
-    distilled: a second token and head (arXiv 2012.12877). mask_token: a learned token for masked patches, as DINOv2
-    and iBOT (arXiv 2111.07832) have it. mlp: "mlp" or "swiglu", whose gate has activation "silu". norm_eps: of every
-    LayerNorm. The *_rate fields are dropout rates, that of whole patches (arXiv 2212.00794) and the largest drop-path
-    rate. pos_resampling: a policy for position tables of another grid. mean, std, crop_pct, interpolation: how the
-    images were prepared in training; mean and std are per channel, for pixels in [0, 1], None for 0.5 in each.
+    classifier. global_pool: "token" (the class token), "avg", "max" or "avgmax" over the patch tokens, "map" for
+    `nn.AttentionPoolLatent` over them, "" for none. init_values: first value of layer scale (arXiv 2103.17239), None
+    for no layer scale. reg_tokens: registers (arXiv 2309.16588). no_embed_class: prefix tokens have no position.
+    pre_norm: a norm before the blocks, and patches without a bias, as in CLIP. fc_norm: the last norm comes after
+    pooling; None means it does for the pools over patches. dynamic_img_size: images of any size that the patch divides,
+    the position table being resampled to each; dynamic_img_pad: and of any other, filled up with zeros at the right and
+    the bottom. distilled: a second token and head (arXiv 2012.12877). mask_token: a learned token for masked patches,
+    as DINOv2 and iBOT (arXiv 2111.07832) have it. mlp: "mlp" or "swiglu", whose gate has activation "silu". norm_eps:
+    of every LayerNorm. The *_rate fields are dropout rates, that of whole patches (arXiv 2212.00794) and the largest
+    drop-path rate. pos_resampling: a policy for position tables of another grid. mean, std, crop_pct, crop_mode,
+    interpolation: how images are prepared, as `images.resize_and_crop` says; mean and std are per channel, for pixels
+    in [0, 1], None for 0.5 in each.
 
     Raises ValueError, or TypeError for a flag that is no bool, naming the field, what came and what was expected.
     """
@@ -59,6 +64,7 @@ class ViTConfig:
     reg_tokens: int = 0
     no_embed_class: bool = False
     distilled: bool = False
+    pre_norm: bool = False
     final_norm: bool = True
     fc_norm: bool | None = None
     dynamic_img_size: bool = False
@@ -75,6 +81,7 @@ class ViTConfig:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     crop_pct: float = 0.9
+    crop_mode: str = "center"
     interpolation: str = "bicubic"
 
     def __post_init__(self):
@@ -115,6 +122,7 @@ class ViTConfig:
             ("activation", tuple(ACTIVATION_LAYERS)),
             ("pos_resampling", POS_RESAMPLING),
             ("interpolation", INTERPOLATIONS),
+            ("crop_mode", CROP_MODES),
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {known}")

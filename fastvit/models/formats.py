@@ -6,13 +6,13 @@ A format's names were read from files that the library itself wrote; where the l
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
 
-from .config import ViTConfig
+from .config import IMAGENET, OPENAI, ViTConfig
 
 State = dict[str, torch.Tensor]
 Names = dict[str, str | tuple[str, ...]]
@@ -26,8 +26,9 @@ class Format:
     stands behind it in `FORMATS`. names: timm's name -> theirs, where # is a block's number and * weight or bias; of
     several of theirs, stacked along the first axis, timm's is made. spellings: regexes for other names of theirs, and
     what each is in `names`. unused: a regex for names of what no forward pass of ours reads. fold: the class token has
-    a position of its own beside registers, which timm adds to the token. layout: what has to be done to the tensors.
-    imagenet: all models that are released so take images normalised with ImageNet's mean and std.
+    a position of its own beside registers, which timm adds to the token. layout: what has to be done to the tensors
+    before they are renamed; unlayout: the way back. facts: fields of ViTConfig that shapes do not tell, and that all
+    models have which are released so, or that the config.json beside the tensors names.
     """
 
     source: str
@@ -37,7 +38,8 @@ class Format:
     unused: str = r"(?!)"
     fold: bool = False
     layout: Callable[[State], State] | None = None
-    imagenet: bool = False
+    unlayout: Callable[[State], State] | None = None
+    facts: Mapping[str, object] = field(default_factory=dict)
 
 
 def _in_blocks(prefix: str, names: Names) -> Names:
@@ -73,7 +75,7 @@ _TORCHVISION = Format(
         "head.*": "heads.head.*",
     },
     spellings=((r"\.mlp\.linear_1\.", ".mlp.0."), (r"\.mlp\.linear_2\.", ".mlp.3.")),
-    imagenet=True,
+    facts=IMAGENET,
 )
 
 # transformers/models/{vit,deit,dinov2,dinov2_with_registers}/modeling_*.py before version 5, and every file to this
@@ -168,6 +170,126 @@ _HF_SWIGLU_IN_MEMORY = replace(
 )
 
 
+def _tower_layout(state: State) -> State:
+    """Tokens and positions of transformers' and OpenAI's towers with timm's axes; q of the pool apart from k and v; the
+    projection to what images share with text as a classifier, whose bias is zero."""
+    found = {}
+    averages = "classifier.weight" in state  # in place of the pool, which lies unused beside it
+    for name, tensor in state.items():
+        if name in _ROWS:
+            found[name.removesuffix(".weight")] = tensor[(None,) * (3 - tensor.dim())]
+        elif averages and name.startswith("head."):
+            continue
+        elif name.startswith("head.attention.in_proj_") and tensor.dim() and not len(tensor) % 3:
+            third = len(tensor) // 3
+            for part, rows in (("q", tensor[:third]), ("kv", tensor[third:])):
+                found[name.replace("in_proj_", f"{part}.")] = rows
+        elif name == "proj" and tensor.dim() == 2:
+            found["visual_projection.weight"] = tensor.T.contiguous()
+        else:
+            found[name] = tensor
+    if "visual_projection.weight" in found:
+        weight = found["visual_projection.weight"]
+        found["visual_projection.bias"] = weight.new_zeros(weight.shape[:1])
+    return found
+
+
+def _tower_unlayout(state: State) -> State:
+    found = {}
+    for name, tensor in state.items():
+        inner = name.removeprefix("vision_model.")
+        if inner == "embeddings.position_embedding":
+            found[f"{name}.weight"] = tensor[0]
+        elif inner == "embeddings.class_embedding":
+            found[name] = tensor.flatten()
+        elif inner.startswith("head.attention.q."):
+            rows = (tensor, state[name.replace(".q.", ".kv.")])
+            found[name.replace("attention.q.", "attention.in_proj_")] = torch.cat(rows)
+        elif inner == "visual_projection.bias":
+            if tensor.any():
+                raise ValueError("transformers' CLIP has no bias of its projection, the model's is not zero")
+        elif not inner.startswith("head.attention.kv."):
+            found[name] = tensor
+    return found
+
+
+# transformers/models/{clip,siglip}/modeling_*.py.
+_ROWS = ("embeddings.class_embedding", "embeddings.position_embedding.weight")
+_ROWS += ("class_embedding", "positional_embedding")
+_HF_CLIP = Format(
+    "transformers' CLIP",
+    r"^embeddings\.class_embedding$",
+    {
+        "cls_token": "embeddings.class_embedding",
+        "pos_embed": "embeddings.position_embedding",
+        "patch_embed.proj.*": "embeddings.patch_embedding.*",
+        "norm_pre.*": "pre_layrnorm.*",
+        **_in_blocks(
+            "encoder.layers.#.",
+            {
+                "norm1.*": "layer_norm1.*",
+                "attn.qkv.*": tuple(f"self_attn.{part}_proj.*" for part in "qkv"),
+                "attn.proj.*": "self_attn.out_proj.*",
+                "norm2.*": "layer_norm2.*",
+                "mlp.fc1.*": "mlp.fc1.*",
+                "mlp.fc2.*": "mlp.fc2.*",
+            },
+        ),
+        "norm.*": "post_layernorm.*",
+        "head.*": "visual_projection.*",
+    },
+    unused=r"^embeddings\.position_ids$",
+    layout=_tower_layout,
+    unlayout=_tower_unlayout,
+    facts={**OPENAI, "activation": "quick_gelu", "norm_eps": 1e-5},
+)
+_HF_SIGLIP = replace(
+    _HF_CLIP,
+    source="transformers' SigLIP",
+    telling=r"^embeddings\.patch_embedding\.bias$",
+    names={
+        **{
+            name: theirs for name, theirs in _HF_CLIP.names.items() if name not in ("cls_token", "norm_pre.*", "head.*")
+        },
+        "attn_pool.latent": "head.probe",
+        "attn_pool.q.*": "head.attention.q.*",
+        "attn_pool.kv.*": "head.attention.kv.*",
+        "attn_pool.proj.*": "head.attention.out_proj.*",
+        "attn_pool.norm.*": "head.layernorm.*",
+        "attn_pool.mlp.fc1.*": "head.mlp.fc1.*",
+        "attn_pool.mlp.fc2.*": "head.mlp.fc2.*",
+        "head.*": "classifier.*",
+    },
+    facts={"activation": "gelu_tanh"},
+)
+# openai/CLIP, clip/model.py; mlfoundations/open_clip, src/open_clip/transformer.py.
+_OPENAI_CLIP = Format(
+    "CLIP as OpenAI and OpenCLIP release it",
+    r"^transformer\.resblocks\.",
+    {
+        "cls_token": "class_embedding",
+        "pos_embed": "positional_embedding",
+        "patch_embed.proj.*": "conv1.*",
+        "norm_pre.*": "ln_pre.*",
+        **_in_blocks(
+            "transformer.resblocks.#.",
+            {
+                "norm1.*": "ln_1.*",
+                "attn.qkv.*": "attn.in_proj_*",
+                "attn.proj.*": "attn.out_proj.*",
+                "norm2.*": "ln_2.*",
+                "mlp.fc1.*": "mlp.c_fc.*",
+                "mlp.fc2.*": "mlp.c_proj.*",
+            },
+        ),
+        "norm.*": "ln_post.*",
+        "head.*": "visual_projection.*",
+    },
+    layout=_tower_layout,
+    facts=OPENAI,
+)
+
+
 def _flax_layout(state: State) -> State:
     """Flax's arrays as PyTorch has them: blocks that are stacked one by one; kernels, which have their inputs first,
     and those of attention its heads on an axis of their own, as weights. The layer before a classifier of zeros, which
@@ -214,6 +336,13 @@ _FLAX = Format(
         ),
         "norm.*": "Transformer/encoder_norm/*",
         "head.*": "head/*",
+        "attn_pool.latent": "MAPHead_#/probe",
+        "attn_pool.q.*": "MAPHead_#/MultiHeadDotProductAttention_0/query/*",
+        "attn_pool.kv.*": tuple(f"MAPHead_#/MultiHeadDotProductAttention_0/{part}/*" for part in ("key", "value")),
+        "attn_pool.proj.*": "MAPHead_#/MultiHeadDotProductAttention_0/out/*",
+        "attn_pool.norm.*": "MAPHead_#/LayerNorm_0/*",
+        "attn_pool.mlp.fc1.*": "MAPHead_#/MlpBlock_0/Dense_0/*",
+        "attn_pool.mlp.fc2.*": "MAPHead_#/MlpBlock_0/Dense_1/*",
     },
     spellings=(
         (r"^(Transformer/)?pos_embedding$", "Transformer/posembed_input/pos_embedding"),
@@ -232,7 +361,7 @@ _MAE = Format(
     r"^decoder_(blocks\.|pos_embed$)",
     {},
     unused=r"^(decoder_|mask_token$)",
-    imagenet=True,
+    facts=IMAGENET,
 )
 # facebookresearch/deit, models_v2.py.
 _DEIT3 = Format(
@@ -255,7 +384,8 @@ _DINOV2 = Format(
 _TIMM = Format("timm", r"^patch_embed\.proj\.weight$", {}, unused=r"^pre_logits\.")
 
 FORMATS = (
-    *(_TORCHVISION, _HF_DEIT, _HF_VIT, _HF_SWIGLU, _HF_SWIGLU_IN_MEMORY, _HF_DINOV2, _FLAX),
+    *(_TORCHVISION, _HF_DEIT, _HF_VIT, _HF_SWIGLU, _HF_SWIGLU_IN_MEMORY, _HF_DINOV2, _HF_CLIP, _HF_SIGLIP),
+    *(_OPENAI_CLIP, _FLAX),
     *(_MAE, _DEIT3, _DINOV2, _TIMM),
 )
 
@@ -265,27 +395,26 @@ _NOT_READ = {
     "BEiT or EVA": r"attn\.q_bias|\.relative_position_bias_table|\.lambda_1$",
     "CaiT": r"blocks_token_only\.",
     "Segment Anything or ViTDet": r"attn\.rel_pos_h",
-    "CLIP as OpenAI and OpenCLIP release it": r"transformer\.resblocks\.",
     "DINOv3 as Meta releases it": r"storage_tokens|rope_embed\.periods",
     "mmpretrain": r"layers\.\d+\.ln1\.",
-    "transformers' CLIP": r"embeddings\.class_embedding",
-    "transformers' SigLIP": r"embeddings\.patch_embedding\.",
     "transformers' DINOv3": r"embeddings\.patch_embeddings\.weight",
-    "SigLIP, or another of Google's with attention as its pool": r"MAPHead_0/",
     "ResNet": r"layer1\.0\.conv1\.",
     "ConvNeXt": r"stages\.0\.(blocks\.)?0\.(conv_dw|dwconv)\.",
 }
 
 _ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "quick_gelu": "quick_gelu", "silu": "silu"}
+ACTIVATION_OF = {theirs: ours for ours, theirs in _ACTIVATIONS.items()} | {"swish": "silu", "gelu_new": "gelu_tanh"}
 _LEAF = re.compile(r"(weight|bias)$")
 BLOCK_NUMBER = re.compile(r"(?<=[._])\d+(?=[./])")
 _PATCH_WEIGHTS = (
     "patch_embed.proj.weight",
     "conv_proj.weight",
     "embeddings.patch_embeddings.projection.weight",
+    "embeddings.patch_embedding.weight",
+    "conv1.weight",
     "embedding/kernel",
 )
-_BESIDE = re.compile(r"(?:cls_|distillation_)?classifier\.(?:weight|bias)")
+_BESIDE = re.compile(r"(?:(?:cls_|distillation_)?classifier|visual_projection)\.(?:weight|bias)")
 
 
 def model_prefixes(state: dict) -> list[str]:
@@ -301,7 +430,7 @@ def model_prefixes(state: dict) -> list[str]:
 def without_prefix(state: State, prefix: str) -> State:
     """What is under `prefix`, without it; and transformers' classifiers, which stand beside their encoder."""
     found = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-    if "embeddings.patch_embeddings.projection.weight" in found:
+    if any(name.startswith("embeddings.patch_embedding") for name in found):
         outside = re.sub(r"[^.]+\.$", "", prefix)
         for name, tensor in state.items():
             if name.startswith(outside) and _BESIDE.fullmatch(name, len(outside)):
@@ -381,17 +510,25 @@ def from_timm(state: State, to: str, config: ViTConfig) -> State:
         for part, piece in zip(parts, tensor.chunk(len(parts)), strict=True):
             beside = "" if template.startswith("head") else prefix
             written[beside + _join(part, number, leaf)] = piece
-    return written
+    return format.unlayout(written) if format.unlayout else written
 
 
 def _writer(to: str, config: ViTConfig) -> tuple[Format, str]:
     """The format that `config`'s model is written in, and what stands before all names but the classifier's."""
     gated = config.mlp == "swiglu"
     needed = {"class_token": True, "global_pool": "token", "norm_after_pool": False, "final_norm": True}
+    needed |= {"pre_norm": False}
+    tower = {"qkv_bias": True, "reg_tokens": 0, "init_values": None, "mlp": "mlp", "no_embed_class": False}
     if to == "torchvision":
         library, format, prefix = to, _TORCHVISION, ""
         needed |= {"distilled": False, "reg_tokens": 0, "init_values": None, "mlp": "mlp", "activation": "gelu"}
         needed |= {"qkv_bias": True, "in_chans": 3}
+    elif config.pre_norm:
+        library, format, prefix = f"{to}' CLIP", _HF_CLIP, "vision_model." if config.num_classes else ""
+        needed |= {**tower, "pre_norm": True}
+    elif config.global_pool == "map":
+        library, format, prefix = f"{to}' SigLIP", _HF_SIGLIP, ""
+        needed |= {**tower, "class_token": False, "global_pool": "map", "num_classes": 0}
     elif config.init_values is not None:
         library, format, prefix = f"{to}' Dinov2", _HF_SWIGLU if gated else _HF_DINOV2, ""
         needed |= {"distilled": False, "num_classes": 0}  # its own classifier reads the mean of the patches too
@@ -400,9 +537,9 @@ def _writer(to: str, config: ViTConfig) -> tuple[Format, str]:
         library, format = to, _HF_DEIT if config.distilled else _HF_VIT
         prefix = ("deit." if config.distilled else "vit.") if config.num_classes else ""
         needed |= {"reg_tokens": 0, "mlp": "mlp"}
-    for field, value in needed.items():
-        if getattr(config, field) != value:
-            raise ValueError(f"{library} has only {field}={value!r}, the model has {getattr(config, field)!r}")
+    for name, value in needed.items():
+        if getattr(config, name) != value:
+            raise ValueError(f"{library} has only {name}={value!r}, the model has {getattr(config, name)!r}")
     return format, prefix
 
 
@@ -425,7 +562,12 @@ def transformers_config(config: ViTConfig) -> dict:
     gated = config.mlp == "swiglu"
     family = format.source.removeprefix("transformers' ") + ("WithRegisters" if config.reg_tokens else "")
     ending = "Model" if not prefix else "ForImageClassification" + ("WithTeacher" if config.distilled else "")
+    if family == "SigLIP":
+        family, ending = "Siglip", "VisionModel"
+    elif family == "CLIP":
+        ending = "VisionModelWithProjection" if config.num_classes else "VisionModel"
     types = {"ViT": "vit", "DeiT": "deit", "Dinov2": "dinov2", "Dinov2WithRegisters": "dinov2_with_registers"}
+    types |= {"CLIP": "clip_vision_model", "Siglip": "siglip_vision_model"}
     hidden = int(config.embed_dim * config.mlp_ratio)
     facts = {
         "model_type": types[family],
@@ -440,7 +582,8 @@ def transformers_config(config: ViTConfig) -> dict:
         "layer_norm_eps": config.norm_eps,
     }
     facts |= {} if gated else {"hidden_act": _ACTIVATIONS[config.activation]}
-    facts |= {"num_labels": config.num_classes} if config.num_classes else {}
+    if config.num_classes:
+        facts |= {"projection_dim" if family == "CLIP" else "num_labels": config.num_classes}
     if config.init_values is None:
         return facts | {"intermediate_size": hidden}
     # A whole number in place of intermediate_size; of SwiGLU they take two thirds, for gate and value each.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 
 from .config import ViTConfig
@@ -13,26 +14,39 @@ from .registry import MODELS
 # The fields that shapes tell, besides image size, channels and classes. Activation, eps, the start of layer scale, and
 # how images are prepared leave no trace.
 _TOLD = ("embed_dim", "depth", "patch_size", "mlp", "qkv_bias", "class_token", "reg_tokens", "no_embed_class")
-_TOLD += ("distilled", "final_norm", "norm_after_pool")
+_TOLD += ("distilled", "pre_norm", "final_norm", "norm_after_pool")
 
 
-def infer_config(state: State) -> tuple[ViTConfig, list[str]]:
+def infer_config(state: State, facts: Mapping[str, object] | None = None) -> tuple[ViTConfig, list[str]]:
     """The config of the model that `state`, under timm's names, is of, and the names of the known models that it may
-    be, the likeliest first: the config is that one's with the file's image size, channels and classes.
+    be, the likeliest first: the config is that one's with the file's image size, channels and classes, and `facts`,
+    fields that something else than shapes tells.
 
     Where none is known of these shapes, heads are those of known models of the same width, else 64 wide, and the rest
     is ViTConfig's. Raises ValueError where the tensors do not tell.
     """
-    found = _told_by_shapes(state)
+    facts = facts or {}
+    found = _told_by_shapes(state, facts.get("num_heads"))
+    told = {
+        name: value
+        for name, value in facts.items()
+        if not (name in ("mean", "std") and len(value) != found.in_chans)
+        and not (name == "activation" and found.mlp == "swiglu")
+    }
     fits = [name for name, entry in MODELS.items() if _facts(entry.config) == _facts(found)]
-    # Known models of this size first; among those of one size, the order of the table.
-    fits.sort(key=lambda name: MODELS[name].config.img_size != found.img_size)
+
+    def unlike(name: str) -> tuple:
+        config = MODELS[name].config
+        return sum(getattr(config, field) != value for field, value in told.items()), config.img_size != found.img_size
+
+    # Known models of these facts and this size first; among those alike, the order of the table.
+    fits.sort(key=unlike)
     if not fits:
-        return found, fits
+        return replace(found, **told), fits
     sizes = {field: getattr(found, field) for field in ("img_size", "num_classes")}
     if found.in_chans != MODELS[fits[0]].config.in_chans:
         sizes |= {field: getattr(found, field) for field in ("in_chans", "mean", "std")}
-    return replace(MODELS[fits[0]].config, **sizes), fits
+    return replace(MODELS[fits[0]].config, **(sizes | told)), fits
 
 
 def classes_of(state: State) -> int:
@@ -43,10 +57,11 @@ def classes_of(state: State) -> int:
 
 def _facts(config: ViTConfig) -> tuple:
     hidden = int(config.embed_dim * config.mlp_ratio)
-    return hidden, config.init_values is not None, *(getattr(config, field) for field in _TOLD)
+    derived = (hidden, config.init_values is not None, config.global_pool == "map")
+    return *derived, *(getattr(config, field) for field in _TOLD)
 
 
-def _told_by_shapes(state: State) -> ViTConfig:
+def _told_by_shapes(state: State, heads: int | None) -> ViTConfig:
     def shape(name: str, dims: int) -> tuple[int, ...]:
         if name not in state or state[name].dim() != dims:
             what = f"{name} of shape {tuple(state[name].shape)}" if name in state else f"no {name}"
@@ -70,7 +85,7 @@ def _told_by_shapes(state: State) -> ViTConfig:
         ratio = math.nextafter(ratio, math.inf)
     gated = rows == 2 * hidden
     fc_norm = "fc_norm.weight" in state
-    heads = {entry.config.embed_dim: entry.config.num_heads for entry in MODELS.values()}.get(embed_dim)
+    heads = heads or {e.config.embed_dim: e.config.num_heads for e in reversed(MODELS.values())}.get(embed_dim)
     if heads is None and embed_dim % 64:
         raise ValueError(f"embed_dim is {embed_dim}, which does not tell how many heads there are")
     return ViTConfig(
@@ -78,7 +93,7 @@ def _told_by_shapes(state: State) -> ViTConfig:
         patch_size=tuple(patch),
         in_chans=in_chans,
         num_classes=classes_of(state),
-        global_pool="token" if class_token and not fc_norm else "avg",
+        global_pool="map" if "attn_pool.latent" in state else "token" if class_token and not fc_norm else "avg",
         embed_dim=embed_dim,
         depth=depth,
         num_heads=heads or embed_dim // 64,
@@ -91,6 +106,7 @@ def _told_by_shapes(state: State) -> ViTConfig:
         reg_tokens=registers,
         no_embed_class=bare and prefix > 0,
         distilled=distilled,
+        pre_norm="norm_pre.weight" in state,
         final_norm=fc_norm or "norm.weight" in state,
         fc_norm=fc_norm,
     )

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from .config import IMAGENET, ViTConfig
+from .config import ViTConfig
 from .formats import Format, State, from_timm, not_read, transformers_config
 from .infer import classes_of, infer_config
 from .reading import check_path, read_checkpoint
@@ -126,10 +126,9 @@ def convert_checkpoint(path: str | os.PathLike, model: str | None = None, to: st
 
 def _infer(state: State, format: Format, path: str | os.PathLike) -> tuple[ViTConfig, list[str]]:
     try:
-        config, names = infer_config(state)
+        return infer_config(state, format.facts)
     except ValueError as error:
         source = not_read(state)
         reason = f"does not tell which model it is of: {error}"
         reason = f"holds a checkpoint of {source}, which fastvit does not read" if source else reason
         raise ValueError(f"{os.fspath(path)} {reason}") from error
-    return replace(config, **IMAGENET) if format.imagenet and config.in_chans == 3 else config, names

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
+from dataclasses import replace
 
 import torch
 
-from .formats import Format, State, model_prefixes, to_timm, without_prefix
+from .formats import ACTIVATION_OF, Format, State, model_prefixes, to_timm, without_prefix
 
 # Entries of training files that hold the weights. The first one wins: averaged weights before raw ones, as in timm, and
 # DINO's teacher before its student. An entry of another name is taken where only that one has a patch projection.
@@ -23,6 +24,8 @@ _BESIDE_TENSORS = (
 )
 # What transformers calls a model's file in its folder, and the list of files where it takes several.
 _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+# Fields of ViTConfig by what transformers' config.json calls them.
+_FACTS = {"norm_eps": "layer_norm_eps", "num_heads": "num_attention_heads"}
 
 
 def check_path(name: str, path) -> None:
@@ -56,7 +59,27 @@ def read_checkpoint(path: str | os.PathLike) -> tuple[State, Format]:
         raise FileNotFoundError(f"no checkpoint at {path}")
     readers = {".safetensors": _read_safetensors, ".safetensors.index.json": _read_sharded, ".npz": _read_npz}
     read = next((reader for ending, reader in readers.items() if path.endswith(ending)), _read_torch_file)
-    return to_timm(_one_model(path, read(path)))
+    state, format = to_timm(_one_model(path, read(path)))
+    if format.source.startswith("transformers") and os.path.basename(path) in (_WHOLE, _INDEX):
+        format = replace(format, facts={**format.facts, **_facts_beside(path)})
+    return state, format
+
+
+def _facts_beside(path: str) -> dict[str, object]:
+    """What the config.json beside `path`, if there is one, says of the model that shapes do not tell."""
+    path = os.path.join(os.path.dirname(path), "config.json")
+    if not os.path.isfile(path):
+        return {}
+    try:
+        with open(path, encoding="utf-8") as file:
+            said = json.load(file)
+        said = said.get("vision_config", said)
+        facts = {ours: said[theirs] for ours, theirs in _FACTS.items() if theirs in said}
+        if "hidden_act" in said:
+            facts["activation"] = ACTIVATION_OF[said["hidden_act"]]
+        return facts
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is no config of a Vision Transformer: {type(error).__name__}: {error}") from error
 
 
 def _one_model(path, state) -> State:

@@ -17,7 +17,7 @@ import torch
 from fastvit.nn.block import block_indices
 
 from .backbone import FeatureGetterNet
-from .config import IMAGENET, ViTConfig
+from .config import IMAGENET, OPENAI, ViTConfig
 from .reading import check_path, read_checkpoint
 from .vision_transformer import VisionTransformer
 from .weights import fetch_pretrained, load_weights
@@ -36,10 +36,17 @@ _SIZES = {  # arXiv 2010.11929 (B, L, H), 2012.12877 (Ti, S), 2204.07118 (M), 23
         **{"embed_dim": 1536, "depth": 40, "num_heads": 24},
         **{"mlp": "swiglu", "activation": "silu", "mlp_ratio": 2.66667 * 2},
     },
+    # Of CLIP and SigLIP alone; the first word is what the name says (arXiv 2106.04560, 2305.13035, 2502.14786).
+    "base plus": {"embed_dim": 896, "depth": 12, "num_heads": 14},
+    "giant plain": {"embed_dim": 1408, "depth": 40, "num_heads": 16, "mlp_ratio": 48 / 11},
+    "gigantic": {"embed_dim": 1664, "depth": 48, "num_heads": 16, "mlp_ratio": 64 / 13},
+    "so400m": {"embed_dim": 1152, "depth": 27, "num_heads": 16, "mlp_ratio": 3.7362},
+    "giantopt": {"embed_dim": 1536, "depth": 40, "num_heads": 16},
 }
 _HEADLESS = {"num_classes": 0}
 _DINOV2 = {**IMAGENET, **_HEADLESS, "init_values": 1e-5, "crop_pct": 1.0}
 _REGISTERS = {**_DINOV2, "reg_tokens": 4, "no_embed_class": True}
+_CLIP = {**OPENAI, "pre_norm": True, "norm_eps": 1e-5}
 _FAMILIES = {
     "vit_{size}_patch{patch}_{img}": {},
     "deit_{size}_patch{patch}_{img}": IMAGENET,
@@ -47,11 +54,22 @@ _FAMILIES = {
     "deit3_{size}_patch{patch}_{img}": {**IMAGENET, "no_embed_class": True, "init_values": 1e-6},
     "vit_{size}_patch{patch}_dinov2": _DINOV2,
     "vit_{size}_patch{patch}_reg4_dinov2": _REGISTERS,
+    "vit_{size}_patch{patch}_clip_{img}": _CLIP,
+    "vit_{size}_patch{patch}_plus_clip_{img}": _CLIP,
+    "vit_{size}_patch{patch}_clip_quickgelu_{img}": {**_CLIP, "activation": "quick_gelu"},
+    "vit_{size}_patch{patch}_siglip_{img}": {**_HEADLESS, "class_token": False, "global_pool": "map", "crop_pct": 0.9},
 }
-_VIT, _DEIT, _DEIT_DISTILLED, _DEIT3, _DINO2, _DINO2_REG = _FAMILIES
+_VIT, _DEIT, _DEIT_DISTILLED, _DEIT3, _DINO2, _DINO2_REG, _CLIP_TOWER, _CLIP_PLUS, _QUICK, _SIGLIP = _FAMILIES
 
 _AUGREG = "augreg_in21k_ft_in1k"
 _UNTRAINED = "untrained"  # timm's tag where there are no weights
+_LAION_FT = "laion2b_ft_in12k_in1k"
+# CLIP's own classifier is the projection to what it shares with text.
+_WIDTH = {width: {"num_classes": width, "crop_pct": 1.0} for width in (512, 640, 768, 1024, 1280)}
+_LAION_L = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "crop_pct": 1.0}
+_SQUASHED = {"crop_pct": 1.0, "crop_mode": "squash"}
+_WEBLI = "v2_webli"
+_TANH = {"activation": "gelu_tanh"}
 _TABLE = (  # family, size, patch, img, timm's default tag, and what differs
     (_VIT, "tiny", 16, 224, _AUGREG, {}),
     (_VIT, "tiny", 16, 384, _AUGREG, {}),
@@ -95,9 +113,53 @@ _TABLE = (  # family, size, patch, img, timm's default tag, and what differs
     (_DINO2_REG, "base", 14, 518, "lvd142m", {}),
     (_DINO2_REG, "large", 14, 518, "lvd142m", {}),
     (_DINO2_REG, "giant", 14, 518, "lvd142m", {}),
+    (_CLIP_TOWER, "base", 32, 224, _LAION_FT, {}),
+    (_CLIP_TOWER, "base", 32, 256, "datacompxl", _WIDTH[512]),
+    (_CLIP_TOWER, "base", 32, 384, _LAION_FT, {}),
+    (_CLIP_TOWER, "base", 32, 448, _LAION_FT, {"crop_pct": 1.0}),
+    (_CLIP_TOWER, "base", 16, 224, _LAION_FT, {"crop_pct": 0.95}),
+    (_CLIP_TOWER, "base", 16, 384, _LAION_FT, _SQUASHED),
+    (_CLIP_PLUS, "base plus", 16, 240, "laion400m_e32", _WIDTH[640]),
+    (_CLIP_TOWER, "large", 14, 224, _LAION_FT, _LAION_L),
+    (_CLIP_TOWER, "large", 14, 336, _LAION_FT, {**_LAION_L, **_SQUASHED}),
+    (_CLIP_TOWER, "huge", 14, 224, _LAION_FT, {"crop_pct": 1.0}),
+    (_CLIP_TOWER, "huge", 14, 336, _LAION_FT, _SQUASHED),
+    (_CLIP_TOWER, "huge", 14, 378, "dfn5b", _WIDTH[1024]),
+    (_CLIP_TOWER, "giant plain", 14, 224, "laion2b", _WIDTH[1024]),
+    (_CLIP_TOWER, "gigantic", 14, 224, "laion2b", _WIDTH[1280]),
+    (_CLIP_TOWER, "gigantic", 14, 378, "metaclip2_worldwide", {**_WIDTH[1280], **_SQUASHED}),
+    (_QUICK, "base", 32, 224, "laion400m_e32", {"num_classes": 512}),
+    (_QUICK, "base", 16, 224, "metaclip_2pt5b", _WIDTH[512]),
+    (_QUICK, "large", 14, 224, "dfn2b", _WIDTH[768]),
+    (_QUICK, "large", 14, 336, "openai", _WIDTH[768]),
+    (_QUICK, "huge", 14, 224, "dfn5b", _WIDTH[1024]),
+    (_QUICK, "huge", 14, 378, "dfn5b", _WIDTH[1024]),
+    (_QUICK, "gigantic", 14, 224, "metaclip_2pt5b", _WIDTH[1280]),
+    (_SIGLIP, "base", 32, 256, _WEBLI, _TANH),
+    (_SIGLIP, "base", 16, 224, _WEBLI, {}),
+    (_SIGLIP, "base", 16, 256, _WEBLI, {}),
+    (_SIGLIP, "base", 16, 384, _WEBLI, {}),
+    (_SIGLIP, "base", 16, 512, _WEBLI, {}),
+    (_SIGLIP, "large", 16, 256, _WEBLI, {}),
+    (_SIGLIP, "large", 16, 384, _WEBLI, {}),
+    (_SIGLIP, "large", 16, 512, _WEBLI, _TANH),
+    (_SIGLIP, "so400m", 14, 224, _WEBLI, {}),
+    (_SIGLIP, "so400m", 14, 378, _WEBLI, {}),
+    (_SIGLIP, "so400m", 16, 256, _WEBLI, _TANH),
+    (_SIGLIP, "so400m", 16, 384, _WEBLI, _TANH),
+    (_SIGLIP, "so400m", 16, 512, _WEBLI, _TANH),
+    (_SIGLIP, "giantopt", 16, 256, _WEBLI, _TANH),
+    (_SIGLIP, "giantopt", 16, 384, _WEBLI, _TANH),
 )
+
+
+def _tagged(*tags: str, **differs) -> dict[str, dict]:
+    return dict.fromkeys(tags, differs)
+
+
 # timm's other tags of these names, and what differs from the default tag's.
 _IN21K = {"num_classes": 21843}
+_METACLIP = ("metaclip_2pt5b", "metaclip_400m")
 _SELF_SUPERVISED = {**IMAGENET, **_HEADLESS}
 _OTHER_TAGS = {
     "vit_tiny_patch16_224": {"augreg_in21k": _IN21K},
@@ -108,12 +170,7 @@ _OTHER_TAGS = {
     "vit_base_patch16_224": {
         **{"augreg_in21k_ft_in1k": {}, "orig_in21k_ft_in1k": {}, "augreg_in1k": {}, "sam_in1k": {}},
         **{"orig_in21k": _HEADLESS, "augreg_in21k": _IN21K, "dino": _SELF_SUPERVISED, "mae": _SELF_SUPERVISED},
-        "bamboo": {
-            "num_classes": 115217,
-            "mean": (0.48145466, 0.4578275, 0.40821073),
-            "std": (0.26862954, 0.26130258, 0.27577711),
-            "crop_pct": 1.0,
-        },
+        "bamboo": {**OPENAI, "num_classes": 115217, "crop_pct": 1.0},
     },
     "vit_base_patch16_384": {"orig_in21k_ft_in1k": {}, "augreg_in1k": {}},
     "vit_base_patch32_224": {"augreg_in1k": {}, "sam_in1k": {}, "orig_in21k": _HEADLESS, "augreg_in21k": _IN21K},
@@ -127,6 +184,62 @@ _OTHER_TAGS = {
             *("base_patch16_384", "large_patch16_224", "large_patch16_384", "huge_patch14_224"),
         )
     },
+    "vit_base_patch32_clip_224": {
+        **_tagged("laion2b_ft_in1k", "openai_ft_in1k"),
+        **_tagged("laion2b", "laion400m_e32", "openai", num_classes=512),
+        **_tagged("datacompxl", *_METACLIP, **_WIDTH[512]),
+    },
+    "vit_base_patch32_clip_384": _tagged("openai_ft_in12k_in1k", crop_pct=0.95, crop_mode="squash"),
+    "vit_base_patch16_clip_224": {
+        **_tagged("openai_ft_in12k_in1k"),
+        **_tagged("laion2b_ft_in1k", crop_pct=1.0),
+        **_tagged("openai_ft_in1k", crop_pct=0.9),
+        **_tagged("laion2b_ft_in12k", "openai_ft_in12k", num_classes=11821, crop_pct=0.9),
+        **_tagged("laion2b", "laion400m_e32", "datacompxl", "dfn2b", *_METACLIP, **_WIDTH[512]),
+        **_tagged("openai", num_classes=512, crop_pct=0.9),
+    },
+    "vit_base_patch16_clip_384": {
+        **_tagged("openai_ft_in12k_in1k", crop_pct=0.95),
+        **_tagged("laion2b_ft_in1k", "openai_ft_in1k"),
+    },
+    "vit_large_patch14_clip_224": {
+        **_tagged("laion2b_ft_in1k"),
+        **_tagged("laion2b_ft_in12k", num_classes=11821),
+        **_tagged("laion2b", num_classes=768),
+        **_tagged("openai_ft_in12k_in1k", "openai_ft_in1k", **OPENAI),
+        **_tagged("openai_ft_in12k", **OPENAI, num_classes=11821),
+        **_tagged(*_METACLIP, "laion400m_e32", "datacompxl", "dfn2b_s39b", "dfn2b", **OPENAI, num_classes=768),
+        **_tagged("openai", "apple_mclip2_dfndr2b", **OPENAI, num_classes=768),
+    },
+    "vit_large_patch14_clip_336": {
+        **_tagged("openai_ft_in12k_in1k", **OPENAI),
+        **_tagged("laion2b_ft_in1k"),
+        **_tagged("openai", **OPENAI, num_classes=768, crop_mode="center"),
+    },
+    "vit_huge_patch14_clip_224": {
+        **_tagged("laion2b_ft_in1k"),
+        **_tagged("laion2b_ft_in12k", num_classes=11821),
+        **_tagged("laion2b", "dfn5b", "metaclip2_worldwide", "metaclip_2pt5b", "metaclip_altogether", num_classes=1024),
+    },
+    "vit_huge_patch14_clip_378": _tagged("metaclip2_worldwide", crop_mode="squash"),
+    "vit_gigantic_patch14_clip_224": _tagged("metaclip2_worldwide", "metaclip_2pt5b"),
+    "vit_base_patch32_clip_quickgelu_224": {**_tagged("openai"), **_tagged(*_METACLIP, crop_pct=1.0)},
+    "vit_base_patch16_clip_quickgelu_224": {**_tagged("metaclip_400m"), **_tagged("openai", crop_pct=0.9)},
+    "vit_large_patch14_clip_quickgelu_224": _tagged(*_METACLIP, "openai"),
+    "vit_huge_patch14_clip_quickgelu_224": _tagged("metaclip2_worldwide", "metaclip_2pt5b"),
+    **{
+        f"vit_{size}_siglip_{img}": _tagged("webli")
+        for size, img in (
+            *(("base_patch16", 224), ("base_patch16", 384), ("base_patch16", 512), ("large_patch16", 256)),
+            *(("large_patch16", 384), ("so400m_patch14", 224)),
+        )
+    },
+    "vit_base_patch16_siglip_256": _tagged("webli", "webli_i18n"),
+    "vit_so400m_patch14_siglip_378": {
+        **_tagged("webli"),
+        **_tagged("webli_ft_in1k", num_classes=1000, crop_pct=1.0, crop_mode="squash"),
+    },
+    "vit_so400m_patch16_siglip_256": _tagged("webli_i18n"),
 }
 
 
@@ -141,13 +254,14 @@ class ModelEntry:
     @property
     def hub_id(self) -> str | None:
         """The hub repository of the weights, or None where there are none."""
-        return None if self.tag == _UNTRAINED else f"timm/{self.name}.{self.tag}"
+        # OpenAI's activation makes another model of the same weights.
+        return None if self.tag == _UNTRAINED else f"timm/{self.name.replace('_quickgelu', '')}.{self.tag}"
 
 
 def _entry(family, size, patch, img, tag, differs) -> ModelEntry:
     crop = {"crop_pct": 1.0} if img == 384 else {}
-    config = ViTConfig(**{"img_size": img, "patch_size": patch, **_SIZES[size], **_FAMILIES[family], **crop, **differs})
-    return ModelEntry(family.format(size=size, patch=patch, img=img), config, tag)
+    config = ViTConfig(**{"img_size": img, "patch_size": patch, **_SIZES[size], **crop, **_FAMILIES[family], **differs})
+    return ModelEntry(family.format(size=size.split()[0], patch=patch, img=img), config, tag)
 
 
 MODELS: dict[str, ModelEntry] = {entry.name: entry for entry in (_entry(*row) for row in _TABLE)}

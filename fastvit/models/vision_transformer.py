@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -13,9 +12,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fastvit import dispatch, ops
-from fastvit.nn import Block, PatchEmbed, SwiGLU
+from fastvit.nn import AttentionPoolLatent, Block, PatchEmbed, SwiGLU
 from fastvit.nn.block import block_indices
-from fastvit.nn.layers import ACTIVATION_LAYERS, LAYER_NORM, can_fuse, norm_complete, traced
+from fastvit.nn.layers import ACTIVATION_LAYERS, LAYER_NORM, can_fuse, init_normal, norm_complete, traced
 from fastvit.nn.patch_embed import assemble_tokens
 
 from .config import AVERAGING_POOLS, MLPS, POOLS, ViTConfig
@@ -34,7 +33,8 @@ def _from_config(field: str) -> property:
 
 
 class VisionTransformer(nn.Module):
-    """A Vision Transformer (arXiv 2010.11929), DeiT (2012.12877) or DINOv2 (2304.07193), as `config` describes it.
+    """A Vision Transformer (arXiv 2010.11929), DeiT (2012.12877), DINOv2 (2304.07193), or the image tower of CLIP
+    (2103.00020) or SigLIP (2303.15343), as `config` describes it.
 
     state_dict has timm's keys, shapes and order; in float32 the same seed gives the weights that timm's default
     initialisation gives. Images are (B, C, H, W): floating point ones are taken as normalised already, uint8 ones are
@@ -42,8 +42,7 @@ class VisionTransformer(nn.Module):
     says.
 
     `pretrained_cfg`, also called `default_cfg`, and `feature_info` are what timm's data and feature tools read, and
-    unlike timm's they follow the config: a model for 384 pixels says 384. `attn_pool` is always None, `norm_pre`
-    nothing until someone puts a module there.
+    unlike timm's they follow the config: a model for 384 pixels says 384.
     """
 
     def __init__(self, config: ViTConfig, device=None, dtype=None):
@@ -60,6 +59,7 @@ class VisionTransformer(nn.Module):
             config.patch_size,
             config.in_chans,
             embed_dim,
+            bias=not config.pre_norm,
             strict_img_size=not config.dynamic_img_size,
             dynamic_img_pad=config.dynamic_img_pad,
             **dd,
@@ -74,7 +74,7 @@ class VisionTransformer(nn.Module):
         self.pos_drop = nn.Dropout(config.pos_drop_rate)
         dropout = PatchDropout(config.patch_drop_rate, config.num_prefix_tokens)
         self.patch_drop = dropout if config.patch_drop_rate else nn.Identity()
-        self.norm_pre = nn.Identity()
+        self.norm_pre = layer_norm(embed_dim, **dd) if config.pre_norm else nn.Identity()
         # Stochastic depth grows linearly with depth (arXiv 1603.09382, section 3).
         drop_path_rates = [config.drop_path_rate * i / max(config.depth - 1, 1) for i in range(config.depth)]
         self.blocks = nn.Sequential(
@@ -98,8 +98,11 @@ class VisionTransformer(nn.Module):
         )
         before, after = config.final_norm and not config.norm_after_pool, config.final_norm and config.norm_after_pool
         self.norm = layer_norm(embed_dim, **dd) if before else nn.Identity()
-        self.fc_norm = layer_norm(embed_dim, **dd) if after else nn.Identity()
         self.attn_pool = None
+        if config.global_pool == "map":
+            how = {"norm_layer": layer_norm, "act_layer": ACTIVATION_LAYERS[config.activation]}
+            self.attn_pool = AttentionPoolLatent(embed_dim, config.num_heads, config.mlp_ratio, **how, **dd)
+        self.fc_norm = layer_norm(embed_dim, **dd) if after else nn.Identity()
         self.head_drop = nn.Dropout(config.drop_rate)
         self._new_heads()
         self.init_weights(needs_reset=False)
@@ -112,7 +115,7 @@ class VisionTransformer(nn.Module):
             "fixed_input_size": not config.dynamic_img_size,
             "interpolation": config.interpolation,
             "crop_pct": config.crop_pct,
-            "crop_mode": "center",
+            "crop_mode": config.crop_mode,
             "mean": config.mean,
             "std": config.std,
             "num_classes": config.num_classes,
@@ -134,8 +137,8 @@ class VisionTransformer(nn.Module):
         """timm's default start: linear weights and positions normal with std 0.02, cut at 2; biases 0; tokens about 0;
         and with needs_reset all other layers by their own `reset_parameters`, as after `to_empty`."""
         if self.dist_token is not None:
-            _init_normal(self.dist_token)
-        _init_normal(self.pos_embed)
+            init_normal(self.dist_token)
+        init_normal(self.pos_embed)
         for token in (self.cls_token, self.reg_token):
             if token is not None:
                 nn.init.normal_(token, std=1e-6)
@@ -175,7 +178,7 @@ class VisionTransformer(nn.Module):
             tokens = self.patch_embed(x, positions, prefix, mean, std)
         if masks is not None:
             tokens = put_mask_tokens(tokens, masks, self.mask_token, positions, self.num_prefix_tokens)
-        return self.norm_pre(self.patch_drop(self.pos_drop(tokens)))
+        return _normalise(self.norm_pre, self.patch_drop(self.pos_drop(tokens)))
 
     def _pos_embed(self, x: torch.Tensor) -> torch.Tensor:
         """What timm's model does after `patch_embed`: patch tokens x (B, N, D) -> (B, P + N, D) with positions."""
@@ -268,6 +271,10 @@ class VisionTransformer(nn.Module):
         pool = self.config.global_pool if pool_type is None else pool_type
         if pool not in POOLS:
             raise ValueError(f"pool_type is {pool!r}, expected one of {POOLS}")
+        if (pool == "map") != (self.attn_pool is not None):
+            raise ValueError(f"pool_type is {pool!r}, but the model was built for {self.config.global_pool!r}")
+        if pool == "map":
+            return self.attn_pool(x[:, self.num_prefix_tokens :])
         if pool == "token":
             return x[:, 0]
         if pool in AVERAGING_POOLS:
@@ -424,9 +431,13 @@ class VisionTransformer(nn.Module):
         """
         if global_pool is None or (self.config.distilled and global_pool == ""):
             global_pool = self.config.global_pool
+        if global_pool == "map" and self.attn_pool is None:
+            raise ValueError("global_pool is 'map', but the model was built without attention as its pool")
         self.config = replace(
             self.config, num_classes=num_classes, global_pool=global_pool, fc_norm=self.config.norm_after_pool
         )
+        if global_pool != "map":
+            self.attn_pool = None
         self.pretrained_cfg["num_classes"] = num_classes
         self._new_heads()
 
@@ -460,20 +471,12 @@ class VisionTransformer(nn.Module):
         }
 
 
-def _init_normal(tensor: torch.Tensor) -> None:
-    # By inverting the distribution function, which takes one draw an element: torch's own trunc_normal_ draws
-    # differently from release to release, and a seed should mean the same weights in all of them and in timm.
-    # In 16 bits one draw in 500 would be rounded to 1 or -1, which is infinitely far out: those are drawn in float32.
-    wide = tensor if tensor.dtype.itemsize > 2 else torch.empty_like(tensor, dtype=torch.float32)
-    tensor.copy_(wide.uniform_(-1, 1).erfinv_().mul_(0.02 * math.sqrt(2)).clamp_(-2, 2))
-
-
 def _init_layer(module: nn.Module, needs_reset: bool) -> None:
     if isinstance(module, nn.Linear):
-        _init_normal(module.weight)
+        init_normal(module.weight)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
-    elif isinstance(module, SwiGLU):  # `apply` comes here after its linear layers
+    elif isinstance(module, (SwiGLU, AttentionPoolLatent)):  # `apply` comes here after their linear layers
         module.init_weights()
     elif needs_reset and hasattr(module, "reset_parameters"):
         module.reset_parameters()

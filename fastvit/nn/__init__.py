@@ -4,6 +4,7 @@ The modules hold parameters and decide what is fused; the work is done by `fastv
 """
 
 from .attention import Attention
+from .attention_pool import AttentionPoolLatent
 from .block import Block
 from .layers import DropPath, LayerScale, QuickGELU
 from .mlp import LayerNormMLP, Mlp, SwiGLU
@@ -11,6 +12,7 @@ from .patch_embed import PatchEmbed
 
 __all__ = [
     "Attention",
+    "AttentionPoolLatent",
     "Block",
     "DropPath",
     "LayerNormMLP",

@@ -18,12 +18,12 @@ def vision_transformer(
     mlp="mlp",
     global_pool="token",
 ):
-    """Logits of a ViT, DeiT or DINOv2 in evaluation mode.
+    """Logits of a ViT, DeiT or DINOv2, or of the image tower of CLIP or SigLIP, in evaluation mode.
 
     images (B, C, H, W), normalised, of the size the position table is for; state: a dict of tensors under timm's
     names, all of one dtype. num_heads: heads of every block; eps: of every LayerNorm; activation: a key of
     `ops.ACTIVATIONS`; mlp: "mlp", or "swiglu" for fc1 packed as [gate; value] (arXiv 2002.05202); global_pool: "token",
-    "avg" or "" (all tokens).
+    "avg", "map" (arXiv 2303.15343) or "" (all tokens).
     Returns (B, num_classes), the mean of both heads for a distilled model (arXiv 2012.12877), or the pooled features
     (B, D), or the normalised tokens (B, T, D) for global_pool="", when the state holds no head.
     """
@@ -68,8 +68,23 @@ def vision_transformer(
         return (by_class + by_distillation) / 2
     if global_pool == "avg":
         x = x[:, len(torch.cat(prefix)) if prefix else 0 :].mean(dim=1)
+    elif global_pool == "map":
+        x = _attention_pool(x[:, len(torch.cat(prefix)) if prefix else 0 :], state, num_heads, eps, activation)
     elif global_pool == "token":
         x = x[:, 0]
     if "fc_norm.weight" in state:
         x = ops.layer_norm(x, state["fc_norm.weight"], state["fc_norm.bias"], eps)
     return F.linear(x, state["head.weight"], state["head.bias"]) if "head.weight" in state else x
+
+
+def _attention_pool(x, state, num_heads, eps, activation):
+    """Tokens x (B, N, D) -> (B, D): y = MSA of one learned query over all tokens, then y + MLP(LN(y))."""
+    pool = {name.removeprefix("attn_pool."): t for name, t in state.items() if name.startswith("attn_pool.")}
+    q = F.linear(pool["latent"], pool["q.weight"], pool["q.bias"]).unflatten(-1, (num_heads, -1))
+    k, v = F.linear(x, pool["kv.weight"], pool["kv.bias"]).unflatten(-1, (2, num_heads, -1)).unbind(2)
+    scores = torch.einsum("xqhd,bkhd->bhk", q, k) * q.shape[-1] ** -0.5
+    y = torch.einsum("bhk,bkhd->bhd", scores.softmax(dim=-1), v).flatten(1)
+    y = F.linear(y, pool["proj.weight"], pool["proj.bias"])
+    z = ops.layer_norm(y, pool["norm.weight"], pool["norm.bias"], eps)
+    z = F.linear(z, pool["mlp.fc1.weight"], pool["mlp.fc1.bias"])
+    return y + F.linear(ops.ACTIVATIONS[activation](z), pool["mlp.fc2.weight"], pool["mlp.fc2.bias"])
