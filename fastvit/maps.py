@@ -13,7 +13,7 @@ from .dropin.swap import original_class
 from .nn.attention import Attention, masks
 from .nn.block import block_indices
 from .nn.layers import timm_layer
-from .reference.ops import attention_probabilities
+from .reference.ops import attention_probabilities, rotate
 
 
 def attention_maps(
@@ -40,8 +40,8 @@ def attention_maps(
 
     given, maps = {}, []
 
-    def note_masks(layer, args, kwargs):
-        given[layer] = _masks_given(*args[1:], **kwargs)
+    def note_options(layer, args, kwargs):
+        given[layer] = _options_given(*args[1:], **kwargs)
 
     with ExitStack() as undo:
         if "torch._dynamo" in sys.modules:  # a compiled model does not look for new hooks
@@ -53,7 +53,7 @@ def attention_maps(
             def note_map(_, __, packed, layer=layer):
                 maps.append(_probabilities(layer, packed, *given[layer]))
 
-            undo.enter_context(layer.register_forward_pre_hook(note_masks, with_kwargs=True))
+            undo.enter_context(layer.register_forward_pre_hook(note_options, with_kwargs=True))
             undo.enter_context(layer.qkv.register_forward_hook(note_map))
         model.eval()
         with torch.no_grad():
@@ -63,16 +63,19 @@ def attention_maps(
     return maps
 
 
-def _masks_given(attn_mask=None, is_causal=False, **_):
-    return attn_mask, is_causal
+def _options_given(attn_mask=None, is_causal=False, rope=None, **_):
+    return attn_mask, is_causal, rope
 
 
-def _probabilities(layer: nn.Module, packed: torch.Tensor, attn_mask, is_causal: bool) -> torch.Tensor:
-    """softmax(q k^T * scale + mask) of a layer and its packed rows (B, N, 3 * H * d), as (B, H, N, N) in float32."""
+def _probabilities(layer: nn.Module, packed: torch.Tensor, attn_mask, is_causal: bool, rope) -> torch.Tensor:
+    """softmax(q k^T * scale + mask) of a layer and its packed rows (B, N, 3 * H * d), as (B, H, N, N) in float32; q and
+    k rotated where it has a rope."""
     batch, tokens, _ = packed.shape
     q, k, _ = packed.unflatten(2, (3, layer.num_heads, layer.head_dim)).permute(2, 0, 3, 1, 4)
     if hasattr(layer, "q_norm"):  # timm's
         q, k = layer.q_norm(q), layer.k_norm(k)
+    if rope is not None:
+        q, k = rotate(q, *rope), rotate(k, *rope)
     key_padding_mask, attn_bias = masks(attn_mask, is_causal, batch, layer.num_heads, tokens, packed)
     with torch.autocast(packed.device.type, enabled=False):
         bias = attn_bias if attn_bias is None else attn_bias.float()

@@ -280,6 +280,7 @@ def reference_options(config) -> dict:
         "activation": config.activation,
         "mlp": config.mlp,
         "global_pool": config.global_pool,
+        "rope_temperature": config.rope_temperature,
     }
 
 
@@ -352,6 +353,7 @@ DEVICE = Sizes(
         ("vit_huge_patch14_224", {"depth": 12}),
         ("vit_base_patch32_clip_quickgelu_224", {}),
         ("vit_so400m_patch16_siglip_256", {"depth": 9}),
+        ("vit_small_plus_patch16_dinov3_qkvb", {}),
     ),
     model_batch=4,
 )

@@ -33,6 +33,7 @@ VARIANTS = {
     "norm before the blocks": {"pre_norm": True, "norm_eps": 1e-5},
     "attention pool": {"global_pool": "map", "class_token": False},
     "attention pool beside a class token": {"global_pool": "map", "num_classes": 0},
+    "rotary": {"rope_temperature": 100.0, "reg_tokens": 2, "dynamic_img_size": True, "qkv_bias": False},
     "blocks of one head of 12": {"embed_dim": 12, "num_heads": 1},
 }
 EXACT = 2e-6  # float32 outputs of 3 small blocks, relative rms

@@ -247,7 +247,7 @@ def test_checkpoints_of_other_libraries_are_named(tmp_path):
         assert text.startswith(f"{path} holds a checkpoint of {kind}"), text
         known = kind in (
             "torchvision's VisionTransformer",
-            *(f"transformers' {of}" for of in ("ViT", "DeiT", "Dinov2", "CLIP", "SigLIP")),
+            *(f"transformers' {of}" for of in ("ViT", "DeiT", "Dinov2", "DINOv3", "CLIP", "SigLIP")),
         )
         assert ("which does not fit the model: " if known else "which fastvit does not read") in text
         assert "\n" not in text
@@ -259,7 +259,6 @@ def test_checkpoints_of_other_libraries_are_named(tmp_path):
         ("blocks_token_only.0.gamma_1", "CaiT"),
         ("beit.encoder.layer.0.lambda_1", "BEiT or EVA"),
         ("image_encoder.blocks.0.attn.rel_pos_h", "Segment Anything"),
-        ("storage_tokens", "DINOv3 as Meta releases it"),
         ("backbone.layers.0.ln1.weight", "mmpretrain"),
     ],
 )

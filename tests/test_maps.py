@@ -20,6 +20,7 @@ TOKENS = 17
 MODELS = {
     "ours": partial(fastvit.create_model, "vit_base_patch16_224", **SMALL),
     "our_siglip": partial(fastvit.create_model, "vit_base_patch16_siglip_224", **SMALL, class_token=True),
+    "our_dinov3": partial(fastvit.create_model, "vit_small_patch16_dinov3", **SMALL),
     "our_registers": partial(fastvit.create_model, "vit_small_patch14_reg4_dinov2", **SMALL, reg_tokens=4),
     **{
         name: partial(timm.create_model, "vit_base_patch16_224", **SMALL, **parts)
@@ -55,7 +56,7 @@ def test_they_make_the_attentions_output(name, images):
     outputs = outputs_of(model, parts, lambda m: m(images))
     assert len(maps) == 3
     for i, probabilities in enumerate(maps):
-        tokens = TOKENS + 4 * (name == "our_registers")
+        tokens = TOKENS + 4 * (name in ("our_registers", "our_dinov3"))
         assert probabilities.shape == (2, 3, tokens, tokens) and probabilities.dtype == torch.float32
         torch.testing.assert_close(probabilities.sum(-1), torch.ones(2, 3, tokens))
         assert probabilities.max() > 4 / tokens and probabilities.min() >= 0

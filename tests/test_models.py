@@ -37,6 +37,8 @@ FAMILIES = {
     "registers": ("vit_small_patch14_reg4_dinov2", {}),
     "swiglu": ("vit_giant_patch14_reg4_dinov2", {"num_classes": 0}),
     "clip": ("vit_base_patch16_clip_quickgelu_224", {}),
+    "dinov3": ("vit_small_patch16_dinov3", {}),
+    "dinov3 gated": ("vit_small_plus_patch16_dinov3_qkvb", {"num_classes": 0, "img_size": (32, 48)}),
     "siglip": ("vit_base_patch32_siglip_256", {"num_classes": 0}),
 }
 
@@ -55,6 +57,7 @@ def test_forward_is_the_references(family):
         activation=config.activation,
         mlp=config.mlp,
         global_pool=config.global_pool,
+        rope_temperature=config.rope_temperature,
     )
     torch.testing.assert_close(model(images), want)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .plan import IMAGES, OPERATIONS, Plan, Step
+from .plan import IMAGES, OPERATIONS, Plan, Step, in_dtype
 
 
 class PlainModule(nn.Module):
@@ -25,10 +25,10 @@ class PlainModule(nn.Module):
         buffers: dict[str, str] = {}
         for step in plan.steps:
             roles = step.roles(uint8)
-            for name in roles.values():
+            for role, name in roles.items():
                 if name not in buffers:
                     buffers[name] = f"constant{len(buffers)}"
-                    self.register_buffer(buffers[name], plan.constants[name].to(plan.dtype))
+                    self.register_buffer(buffers[name], in_dtype(role, plan.constants[name], plan.dtype))
             self.steps.append((step, {role: buffers[name] for role, name in roles.items()}))
 
     def calls(self) -> Iterator[tuple[Step, Callable[..., torch.Tensor]]]:

@@ -14,10 +14,13 @@ import torch
 import torch.nn.functional as F
 
 from fastvit.models.config import ViTConfig
+from fastvit.models.patches import rotary_tables
 from fastvit.models.weights import resample_position_table
-from fastvit.reference.ops import ACTIVATIONS
+from fastvit.reference.ops import ACTIVATIONS, rotate
 
 IMAGES = "images"  # the value that every plan begins with
+ROPE = ("rope.cos", "rope.sin")  # the constants that say how patches are rotated
+_ANGLES = ("cos", "sin")  # what they are to a step
 PIXEL = "pixel_"  # before the role of a constant that takes another's place where images are uint8
 
 
@@ -90,7 +93,7 @@ class Plan:
         kept = set(self.outputs.values())
         for i, step in enumerate(self.steps):
             constants = {
-                role: _dense(self.constants[name]).to(images.device, dtype or self.dtype)
+                role: in_dtype(role, _dense(self.constants[name]).to(images.device), dtype or self.dtype)
                 for role, name in step.roles(images.dtype == torch.uint8).items()
             }
             values[step.out] = OPERATIONS[step.op](*[values[name] for name in step.inputs], **constants, **step.options)
@@ -122,23 +125,23 @@ class Plan:
             for role, name in step.constants.items()
             if role.removeprefix(PIXEL) == "positions"
         }
+        if config.rope_temperature is not None:
+            old = self.constants[ROPE[0]]
+            how = (config.embed_dim // config.num_heads, config.rope_temperature, old.device, old.dtype)
+            tables |= dict(zip(ROPE, rotary_tables(grid, *how), strict=True))
         # An image that is filled up has no config of its own: whole patches stand for it.
         size = grid[0] * patch[0], grid[1] * patch[1]
         return replace(self, constants={**self.constants, **tables}, config=replace(config, img_size=size))
 
     def rounded(self, dtype: torch.dtype, copy: bool = False) -> Plan:
-        """The plan with its constants in `dtype`; positions in float32 at least, since they may be resampled. copy: it
-        shares no memory with this one."""
-        tables = {
-            name
-            for step in self.steps
-            for role, name in step.constants.items()
-            if role.removeprefix(PIXEL) == "positions"
-        }
+        """The plan with its constants in `dtype`; positions in float32 at least, since they may be resampled, and what
+        `in_dtype` keeps. copy: it shares no memory with this one."""
         wide = torch.promote_types(dtype, torch.float32)
-        used = {name for step in self.steps for name in step.constants.values()}
-        dtypes = {name: wide if name in tables else dtype for name in sorted(used)}
-        constants = {name: self.constants[name].to(dtype, copy=copy) for name, dtype in dtypes.items()}
+        used = {name: role.removeprefix(PIXEL) for step in self.steps for role, name in step.constants.items()}
+        constants = {
+            name: self.constants[name].to(wide if role in ("positions", *_ANGLES) else dtype, copy=copy)
+            for name, role in sorted(used.items())
+        }
         return replace(self, constants=constants)
 
     def dense(self) -> Plan:
@@ -199,6 +202,11 @@ class Plan:
         return "\n".join([*lines, f"returns {returned}"])
 
 
+def in_dtype(role: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A step's constant as it goes into a computation in `dtype`: cos and sin in float32 at least, as in the model."""
+    return tensor.to(torch.promote_types(dtype, torch.float32) if role in _ANGLES else dtype)
+
+
 def _dense(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_dense() if tensor.is_mkldnn else tensor
 
@@ -235,11 +243,11 @@ def _patch_embed(images, weight, bias=None, pad=False, centre=None):
     return F.conv2d(images, weight, bias, stride=patch).flatten(2).transpose(1, 2)
 
 
-def _assemble(patches, positions, prefix_rows, prefix_tokens, prefix=None):
-    """Patch tokens (B, N, D) with positions (prefix_rows + N, D), after `prefix_tokens` rows: prefix (P, D), with the
-    table's first rows where it has any for them, or those rows alone."""
+def _assemble(patches, prefix_rows, prefix_tokens, positions=None, prefix=None):
+    """Patch tokens (B, N, D) with positions (prefix_rows + N, D), if there are any, after `prefix_tokens` rows: prefix
+    (P, D), with the table's first rows where it has any for them, or those rows alone."""
     count = patches.shape[1]
-    tokens = patches + positions[prefix_rows : prefix_rows + count]
+    tokens = patches if positions is None else patches + positions[prefix_rows : prefix_rows + count]
     if not prefix_tokens:
         return tokens
     before = positions[:prefix_rows] if prefix is None else prefix
@@ -263,6 +271,14 @@ def _swiglu(x):
     """silu(gate) * value of [gate; value] (arXiv 2002.05202)."""
     gate, value = x.chunk(2, dim=-1)
     return F.silu(gate) * value
+
+
+def _rotate(qkv, cos, sin, num_heads, prefix_tokens):
+    """Packed q, k, v (B, N, 3 D) with q and k of all tokens but the prefix rotated, see `reference.rotate`."""
+    q, k, v = split_heads(qkv, 3, num_heads)
+    cos, sin = (angle[: qkv.shape[1] - prefix_tokens] for angle in (cos, sin))
+    rotated = torch.stack([rotate(q, cos, sin), rotate(k, cos, sin), v])
+    return rotated.permute(1, 3, 0, 2, 4).flatten(2)
 
 
 def _attention(qkv, kv=None, *, num_heads, scale):
@@ -325,6 +341,7 @@ OPERATIONS: dict[str, Callable[..., torch.Tensor]] = {
     "swiglu": _swiglu,
     "scale": lambda x, gamma: x * gamma,
     "add": lambda x, y: x + y,
+    "rotate": _rotate,
     "attention": _attention,
     "rows": lambda x, start, stop: x[:, start:stop],
     "flatten": lambda x: x.flatten(1),

@@ -22,7 +22,7 @@ from fastvit.nn.layers import (
 )
 from fastvit.nn.mlp import Mlp, SwiGLU
 
-from .plan import IMAGES, Plan, Step
+from .plan import IMAGES, ROPE, Plan, Step
 from .serving import check_serves
 
 OUTPUTS = ("logits", "features", "tokens")
@@ -61,12 +61,15 @@ def plan_of(model: VisionTransformer, outputs: Iterable[str]) -> Plan:
     pad = {"pad": True} if config.dynamic_img_pad else {}
     patches = plan.step("patches", "patch_embed", images, plan.weights("patch_embed.proj", proj), **pad)
     prefix = model._prefix()
-    tables = plan.constants(positions=("pos_embed", model.pos_embed[0]), prefix=("prefix", prefix))
+    positions = None if model.pos_embed is None else model.pos_embed[0]
+    tables = plan.constants(positions=("pos_embed", positions), prefix=("prefix", prefix))
+    rope = model._rope(model.patch_embed.proj.weight.new_empty(1, config.in_chans, *config.img_size))
+    angles = {} if rope is None else plan.constants(cos=(ROPE[0], rope[0]), sin=(ROPE[1], rope[1]))
     rows = {"prefix_rows": model._prefix_rows, "prefix_tokens": config.num_prefix_tokens}
     x = plan.step("tokens", "assemble", patches, tables, **rows)
     x = plan.norm("norm_pre", model.norm_pre, x)
     for i, block in enumerate(model.blocks):
-        x = _block(plan, f"blocks.{i}", block, x)
+        x = _block(plan, f"blocks.{i}", block, x, angles, config.num_prefix_tokens)
     tokens = plan.norm("norm", model.norm, x)
     features = logits = None
     if config.distilled:
@@ -130,10 +133,14 @@ class _Writer:
         return self.step(name, "scale", x, self.constants(gamma=(f"{name}.gamma", module.gamma)))
 
 
-def _block(plan: _Writer, name: str, block: Block, x: str) -> str:
+def _block(plan: _Writer, name: str, block: Block, x: str, angles: dict[str, str], prefix_tokens: int) -> str:
     attn, mlp = block.attn, block.mlp
     y = plan.norm(f"{name}.norm1", block.norm1, x)
     y = plan.linear(f"{name}.attn.qkv", attn.qkv, y)
+    if angles:
+        y = plan.step(
+            f"{name}.attn.rotated", "rotate", y, angles, num_heads=attn.num_heads, prefix_tokens=prefix_tokens
+        )
     y = plan.step(f"{name}.attn", "attention", y, num_heads=attn.num_heads, scale=attn.scale)
     y = plan.linear(f"{name}.attn.proj", attn.proj, y)
     y = plan.scale(f"{name}.ls1", block.ls1, y)

@@ -228,7 +228,7 @@ def _position_table(plan: Plan) -> Plan:
     draft = _Draft(plan)
     for embed in plan.steps:
         assemble = plan.only_user(embed.out) if embed.op == "patch_embed" else None
-        if assemble is None or assemble.op != "assemble":
+        if assemble is None or assemble.op != "assemble" or "positions" not in assemble.constants:
             continue
         table, prefix = draft.wide(assemble, "positions"), draft.wide(assemble, "prefix")
         rows, count = assemble.options["prefix_rows"], assemble.options["prefix_tokens"]

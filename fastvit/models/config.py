@@ -39,10 +39,11 @@ class ViTConfig:
     the position table being resampled to each; dynamic_img_pad: and of any other, filled up with zeros at the right and
     the bottom. distilled: a second token and head (arXiv 2012.12877). mask_token: a learned token for masked patches,
     as DINOv2 and iBOT (arXiv 2111.07832) have it. mlp: "mlp" or "swiglu", whose gate has activation "silu". norm_eps:
-    of every LayerNorm. The *_rate fields are dropout rates, that of whole patches (arXiv 2212.00794) and the largest
-    drop-path rate. pos_resampling: a policy for position tables of another grid. mean, std, crop_pct, crop_mode,
-    interpolation: how images are prepared, as `images.resize_and_crop` says; mean and std are per channel, for pixels
-    in [0, 1], None for 0.5 in each.
+    of every LayerNorm. rope_temperature: of a rotary position embedding (arXiv 2508.10104), see
+    `patches.rotary_tables`, in place of a table of positions; None for none. The *_rate fields are dropout rates, that
+    of whole patches (arXiv 2212.00794) and the largest drop-path rate. pos_resampling: a policy for position tables of
+    another grid. mean, std, crop_pct, crop_mode, interpolation: how images are prepared, as `images.resize_and_crop`
+    says; mean and std are per channel, for pixels in [0, 1], None for 0.5 in each.
 
     Raises ValueError, or TypeError for a flag that is no bool, naming the field, what came and what was expected.
     """
@@ -71,6 +72,7 @@ class ViTConfig:
     dynamic_img_pad: bool = False
     mask_token: bool = False
     norm_eps: float = 1e-6
+    rope_temperature: float | None = None
     drop_rate: float = 0.0
     pos_drop_rate: float = 0.0
     patch_drop_rate: float = 0.0
@@ -109,6 +111,9 @@ class ViTConfig:
         for name in ("mlp_ratio", "norm_eps", "crop_pct"):
             if not (is_number(getattr(self, name)) and getattr(self, name) > 0):
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected a positive number")
+        rope = self.rope_temperature
+        if rope is not None and not (is_number(rope) and rope > 0):
+            raise ValueError(f"rope_temperature is {rope!r}, expected a positive number or None")
         if self.init_values is not None and not is_number(self.init_values):
             raise ValueError(f"init_values is {self.init_values!r}, expected a number or None")
         for name in ("mean", "std"):
@@ -131,6 +136,11 @@ class ViTConfig:
             raise ValueError(f"img_size is {self.img_size}, expected multiples of patch_size, {self.patch_size}")
         if self.embed_dim % self.num_heads:
             raise ValueError(f"num_heads is {self.num_heads}, expected a divisor of embed_dim, {self.embed_dim}")
+        if rope is not None and self.embed_dim // self.num_heads % 4:
+            width = self.embed_dim // self.num_heads
+            raise ValueError(f"rope_temperature is {rope}, expected None for heads of {width}, no multiple of 4")
+        if rope is not None and self.patch_drop_rate:
+            raise ValueError(f"patch_drop_rate is {self.patch_drop_rate}, expected 0 with rope_temperature")
         if any(not value > 0 for value in self.std):
             raise ValueError(f"std is {self.std}, expected positive numbers")
         if self.mlp == "swiglu" and self.activation != "silu":

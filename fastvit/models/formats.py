@@ -363,9 +363,102 @@ _MAE = Format(
     unused=r"^(decoder_|mask_token$)",
     facts=IMAGENET,
 )
-# facebookresearch/deit, models_v2.py.
+
+
+def _zero_key_bias(state: State) -> State:
+    """A bias of zeros for the keys wherever the queries have one and the keys none."""
+    found = dict(state)
+    for name, tensor in state.items():
+        key = re.sub(r"\.q(_bias|_proj\.bias)$", r".k\1", name)
+        if key != name:
+            found.setdefault(key, torch.zeros_like(tensor))
+    return found
+
+
+def _no_key_bias(state: State) -> State:
+    found = {}
+    for name, tensor in state.items():
+        if name.endswith(".attn.qkv.bias"):
+            parts = zip("qkv", tensor.chunk(3), strict=True)
+            found |= {name.replace("qkv.bias", f"{part}_bias"): rows for part, rows in parts}
+        else:
+            found[name] = tensor
+    for name in [name for name in found if re.search(r"\.k(_bias|_proj\.bias)$", name)]:
+        if found.pop(name).any():
+            raise ValueError(f"DINOv3 has no bias of its keys, the model's {name} is not zero")
+    return found
+
+
+# facebookresearch/deit, models_v2.py; pytorch-image-models, timm/models/eva.py, which has the same names for the
+# layer-scale of DINOv3, and q, k, v and the gated layers apart.
+_GAMMAS: Names = {f"blocks.#.ls{n}.gamma": f"blocks.#.gamma_{n}" for n in (1, 2)}
+_GATES: Names = {"blocks.#.mlp.fc1.*": ("blocks.#.mlp.fc1_g.*", "blocks.#.mlp.fc1_x.*")}
+_BIASES: Names = {"blocks.#.attn.qkv.*": tuple(f"blocks.#.attn.{part}_*" for part in "qkv")}
 _DEIT3 = Format(
-    "DeiT III as Meta releases it", r"\.gamma_1$", {f"blocks.#.ls{n}.gamma": f"blocks.#.gamma_{n}" for n in (1, 2)}
+    "DeiT III as Meta releases it, or timm's DINOv3",
+    r"\.gamma_1$",
+    {**_GAMMAS, **_GATES, **_BIASES},
+    layout=_zero_key_bias,
+    unlayout=_no_key_bias,
+)
+# transformers/models/dinov3_vit/modeling_dinov3_vit.py; in memory there is "model." before the layers.
+_HF_DINOV3 = Format(
+    "transformers' DINOv3",
+    r"^embeddings\.patch_embeddings\.weight$",
+    {
+        "cls_token": "embeddings.cls_token",
+        "reg_token": "embeddings.register_tokens",
+        "patch_embed.proj.*": "embeddings.patch_embeddings.*",
+        **_in_blocks(
+            "layer.#.",
+            {
+                "attn.qkv.*": tuple(f"attention.{part}_proj.*" for part in "qkv"),
+                "attn.proj.*": "attention.o_proj.*",
+                "norm1.*": "norm1.*",
+                "norm2.*": "norm2.*",
+                "ls1.gamma": "layer_scale1.lambda1",
+                "ls2.gamma": "layer_scale2.lambda1",
+                "mlp.fc1.*": "mlp.up_proj.*",
+                "mlp.fc2.*": "mlp.down_proj.*",
+            },
+        ),
+        "norm.*": "norm.*",
+    },
+    spellings=((r"^model\.layer\.", "layer."),),
+    unused=r"^embeddings\.mask_token$",
+    layout=_zero_key_bias,
+    unlayout=_no_key_bias,
+    facts=IMAGENET,
+)
+_HF_DINOV3_GATED = replace(
+    _HF_DINOV3,
+    telling=r"^(model\.)?layer\.\d+\.mlp\.gate_proj\.",
+    names=_HF_DINOV3.names | _in_blocks("layer.#.", {"mlp.fc1.*": ("mlp.gate_proj.*", "mlp.up_proj.*")}),
+)
+
+
+def _masked_bias(state: State) -> State:
+    """The bias of q, k and v without that of k, whose mask in the files is 0, or before training NaN."""
+    found = dict(state)
+    for name, tensor in state.items():
+        if name.endswith(".attn.qkv.bias") and f"{name}_mask" in state and tensor.dim() == 1 and not len(tensor) % 3:
+            q, k, v = tensor.chunk(3)
+            found[name] = torch.cat([q, torch.zeros_like(k), v])
+    return found
+
+
+# facebookresearch/dinov3, dinov3/models/vision_transformer.py and dinov3/layers.
+_DINOV3 = Format(
+    "DINOv3 as Meta releases it",
+    r"^storage_tokens$|^rope_embed\.periods$",
+    {
+        "reg_token": "storage_tokens",
+        "blocks.#.mlp.fc1.*": ("blocks.#.mlp.w1.*", "blocks.#.mlp.w2.*"),
+        "blocks.#.mlp.fc2.*": "blocks.#.mlp.w3.*",
+    },
+    unused=r"^(rope_embed|local_cls_norm|projectors)\.|\.bias_mask$",
+    layout=_masked_bias,
+    facts=IMAGENET,
 )
 # facebookresearch/dinov2, dinov2/models/vision_transformer.py and dinov2/layers/swiglu_ffn.py. Large models there keep
 # their blocks in chunks, blocks.<chunk>.<block>.
@@ -384,9 +477,9 @@ _DINOV2 = Format(
 _TIMM = Format("timm", r"^patch_embed\.proj\.weight$", {}, unused=r"^pre_logits\.")
 
 FORMATS = (
-    *(_TORCHVISION, _HF_DEIT, _HF_VIT, _HF_SWIGLU, _HF_SWIGLU_IN_MEMORY, _HF_DINOV2, _HF_CLIP, _HF_SIGLIP),
-    *(_OPENAI_CLIP, _FLAX),
-    *(_MAE, _DEIT3, _DINOV2, _TIMM),
+    *(_TORCHVISION, _HF_DEIT, _HF_VIT, _HF_DINOV3_GATED, _HF_DINOV3, _HF_SWIGLU, _HF_SWIGLU_IN_MEMORY, _HF_DINOV2),
+    *(_HF_CLIP, _HF_SIGLIP, _OPENAI_CLIP, _FLAX),
+    *(_MAE, _DINOV3, _DEIT3, _DINOV2, _TIMM),
 )
 
 # What is not read, and a name that tells each; where one has another's names as well, it comes first.
@@ -395,9 +488,7 @@ _NOT_READ = {
     "BEiT or EVA": r"attn\.q_bias|\.relative_position_bias_table|\.lambda_1$",
     "CaiT": r"blocks_token_only\.",
     "Segment Anything or ViTDet": r"attn\.rel_pos_h",
-    "DINOv3 as Meta releases it": r"storage_tokens|rope_embed\.periods",
     "mmpretrain": r"layers\.\d+\.ln1\.",
-    "transformers' DINOv3": r"embeddings\.patch_embeddings\.weight",
     "ResNet": r"layer1\.0\.conv1\.",
     "ConvNeXt": r"stages\.0\.(blocks\.)?0\.(conv_dw|dwconv)\.",
 }
@@ -411,6 +502,7 @@ _PATCH_WEIGHTS = (
     "conv_proj.weight",
     "embeddings.patch_embeddings.projection.weight",
     "embeddings.patch_embedding.weight",
+    "embeddings.patch_embeddings.weight",
     "conv1.weight",
     "embedding/kernel",
 )
@@ -495,7 +587,7 @@ def from_timm(state: State, to: str, config: ViTConfig) -> State:
     A class token without a position gets one of zeros, which changes no output. Raises ValueError for a `config` that
     the library has no model for.
     """
-    if to == "timm":
+    if to == "timm" and config.rope_temperature is None:
         return {name: tensor for name, tensor in state.items() if name != "mask_token"}
     format, prefix = _writer(to, config)
     written: State = {}
@@ -505,7 +597,7 @@ def from_timm(state: State, to: str, config: ViTConfig) -> State:
         if name == "pos_embed" and config.no_embed_class:
             tensor = F.pad(tensor, (0, 0, 1 + config.distilled, 0))
         template, number, leaf = _split(name)
-        theirs = format.names[template]
+        theirs = format.names.get(template, template)
         parts = (theirs,) if isinstance(theirs, str) else theirs
         for part, piece in zip(parts, tensor.chunk(len(parts)), strict=True):
             beside = "" if template.startswith("head") else prefix
@@ -517,12 +609,19 @@ def _writer(to: str, config: ViTConfig) -> tuple[Format, str]:
     """The format that `config`'s model is written in, and what stands before all names but the classifier's."""
     gated = config.mlp == "swiglu"
     needed = {"class_token": True, "global_pool": "token", "norm_after_pool": False, "final_norm": True}
-    needed |= {"pre_norm": False}
+    needed |= {"pre_norm": False, "rope_temperature": None}
     tower = {"qkv_bias": True, "reg_tokens": 0, "init_values": None, "mlp": "mlp", "no_embed_class": False}
     if to == "torchvision":
         library, format, prefix = to, _TORCHVISION, ""
         needed |= {"distilled": False, "reg_tokens": 0, "init_values": None, "mlp": "mlp", "activation": "gelu"}
         needed |= {"qkv_bias": True, "in_chans": 3}
+    elif to == "timm":  # DINOv3, which is another class there
+        names = {**_GAMMAS, **(_GATES if gated else {})}
+        return replace(_DEIT3, names=names), ""
+    elif config.rope_temperature is not None:
+        library, format, prefix = f"{to}' DINOv3", _HF_DINOV3_GATED if gated else _HF_DINOV3, ""
+        needed = {"class_token": True, "distilled": False, "norm_after_pool": False, "final_norm": True}
+        needed |= {"pre_norm": False, "num_classes": 0}
     elif config.pre_norm:
         library, format, prefix = f"{to}' CLIP", _HF_CLIP, "vision_model." if config.num_classes else ""
         needed |= {**tower, "pre_norm": True}
@@ -562,12 +661,14 @@ def transformers_config(config: ViTConfig) -> dict:
     gated = config.mlp == "swiglu"
     family = format.source.removeprefix("transformers' ") + ("WithRegisters" if config.reg_tokens else "")
     ending = "Model" if not prefix else "ForImageClassification" + ("WithTeacher" if config.distilled else "")
-    if family == "SigLIP":
+    if family == "DINOv3WithRegisters":
+        family, ending = "DINOv3ViT", "Model"
+    elif family == "SigLIP":
         family, ending = "Siglip", "VisionModel"
     elif family == "CLIP":
         ending = "VisionModelWithProjection" if config.num_classes else "VisionModel"
     types = {"ViT": "vit", "DeiT": "deit", "Dinov2": "dinov2", "Dinov2WithRegisters": "dinov2_with_registers"}
-    types |= {"CLIP": "clip_vision_model", "Siglip": "siglip_vision_model"}
+    types |= {"CLIP": "clip_vision_model", "Siglip": "siglip_vision_model", "DINOv3ViT": "dinov3_vit"}
     hidden = int(config.embed_dim * config.mlp_ratio)
     facts = {
         "model_type": types[family],
@@ -581,7 +682,11 @@ def transformers_config(config: ViTConfig) -> dict:
         "qkv_bias": config.qkv_bias,
         "layer_norm_eps": config.norm_eps,
     }
-    facts |= {} if gated else {"hidden_act": _ACTIVATIONS[config.activation]}
+    facts |= {} if gated and family != "DINOv3ViT" else {"hidden_act": _ACTIVATIONS[config.activation]}
+    if family == "DINOv3ViT":
+        facts |= {"query_bias": facts["qkv_bias"], "key_bias": False, "value_bias": facts.pop("qkv_bias")}
+        facts |= {"num_register_tokens": config.reg_tokens, "rope_theta": config.rope_temperature}
+        return facts | {"use_gated_mlp": gated, "intermediate_size": hidden // 2 if gated else hidden}
     if config.num_classes:
         facts |= {"projection_dim" if family == "CLIP" else "num_labels": config.num_classes}
     if config.init_values is None:

@@ -14,7 +14,7 @@ from .registry import MODELS
 # The fields that shapes tell, besides image size, channels and classes. Activation, eps, the start of layer scale, and
 # how images are prepared leave no trace.
 _TOLD = ("embed_dim", "depth", "patch_size", "mlp", "qkv_bias", "class_token", "reg_tokens", "no_embed_class")
-_TOLD += ("distilled", "pre_norm", "final_norm", "norm_after_pool")
+_TOLD += ("distilled", "pre_norm", "final_norm", "norm_after_pool", "rope_temperature")
 
 
 def infer_config(state: State, facts: Mapping[str, object] | None = None) -> tuple[ViTConfig, list[str]]:
@@ -32,21 +32,25 @@ def infer_config(state: State, facts: Mapping[str, object] | None = None) -> tup
         for name, value in facts.items()
         if not (name in ("mean", "std") and len(value) != found.in_chans)
         and not (name == "activation" and found.mlp == "swiglu")
+        and not (name == "img_size" and found.rope_temperature is None)  # a table of positions tells, and holds
     }
     fits = [name for name, entry in MODELS.items() if _facts(entry.config) == _facts(found)]
 
     def unlike(name: str) -> tuple:
         config = MODELS[name].config
-        return sum(getattr(config, field) != value for field, value in told.items()), config.img_size != found.img_size
+        unlike = sum(getattr(config, field) != value for field, value in told.items() if field != "img_size")
+        return unlike, config.img_size != found.img_size
 
     # Known models of these facts and this size first; among those alike, the order of the table.
     fits.sort(key=unlike)
     if not fits:
         return replace(found, **told), fits
-    sizes = {field: getattr(found, field) for field in ("img_size", "num_classes")}
-    if found.in_chans != MODELS[fits[0]].config.in_chans:
+    known = MODELS[fits[0]].config
+    sizes = {"img_size": found.img_size if known.rope_temperature is None else known.img_size}
+    sizes["num_classes"] = found.num_classes
+    if found.in_chans != known.in_chans:
         sizes |= {field: getattr(found, field) for field in ("in_chans", "mean", "std")}
-    return replace(MODELS[fits[0]].config, **(sizes | told)), fits
+    return replace(known, **(sizes | told)), fits
 
 
 def classes_of(state: State) -> int:
@@ -73,13 +77,9 @@ def _told_by_shapes(state: State, heads: int | None) -> ViTConfig:
     (rows, _), (_, hidden) = shape("blocks.0.mlp.fc1.weight", 2), shape("blocks.0.mlp.fc2.weight", 2)
     registers = shape("reg_token", 3)[1] if "reg_token" in state else 0
     class_token, distilled = "cls_token" in state, "dist_token" in state
-    prefix, positions = class_token + distilled + registers, shape("pos_embed", 3)[1]
-    # Squares of patches that come with positions for the prefix, or without.
-    sides = {bare: math.isqrt(max(positions - (0 if bare else prefix), 0)) for bare in (False, True)}
-    squares = [bare for bare, side in sides.items() if side and side**2 + (0 if bare else prefix) == positions]
-    if not squares:
-        raise ValueError(f"pos_embed has {positions} rows, which are no square of patches with or without {prefix}")
-    bare = squares[-1] if registers else squares[0]
+    prefix = class_token + distilled + registers
+    rotary = "pos_embed" not in state and "blocks.0.ls1.gamma" in state and registers > 0  # as DINOv3
+    side, bare = (16, False) if rotary else _side_of_table(shape("pos_embed", 3)[1], prefix, registers)
     ratio = rows / embed_dim
     if int(embed_dim * ratio) != rows:
         ratio = math.nextafter(ratio, math.inf)
@@ -89,7 +89,7 @@ def _told_by_shapes(state: State, heads: int | None) -> ViTConfig:
     if heads is None and embed_dim % 64:
         raise ValueError(f"embed_dim is {embed_dim}, which does not tell how many heads there are")
     return ViTConfig(
-        img_size=(sides[bare] * patch[0], sides[bare] * patch[1]),
+        img_size=(side * patch[0], side * patch[1]),
         patch_size=tuple(patch),
         in_chans=in_chans,
         num_classes=classes_of(state),
@@ -106,7 +106,21 @@ def _told_by_shapes(state: State, heads: int | None) -> ViTConfig:
         reg_tokens=registers,
         no_embed_class=bare and prefix > 0,
         distilled=distilled,
+        rope_temperature=100.0 if rotary else None,
+        dynamic_img_size=rotary,
         pre_norm="norm_pre.weight" in state,
         final_norm=fc_norm or "norm.weight" in state,
         fc_norm=fc_norm,
     )
+
+
+def _side_of_table(rows: int, prefix: int, registers: int) -> tuple[int, bool]:
+    """How many patches a square image has on a side, by the rows of its position table, and whether none of these are
+    for the prefix."""
+    # Squares of patches that come with positions for the prefix, or without.
+    sides = {bare: math.isqrt(max(rows - (0 if bare else prefix), 0)) for bare in (False, True)}
+    squares = [bare for bare, side in sides.items() if side and side**2 + (0 if bare else prefix) == rows]
+    if not squares:
+        raise ValueError(f"pos_embed has {rows} rows, which are no square of patches with or without {prefix}")
+    bare = squares[-1] if registers else squares[0]
+    return sides[bare], bare

@@ -1,6 +1,10 @@
-"""What a model does to patches before its blocks see them: positions of another grid, mask tokens, dropout."""
+"""What a model does to patches before its blocks see them: positions of another grid, rotary ones, mask tokens,
+dropout."""
 
 from __future__ import annotations
+
+import functools
+import math
 
 import torch
 from torch import nn
@@ -40,6 +44,14 @@ def normalise_pixels(
     return prepare_image(x, like, mean, std, (1, 1)) if getattr(x, "dtype", None) == torch.uint8 else x
 
 
+def grid_of(image: torch.Tensor, patch_size: tuple[int, int]) -> tuple[int, int] | None:
+    """Rows and columns of the patches of image (B, C, H, W), those at the edge included; None for another shape."""
+    size = tuple(getattr(image, "shape", ()))[2:]
+    if len(size) != 2 or 0 in size:
+        return None  # what is wrong with the image, the patch embedding will say
+    return tuple(-(-side // patch) for side, patch in zip(size, patch_size, strict=True))
+
+
 def fit_positions(
     table: torch.Tensor,
     image: torch.Tensor,
@@ -49,24 +61,54 @@ def fit_positions(
     policy: str,
 ) -> torch.Tensor:
     """The position table (1, prefix_rows + N, D), made for `grid_size`, resampled to the grid of the image."""
-    size = tuple(getattr(image, "shape", ()))[2:]
-    if len(size) != 2 or 0 in size:
-        return table  # what is wrong with the image, the patch embedding will say
-    grid = tuple(-(-side // patch) for side, patch in zip(size, patch_size, strict=True))
-    return resample_position_table(table, grid_size, grid, prefix_rows, policy)
+    grid = grid_of(image, patch_size)
+    return table if grid is None else resample_position_table(table, grid_size, grid, prefix_rows, policy)
+
+
+def rotary_of(
+    image: torch.Tensor, patch_size: tuple[int, int], head_dim: int, temperature: float, like: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """`rotary_tables` for the patches of image (B, C, H, W), on the device of `like`, in float32 or its wider dtype."""
+    grid = grid_of(image, patch_size)
+    if grid is None:
+        return None
+    how = (grid, head_dim, temperature, like.device, torch.promote_types(like.dtype, torch.float32))
+    # What is made while something traces is not of numbers that others may have.
+    kept = type(image) is torch.Tensor and not torch.compiler.is_compiling()
+    return _kept_tables(*how) if kept else rotary_tables(*how)
+
+
+def rotary_tables(
+    grid: tuple[int, int], head_dim: int, temperature: float, device: torch.device, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin (rows * columns, head_dim / 2) of the angles by which DINOv3 (arXiv 2508.10104) rotates each patch's
+    pairs of columns: for y, then x, the centre of the patch in [-1, 1], times 2 pi / temperature^(4 i / head_dim) for
+    i below head_dim / 4."""
+    how = {"device": device, "dtype": dtype}
+    y, x = ((torch.arange(side, **how) + 0.5) / side * 2 - 1 for side in grid)
+    centres = torch.stack(torch.meshgrid(y, x, indexing="ij"), dim=-1).flatten(0, 1)
+    periods = temperature ** (torch.arange(head_dim // 4, **how) * 4 / head_dim)
+    angles = (2 * math.pi * centres[:, :, None] / periods).flatten(1)
+    return angles.cos(), angles.sin()
+
+
+@functools.lru_cache(maxsize=16)
+def _kept_tables(*how) -> tuple[torch.Tensor, torch.Tensor]:
+    with torch.inference_mode(False), torch.no_grad():
+        return rotary_tables(*how)
 
 
 def put_mask_tokens(
     tokens: torch.Tensor,
     masks: torch.Tensor | None,
     mask_token: torch.Tensor | None,
-    positions: torch.Tensor,
+    positions: torch.Tensor | None,
     prefix_tokens: int,
 ) -> torch.Tensor:
     """tokens (B, P + N, D) with mask_token (1, D) in place of the patches where masks (B, N) is True.
 
-    positions (N, D) or (P + N, D): the masked patches keep theirs. masks None changes nothing. Raises ValueError where
-    there is no mask_token and for masks of another shape, TypeError for another dtype.
+    positions (N, D) or (P + N, D), or None: the masked patches keep theirs. masks None changes nothing. Raises
+    ValueError where there is no mask_token and for masks of another shape, TypeError for another dtype.
     """
     if masks is None:
         return tokens
@@ -77,5 +119,5 @@ def put_mask_tokens(
         raise TypeError(f"masks is {getattr(masks, 'dtype', type(masks).__name__)}, expected a tensor of torch.bool")
     if masks.shape != patches.shape[:2]:
         raise ValueError(f"masks has shape {tuple(masks.shape)}, expected one a patch, {tuple(patches.shape[:2])}")
-    masked = mask_token + positions[-patches.shape[1] :]
+    masked = mask_token if positions is None else mask_token + positions[-patches.shape[1] :]
     return torch.cat([tokens[:, :prefix_tokens], torch.where(masks[..., None], masked, patches)], dim=1)

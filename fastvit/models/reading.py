@@ -25,7 +25,8 @@ _BESIDE_TENSORS = (
 # What transformers calls a model's file in its folder, and the list of files where it takes several.
 _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 # Fields of ViTConfig by what transformers' config.json calls them.
-_FACTS = {"norm_eps": "layer_norm_eps", "num_heads": "num_attention_heads"}
+_FACTS = {"norm_eps": "layer_norm_eps", "num_heads": "num_attention_heads", "rope_temperature": "rope_theta"}
+_FACTS |= {"img_size": "image_size"}
 
 
 def check_path(name: str, path) -> None:

@@ -24,6 +24,7 @@ from .weights import fetch_pretrained, load_weights
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
+_GATED = {"mlp": "swiglu", "activation": "silu"}
 _SIZES = {  # arXiv 2010.11929 (B, L, H), 2012.12877 (Ti, S), 2204.07118 (M), 2304.07193 (g)
     "tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3},
     "small": {"embed_dim": 384, "depth": 12, "num_heads": 6},
@@ -32,21 +33,26 @@ _SIZES = {  # arXiv 2010.11929 (B, L, H), 2012.12877 (Ti, S), 2204.07118 (M), 23
     "large": {"embed_dim": 1024, "depth": 24, "num_heads": 16},
     "huge": {"embed_dim": 1280, "depth": 32, "num_heads": 16},
     # fc1 holds gate and value, each 2/3 of 4 * embed_dim rounded up to a multiple of 8.
-    "giant": {
-        **{"embed_dim": 1536, "depth": 40, "num_heads": 24},
-        **{"mlp": "swiglu", "activation": "silu", "mlp_ratio": 2.66667 * 2},
-    },
+    "giant": {"embed_dim": 1536, "depth": 40, "num_heads": 24, **_GATED, "mlp_ratio": 2.66667 * 2},
     # Of CLIP and SigLIP alone; the first word is what the name says (arXiv 2106.04560, 2305.13035, 2502.14786).
     "base plus": {"embed_dim": 896, "depth": 12, "num_heads": 14},
     "giant plain": {"embed_dim": 1408, "depth": 40, "num_heads": 16, "mlp_ratio": 48 / 11},
     "gigantic": {"embed_dim": 1664, "depth": 48, "num_heads": 16, "mlp_ratio": 64 / 13},
     "so400m": {"embed_dim": 1152, "depth": 27, "num_heads": 16, "mlp_ratio": 3.7362},
     "giantopt": {"embed_dim": 1536, "depth": 40, "num_heads": 16},
+    # Of DINOv3 alone (arXiv 2508.10104): fc1 holds gate and value.
+    "small_plus": {"embed_dim": 384, "depth": 12, "num_heads": 6, **_GATED, "mlp_ratio": 8.0},
+    "huge_plus": {"embed_dim": 1280, "depth": 32, "num_heads": 20, **_GATED, "mlp_ratio": 8.0},
+    "7b": {"embed_dim": 4096, "depth": 40, "num_heads": 32, **_GATED, "mlp_ratio": 4.0},
 }
 _HEADLESS = {"num_classes": 0}
 _DINOV2 = {**IMAGENET, **_HEADLESS, "init_values": 1e-5, "crop_pct": 1.0}
 _REGISTERS = {**_DINOV2, "reg_tokens": 4, "no_embed_class": True}
 _CLIP = {**OPENAI, "pre_norm": True, "norm_eps": 1e-5}
+_DINOV3 = {
+    **{**IMAGENET, **_HEADLESS, "init_values": 1e-5, "reg_tokens": 4, "norm_eps": 1e-5, "crop_pct": 1.0},
+    **{"rope_temperature": 100.0, "dynamic_img_size": True, "global_pool": "avg", "fc_norm": False},
+}
 _FAMILIES = {
     "vit_{size}_patch{patch}_{img}": {},
     "deit_{size}_patch{patch}_{img}": IMAGENET,
@@ -58,8 +64,11 @@ _FAMILIES = {
     "vit_{size}_patch{patch}_plus_clip_{img}": _CLIP,
     "vit_{size}_patch{patch}_clip_quickgelu_{img}": {**_CLIP, "activation": "quick_gelu"},
     "vit_{size}_patch{patch}_siglip_{img}": {**_HEADLESS, "class_token": False, "global_pool": "map", "crop_pct": 0.9},
+    "vit_{size}_patch{patch}_dinov3": {**_DINOV3, "qkv_bias": False},
+    "vit_{size}_patch{patch}_dinov3_qkvb": _DINOV3,
 }
-_VIT, _DEIT, _DEIT_DISTILLED, _DEIT3, _DINO2, _DINO2_REG, _CLIP_TOWER, _CLIP_PLUS, _QUICK, _SIGLIP = _FAMILIES
+_VIT, _DEIT, _DEIT_DISTILLED, _DEIT3, _DINO2, _DINO2_REG, _CLIP_TOWER, _CLIP_PLUS, _QUICK, _SIGLIP, *_REST = _FAMILIES
+_DINO3, _DINO3_BIAS = _REST
 
 _AUGREG = "augreg_in21k_ft_in1k"
 _UNTRAINED = "untrained"  # timm's tag where there are no weights
@@ -150,6 +159,18 @@ _TABLE = (  # family, size, patch, img, timm's default tag, and what differs
     (_SIGLIP, "so400m", 16, 512, _WEBLI, _TANH),
     (_SIGLIP, "giantopt", 16, 256, _WEBLI, _TANH),
     (_SIGLIP, "giantopt", 16, 384, _WEBLI, _TANH),
+    (_DINO3_BIAS, "tiny", 16, 256, "eupe_lvd1689m", {}),
+    (_DINO3, "small", 16, 256, "lvd1689m", {}),
+    (_DINO3_BIAS, "small", 16, 256, "lvd1689m", {}),
+    (_DINO3, "small_plus", 16, 256, "lvd1689m", {}),
+    (_DINO3_BIAS, "small_plus", 16, 256, "lvd1689m", {}),
+    (_DINO3, "base", 16, 256, "lvd1689m", {}),
+    (_DINO3_BIAS, "base", 16, 256, "lvd1689m", {}),
+    (_DINO3, "large", 16, 256, "lvd1689m", {}),
+    (_DINO3_BIAS, "large", 16, 256, "lvd1689m", {}),
+    (_DINO3, "huge_plus", 16, 256, "lvd1689m", {}),
+    (_DINO3_BIAS, "huge_plus", 16, 256, "lvd1689m", {}),
+    (_DINO3, "7b", 16, 256, "lvd1689m", {}),
 )
 
 
@@ -159,6 +180,7 @@ def _tagged(*tags: str, **differs) -> dict[str, dict]:
 
 # timm's other tags of these names, and what differs from the default tag's.
 _IN21K = {"num_classes": 21843}
+_SATELLITE = {"mean": (0.430, 0.411, 0.296), "std": (0.213, 0.156, 0.143)}
 _METACLIP = ("metaclip_2pt5b", "metaclip_400m")
 _SELF_SUPERVISED = {**IMAGENET, **_HEADLESS}
 _OTHER_TAGS = {
@@ -240,6 +262,10 @@ _OTHER_TAGS = {
         **_tagged("webli_ft_in1k", num_classes=1000, crop_pct=1.0, crop_mode="squash"),
     },
     "vit_so400m_patch16_siglip_256": _tagged("webli_i18n"),
+    "vit_small_patch16_dinov3_qkvb": _tagged("eupe_lvd1689m"),
+    "vit_base_patch16_dinov3_qkvb": _tagged("eupe_lvd1689m"),
+    **{f"vit_{size}_patch16_dinov3": _tagged("sat493m", **_SATELLITE) for size in ("large", "7b")},
+    "vit_large_patch16_dinov3_qkvb": _tagged("sat493m", **_SATELLITE),
 }
 
 

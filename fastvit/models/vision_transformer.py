@@ -13,12 +13,13 @@ from torch.utils.checkpoint import checkpoint
 
 from fastvit import dispatch, ops
 from fastvit.nn import AttentionPoolLatent, Block, PatchEmbed, SwiGLU
+from fastvit.nn.attention import Rope
 from fastvit.nn.block import block_indices
 from fastvit.nn.layers import ACTIVATION_LAYERS, LAYER_NORM, can_fuse, init_normal, norm_complete, traced
 from fastvit.nn.patch_embed import assemble_tokens
 
 from .config import AVERAGING_POOLS, MLPS, POOLS, ViTConfig
-from .patches import PatchDropout, fit_positions, normalise_pixels, put_mask_tokens
+from .patches import PatchDropout, fit_positions, normalise_pixels, put_mask_tokens, rotary_of
 from .weights import resample_position_table
 
 # Their control flow depends on the image and the masks: torch.fx records the call instead of looking inside.
@@ -26,6 +27,7 @@ torch.fx.wrap("assemble_tokens")
 torch.fx.wrap("fit_positions")
 torch.fx.wrap("normalise_pixels")
 torch.fx.wrap("put_mask_tokens")
+torch.fx.wrap("rotary_of")
 
 
 def _from_config(field: str) -> property:
@@ -68,7 +70,8 @@ class VisionTransformer(nn.Module):
         table_rows = self.patch_embed.num_patches + (0 if config.no_embed_class else config.num_prefix_tokens)
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim, **dd)) if config.class_token else None
         self.reg_token = nn.Parameter(torch.empty(1, config.reg_tokens, embed_dim, **dd)) if config.reg_tokens else None
-        self.pos_embed = nn.Parameter(torch.empty(1, table_rows, embed_dim, **dd))
+        table = None if config.rope_temperature else nn.Parameter(torch.empty(1, table_rows, embed_dim, **dd))
+        self.pos_embed = table
         self.dist_token = nn.Parameter(torch.empty(1, 1, embed_dim, **dd)) if config.distilled else None
         self.mask_token = nn.Parameter(torch.zeros(1, embed_dim, **dd)) if config.mask_token else None
         self.pos_drop = nn.Dropout(config.pos_drop_rate)
@@ -126,7 +129,7 @@ class VisionTransformer(nn.Module):
 
     def _new_heads(self) -> None:
         """Untrained classifiers as torch initialises a linear layer."""
-        like = {"device": self.pos_embed.device, "dtype": self.pos_embed.dtype}
+        like = {"device": self._example.device, "dtype": self._example.dtype}
         for name in ("head", "head_dist") if self.config.distilled else ("head",):
             classes = self.config.num_classes
             head = nn.Linear(self.config.embed_dim, classes, **like) if classes else nn.Identity()
@@ -138,7 +141,8 @@ class VisionTransformer(nn.Module):
         and with needs_reset all other layers by their own `reset_parameters`, as after `to_empty`."""
         if self.dist_token is not None:
             init_normal(self.dist_token)
-        init_normal(self.pos_embed)
+        if self.pos_embed is not None:
+            init_normal(self.pos_embed)
         for token in (self.cls_token, self.reg_token):
             if token is not None:
                 nn.init.normal_(token, std=1e-6)
@@ -168,9 +172,9 @@ class VisionTransformer(nn.Module):
         mean, std = self.config.mean, self.config.std
         if torch.jit.is_tracing() and x.dtype == torch.uint8 and not torch.onnx.is_in_onnx_export():
             x = x.bitwise_and(255)  # the graph will normalise what it gets: floats, which may be already, are refused
-        positions, prefix = self._positions(x)[0], self._prefix()
+        positions, prefix = self._positions(x), self._prefix()
         if traced(x) or not can_fuse((self.patch_embed,), ((PatchEmbed,),)):
-            tokens = self.patch_embed(normalise_pixels(x, self.pos_embed, mean, std))
+            tokens = self.patch_embed(normalise_pixels(x, self._example, mean, std))
             tokens = assemble_tokens(tokens, positions, prefix)
         else:
             if not isinstance(x, torch.Tensor) or x.dtype != torch.uint8:
@@ -184,26 +188,39 @@ class VisionTransformer(nn.Module):
         """What timm's model does after `patch_embed`: patch tokens x (B, N, D) -> (B, P + N, D) with positions."""
         if self.dynamic_img_size:
             raise ValueError("_pos_embed cannot tell the grid from tokens, expected dynamic_img_size=False, or `embed`")
-        return self.pos_drop(assemble_tokens(x, self.pos_embed[0], self._prefix()))
+        table = None if self.pos_embed is None else self.pos_embed[0]
+        return self.pos_drop(assemble_tokens(x, table, self._prefix()))
 
     def _prefix(self) -> torch.Tensor | None:
         """Class, distillation and register tokens (P, D), or None."""
         tokens = [token[0] for token in (self.cls_token, self.dist_token, self.reg_token) if token is not None]
         return torch.cat(tokens) if len(tokens) > 1 else tokens[0] if tokens else None
 
-    def _positions(self, x: torch.Tensor) -> torch.Tensor:
-        """The position table for the image's grid."""
+    @property
+    def _example(self) -> torch.Tensor:
+        """A parameter, which has the model's device and dtype."""
+        return self.patch_embed.proj.weight if self.pos_embed is None else self.pos_embed
+
+    def _positions(self, x: torch.Tensor) -> torch.Tensor | None:
+        """The position table (N, D) or (P + N, D) for the image's grid; None for a model that has none."""
+        config, table = self.config, self.pos_embed
+        if table is not None and config.dynamic_img_size:
+            how = (config.grid_size, config.patch_size, self._prefix_rows, config.pos_resampling)
+            table = fit_positions(table, x, *how)
+        return None if table is None else table[0]
+
+    def _rope(self, x: torch.Tensor) -> Rope | None:
+        """cos and sin for the patches of images x; None where blocks rotate nothing."""
         config = self.config
-        if not config.dynamic_img_size:
-            return self.pos_embed
-        return fit_positions(
-            self.pos_embed, x, config.grid_size, config.patch_size, self._prefix_rows, config.pos_resampling
-        )
+        if config.rope_temperature is None:
+            return None
+        head_dim = config.embed_dim // config.num_heads
+        return rotary_of(x, config.patch_size, head_dim, config.rope_temperature, self._example)
 
     @property
     def _prefix_rows(self) -> int:
         """How many rows of the position table are for the prefix."""
-        return 0 if self.config.no_embed_class else self.config.num_prefix_tokens
+        return 0 if self.config.no_embed_class or self.pos_embed is None else self.config.num_prefix_tokens
 
     def _embeds_alone(self) -> bool:
         """Whether nobody changes what `patch_embed` gives before the first block has it."""
@@ -211,11 +228,13 @@ class VisionTransformer(nn.Module):
         roles = ((PatchEmbed,), (nn.Dropout,), (PatchDropout, nn.Identity), (nn.Identity,))
         return type(self).embed is VisionTransformer.embed and can_fuse(steps, roles)
 
-    def _run_block(self, block: nn.Module, x: torch.Tensor, attn_mask, is_causal) -> torch.Tensor:
-        masks = {"attn_mask": attn_mask, "is_causal": is_causal} if attn_mask is not None or is_causal else {}
+    def _run_block(self, block: nn.Module, x: torch.Tensor, attn_mask, is_causal, rope: Rope | None) -> torch.Tensor:
+        how = {"attn_mask": attn_mask, "is_causal": is_causal} if attn_mask is not None or is_causal else {}
+        if rope is not None:
+            how["rope"] = rope
         if self.grad_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, x, use_reentrant=False, **masks)
-        return block(x, **masks)
+            return checkpoint(block, x, use_reentrant=False, **how)
+        return block(x, **how)
 
     def forward_features(
         self,
@@ -234,18 +253,19 @@ class VisionTransformer(nn.Module):
         # What the embedding and each block know of their output spares the next one a pass over it, if nobody comes
         # between.
         alone = plain and not traced(x) and not torch.compiler.is_compiling()
-        alone = alone and dispatch.may_fuse_blocks(self.pos_embed)
+        alone = alone and dispatch.may_fuse_blocks(self._example)
         roles = [(nn.Sequential,), *[(Block,)] * len(self.blocks)]
         alone = alone and can_fuse((self.blocks, *self.blocks), roles)
+        rope = self._rope(x)
         with ops.carrying() if alone else contextlib.nullcontext():
             tokens = self.embed(x, masks)
             if alone and not self._embeds_alone():
                 tokens = tokens.view_as(tokens)  # for which nothing was left
-            if plain:
+            if plain and rope is None:
                 tokens = self.blocks(tokens)
-        if not plain:
-            for block in self.blocks:
-                tokens = self._run_block(block, tokens, attn_mask, is_causal)
+            else:
+                for block in self.blocks:
+                    tokens = self._run_block(block, tokens, attn_mask, is_causal, rope)
         return _normalise(self.norm, tokens)
 
     def forward_head(
@@ -324,10 +344,10 @@ class VisionTransformer(nn.Module):
             raise ValueError("output_fmt is 'NCHW', but in training patch dropout leaves no grid; expected 'NLC'")
         chosen = block_indices(indices, len(self.blocks))
         last = max(chosen) if stop_early or intermediates_only else len(self.blocks) - 1
-        tokens = self.embed(x)
+        tokens, rope = self.embed(x), self._rope(x)
         taken = []
         for index, block in enumerate(self.blocks[: last + 1]):
-            tokens = self._run_block(block, tokens, attn_mask, is_causal)
+            tokens = self._run_block(block, tokens, attn_mask, is_causal, rope)
             if index in chosen:
                 taken.append(_normalise(self.norm, tokens) if norm else tokens)
 
@@ -410,7 +430,7 @@ class VisionTransformer(nn.Module):
         img_size = old.img_size if img_size is None else img_size
         self.config = replace(old, img_size=img_size, patch_size=old.patch_size if patch_size is None else patch_size)
         self.patch_embed.set_input_size(self.config.img_size, self.config.patch_size)
-        if self.config.grid_size != old.grid_size:
+        if self.config.grid_size != old.grid_size and self.pos_embed is not None:
             table = resample_position_table(
                 self.pos_embed.detach(), old.grid_size, self.config.grid_size, self._prefix_rows, old.pos_resampling
             )

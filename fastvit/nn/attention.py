@@ -38,23 +38,39 @@ def masks(
     return None, torch.zeros(allowed.shape, dtype=like.dtype, device=like.device).masked_fill_(~allowed, float("-inf"))
 
 
+Rope = tuple[torch.Tensor, torch.Tensor]  # cos and sin (R, d / 2), of the last R tokens
+
+
 def operands(
-    qkv: torch.Tensor, num_heads: int, scale: float, attn_mask: torch.Tensor | None, is_causal: bool, dropout_p: float
+    qkv: torch.Tensor,
+    num_heads: int,
+    scale: float,
+    attn_mask: torch.Tensor | None,
+    is_causal: bool,
+    dropout_p: float,
+    rope: Rope | None = None,
 ) -> dict:
-    """What `fastvit.ops.attention` takes for packed rows (B, N, 3 * H * d) and timm's mask arguments."""
+    """What `fastvit.ops.attention` takes for packed rows (B, N, 3 * H * d), timm's mask arguments and a rope."""
     batch, tokens, width = qkv.shape
     key_padding_mask, attn_bias = masks(attn_mask, is_causal, batch, num_heads, tokens, qkv)
     heads = qkv.view(batch, tokens, 3, num_heads, width // (3 * num_heads))
-    return dict(qkv=heads, scale=scale, key_padding_mask=key_padding_mask, attn_bias=attn_bias, dropout_p=dropout_p)
+    found = dict(qkv=heads, scale=scale, key_padding_mask=key_padding_mask, attn_bias=attn_bias, dropout_p=dropout_p)
+    return found if rope is None else found | {"rope_cos": rope[0], "rope_sin": rope[1]}
 
 
 @torch.fx.wrap
 def attend(
-    qkv: torch.Tensor, num_heads: int, scale: float, attn_mask: torch.Tensor | None, is_causal: bool, dropout_p: float
+    qkv: torch.Tensor,
+    num_heads: int,
+    scale: float,
+    attn_mask: torch.Tensor | None,
+    is_causal: bool,
+    dropout_p: float,
+    rope: Rope | None = None,
 ) -> torch.Tensor:
     """softmax(q k^T * scale + mask) v of packed rows: qkv (B, N, 3 * H * d) -> (B, N, H * d). One node of a graph that
     torch.fx traces, so that its masks are looked at, and its back end is chosen, when the graph runs."""
-    return ops.attention(**operands(qkv, num_heads, scale, attn_mask, is_causal, dropout_p))
+    return ops.attention(**operands(qkv, num_heads, scale, attn_mask, is_causal, dropout_p, rope))
 
 
 class Attention(nn.Module):
@@ -119,14 +135,21 @@ class Attention(nn.Module):
             raise TypeError(f"attn_drop is {type(drop).__name__}, expected nn.Dropout or nn.Identity")
         return drop.p if type(drop) is nn.Dropout and dropout_active(drop) else 0.0
 
-    def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False) -> torch.Tensor:
+    def forward(
+        self,
+        x: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        is_causal: bool = False,
+        rope: Rope | None = None,
+    ) -> torch.Tensor:
         """x (B, N, D) -> (B, N, dim_out).
 
         attn_mask, broadcastable to (B, H, N, N): bool, True = attend, or floating point, added to the scaled scores.
-        is_causal: token i attends to tokens 0 to i. Raises ValueError for a wrong shape or both masks at once, and
-        TypeError for no tensor or one of another dtype.
+        is_causal: token i attends to tokens 0 to i. rope: cos and sin (R, d / 2) of a rotary position embedding of the
+        last R tokens, as `fastvit.reference.rotate` has it, columns paired with those d / 2 further on. Raises
+        ValueError for a wrong shape or both masks at once, and TypeError for no tensor or one of another dtype.
         """
         if not traced(x):
             check_input(x, self.dim)
-        mixed = attend(self.qkv(x), self.num_heads, self.scale, attn_mask, is_causal, self.dropout_p())
+        mixed = attend(self.qkv(x), self.num_heads, self.scale, attn_mask, is_causal, self.dropout_p(), rope)
         return self.proj_drop(self.proj(mixed))

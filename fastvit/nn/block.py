@@ -9,7 +9,7 @@ from torch import nn
 
 from fastvit import dispatch, ops
 
-from .attention import Attention, masks, operands
+from .attention import Attention, Rope, masks, operands
 from .layers import (
     DROP_PATH,
     DROPOUT,
@@ -181,8 +181,14 @@ class Block(nn.Module):
             )
         )
 
-    def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False) -> torch.Tensor:
-        """x (B, N, D) -> (B, N, D). For attn_mask and is_causal, and what they raise, see `Attention.forward`."""
+    def forward(
+        self,
+        x: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        is_causal: bool = False,
+        rope: Rope | None = None,
+    ) -> torch.Tensor:
+        """x (B, N, D) -> (B, N, D). For attn_mask, is_causal and rope, and what they raise, see `Attention.forward`."""
         tracing = traced(x)
         if not tracing:
             check_input(x, self.dim)
@@ -207,17 +213,20 @@ class Block(nn.Module):
                 layer_scale2=scales2["layer_scale"],
                 drop_path_scale1=scales1["drop_path_scale"],
                 drop_path_scale2=scales2["drop_path_scale"],
+                rope_cos=None if rope is None else rope[0],
+                rope_sin=None if rope is None else rope[1],
                 recompute_fc1=self.recompute_fc1,
             )
         if not tracing and self.can_fuse_attention():
             qkv, proj, _ = submodules(attn, _ATTENTION_PARTS)
             packed = ops.layer_norm_linear(x, *weights(norm1, qkv), eps=norm1.eps)
             mixed = ops.attention(
-                **operands(packed, attn.num_heads, attn.scale, attn_mask, is_causal, attn.dropout_p())
+                **operands(packed, attn.num_heads, attn.scale, attn_mask, is_causal, attn.dropout_p(), rope)
             )
             x = ops.linear_residual(mixed, *weights(proj), x, **branch_scales(ls1, drop_path1, x))
         else:
-            x = x + drop_path1(ls1(attn(norm1(x), attn_mask=attn_mask, is_causal=is_causal)))
+            how = {} if rope is None else {"rope": rope}  # other attention layers need not have one
+            x = x + drop_path1(ls1(attn(norm1(x), attn_mask=attn_mask, is_causal=is_causal, **how)))
         if tracing or not self.can_fuse_mlp():
             return x + drop_path2(ls2(mlp(norm2(x))))
         fc1, act, fc2 = submodules(mlp, _MLP_PARTS)

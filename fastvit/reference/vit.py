@@ -17,6 +17,7 @@ def vision_transformer(
     activation="gelu",
     mlp="mlp",
     global_pool="token",
+    rope_temperature=None,
 ):
     """Logits of a ViT, DeiT or DINOv2, or of the image tower of CLIP or SigLIP, in evaluation mode.
 
@@ -24,6 +25,7 @@ def vision_transformer(
     names, all of one dtype. num_heads: heads of every block; eps: of every LayerNorm; activation: a key of
     `ops.ACTIVATIONS`; mlp: "mlp", or "swiglu" for fc1 packed as [gate; value] (arXiv 2002.05202); global_pool: "token",
     "avg", "map" (arXiv 2303.15343) or "" (all tokens).
+    rope_temperature: of DINOv3's rotary position embedding (arXiv 2508.10104), in place of pos_embed; None for none.
     Returns (B, num_classes), the mean of both heads for a distilled model (arXiv 2012.12877), or the pooled features
     (B, D), or the normalised tokens (B, T, D) for global_pool="", when the state holds no head.
     """
@@ -33,11 +35,17 @@ def vision_transformer(
         images,
         state["patch_embed.proj.weight"],
         state.get("patch_embed.proj.bias"),
-        pos_embed=state["pos_embed"].flatten(0, 1),
+        pos_embed=state["pos_embed"].flatten(0, 1) if "pos_embed" in state else None,
         prefix=torch.cat(prefix) if prefix else None,
     )
     if "norm_pre.weight" in state:
         x = ops.layer_norm(x, state["norm_pre.weight"], state["norm_pre.bias"], eps)
+
+    rope = {}
+    if rope_temperature is not None:
+        patch = state["patch_embed.proj.weight"].shape[2:]
+        height, width = images.shape[2] // patch[0], images.shape[3] // patch[1]
+        rope = _rope(height, width, x.shape[-1] // num_heads, rope_temperature, x)
 
     depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
     for i in range(depth):
@@ -45,7 +53,7 @@ def vision_transformer(
         # Equation 2: z' = MSA(LN(z)) + z.
         y = ops.layer_norm(x, block["norm1.weight"], block["norm1.bias"], eps)
         qkv = F.linear(y, block["attn.qkv.weight"], block.get("attn.qkv.bias"))
-        y = ops.attention(qkv.unflatten(-1, (3, num_heads, -1)))
+        y = ops.attention(qkv.unflatten(-1, (3, num_heads, -1)), **rope)
         y = F.linear(y, block["attn.proj.weight"], block["attn.proj.bias"])
         x = x + y * block.get("ls1.gamma", 1)
         # Equation 3: z'' = MLP(LN(z')) + z'.
@@ -75,6 +83,18 @@ def vision_transformer(
     if "fc_norm.weight" in state:
         x = ops.layer_norm(x, state["fc_norm.weight"], state["fc_norm.bias"], eps)
     return F.linear(x, state["head.weight"], state["head.bias"]) if "head.weight" in state else x
+
+
+def _rope(height, width, head_dim, temperature, like):
+    """The angles of patch (i, j): 2 pi y / T and 2 pi x / T, where y = (2 i + 1) / height - 1 and
+    x = (2 j + 1) / width - 1, for periods T = temperature^(4 k / head_dim), k from 0 to head_dim / 4 - 1."""
+    k = torch.arange(head_dim // 4, dtype=like.dtype, device=like.device)
+    frequency = 2 * torch.pi * temperature ** (-4 * k / head_dim)
+    y, x = ((2 * torch.arange(n, dtype=like.dtype, device=like.device) + 1) / n - 1 for n in (height, width))
+    by_row, by_column = (y[:, None] * frequency)[:, None], (x[:, None] * frequency)[None]
+    grid = (height, width, head_dim // 4)
+    angles = torch.cat([by_row.expand(grid), by_column.expand(grid)], dim=-1).flatten(0, 1)
+    return {"rope_cos": angles.cos(), "rope_sin": angles.sin()}
 
 
 def _attention_pool(x, state, num_heads, eps, activation):

@@ -14,7 +14,7 @@ import torch
 from fastvit import onednn
 
 from ..export import PlainModule
-from ..plan import IMAGES, OPERATIONS, Plan, Step
+from ..plan import IMAGES, OPERATIONS, Plan, Step, in_dtype
 from . import Run
 
 
@@ -53,7 +53,7 @@ class _Program:
             if _by_onednn(step):
                 call = functools.partial(_linear, **constants, **step.options)
             else:
-                constants = {role: tensor.to(plan.dtype) for role, tensor in constants.items()}
+                constants = {role: in_dtype(role, tensor, plan.dtype) for role, tensor in constants.items()}
                 make = {"patch_embed": _Patches, "assemble": _assemble}.get(step.op)
                 make = make if make and not step.options.get("pad") and "prefix" not in constants else None
                 call = functools.partial(make or OPERATIONS[step.op], **constants, **step.options)

@@ -8,7 +8,7 @@ import torch
 
 from fastvit import graphs, ops
 
-from ..plan import IMAGES, OPERATIONS, Plan, Step, centred
+from ..plan import IMAGES, OPERATIONS, PIXEL, Plan, Step, centred, in_dtype
 from . import Run
 
 
@@ -41,6 +41,9 @@ def prepare(plan: Plan, batch: int, uint8: bool) -> Run:
     return run
 
 
+_PIXEL_TABLE = {f"{PIXEL}positions"}
+
+
 class Program:
     """The plan's steps as calls of `fastvit.ops`, which choose between kernels and library: images -> outputs."""
 
@@ -54,7 +57,8 @@ class Program:
             group = _group(plan, step)
             merged |= {other.out for other in group}
             constants = [
-                {role: plan.constants[name].to(plan.dtype) for role, name in one.roles(uint8).items()} for one in group
+                {role: in_dtype(role, plan.constants[name], plan.dtype) for role, name in one.roles(uint8).items()}
+                for one in group
             ]
             self.calls.append((group[-1].out, _call(group, constants)))
 
@@ -70,7 +74,9 @@ def _group(plan: Plan, first: Step) -> list[Step]:
     second = plan.only_user(first.out)
     if second is None:
         return [first]
-    if (first.op, second.op) == ("patch_embed", "assemble") and "prefix" not in second.constants:
+    if (first.op, second.op) == ("patch_embed", "assemble") and len(second.constants.keys() - _PIXEL_TABLE) < 2:
+        return [first, second]
+    if (first.op, second.op) == ("rotate", "attention"):
         return [first, second]
     if (first.op, second.op) != ("layer_norm", "linear") or second.inputs[0] != first.out or len(second.inputs) > 1:
         return [first]
@@ -87,7 +93,9 @@ def _call(group: list[Step], constants: list[dict]) -> Callable[[dict], torch.Te
     first, last = group[0], group[-1]
     if first.op == "patch_embed" and len(group) == 2:
         (embed, table), rows = constants, last.options["prefix_tokens"]
-        positions, prefix = table["positions"][rows:], table["positions"][:rows] if rows else None
+        positions, prefix = table.get("positions"), table.get("prefix")
+        if positions is not None:
+            positions, prefix = positions[rows:], positions[:rows] if rows else None
         weight, bias, centre = embed["weight"], embed.get("bias"), first.options.get("centre")
         return lambda values: ops.patch_embed(
             centred(values[first.inputs[0]], centre, weight.dtype), weight, bias, pos_embed=positions, prefix=prefix
@@ -98,9 +106,10 @@ def _call(group: list[Step], constants: list[dict]) -> Callable[[dict], torch.Te
         x, residual = first.inputs
         weight, bias = constants[0]["weight"], constants[0].get("bias")
         return lambda values: ops.linear_residual(values[x], weight, bias, values[residual])
-    if first.op == "attention" and len(first.inputs) == 1:
-        (qkv,), heads, scale = first.inputs, first.options["num_heads"], first.options["scale"]
-        return lambda values: ops.attention(values[qkv].unflatten(2, (3, heads, -1)), scale=scale)
+    if last.op == "attention" and len(last.inputs) == 1:
+        (qkv,), heads, scale = first.inputs, last.options["num_heads"], last.options["scale"]
+        rope = {f"rope_{role}": tensor for role, tensor in constants[0].items()}
+        return lambda values: ops.attention(values[qkv].unflatten(2, (3, heads, -1)), scale=scale, **rope)
     function, options = OPERATIONS[first.op], dict(first.options)
     return lambda values: function(*[values[name] for name in first.inputs], **constants[0], **options)
 
