@@ -419,5 +419,5 @@ def test_models_of_timm_as_they_must_not_be():
     with pytest.raises(ValueError, match="model.blocks.1 has hooks"):
         freeze(model)
     timm = pytest.importorskip("timm")
-    with pytest.raises(TypeError, match="ResNet, expected a fastvit.VisionTransformer or timm's"):
+    with pytest.raises(TypeError, match="ResNet, expected a fastvit.VisionTransformer, or one of timm"):
         freeze(timm.create_model("resnet10t").eval())

@@ -73,9 +73,9 @@ LAYERS = {
     "fastvit.maps": Layer(("fastvit.dropin", "fastvit.nn", "fastvit.reference"), others=("torch",)),
     "fastvit.models": Layer(("fastvit.dispatch", "fastvit.ops", "fastvit.nn")),
     "fastvit.frozen": Layer(
-        ("fastvit", "fastvit.accuracy", "fastvit.decide", "fastvit.dropin", "fastvit.environment", "fastvit.graphs",
-         "fastvit.models", "fastvit.nn", "fastvit.onednn", "fastvit.ops", "fastvit.reference", "fastvit.report",
-         "fastvit.tuned"),
+        ("fastvit", "fastvit.accuracy", "fastvit.decide", "fastvit.dispatch", "fastvit.dropin", "fastvit.environment",
+         "fastvit.graphs", "fastvit.models", "fastvit.nn", "fastvit.onednn", "fastvit.ops", "fastvit.reference",
+         "fastvit.report", "fastvit.tuned"),
         others=("torch", "numpy", "onnx", "onnxruntime", "onnxscript", "openvino", "safetensors", "timm"),
     ),
     "fastvit.parity": Layer(

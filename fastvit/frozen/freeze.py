@@ -44,8 +44,9 @@ def freeze(
 ) -> Frozen:
     """A model that only serves: everything simplified that can be exactly, on the runtime that is the fastest here.
 
-    model: a `fastvit.VisionTransformer` or timm's VisionTransformer, in evaluation; it is left as it is, and what
-    happens to it later does not matter. dtype, device: to compute in and on, the model's if not given. output:
+    model: a `fastvit.VisionTransformer`, or another library's that it can be, with its output (of transformers, logits,
+    image_embeds or last_hidden_state) held to ours: docs/frozen.md has which; in evaluation; it is left as it is, and
+    what happens to it later does not matter. dtype, device: to compute in and on, the model's if not given. output:
     "logits" (what `model(images)` gives), "features" (pooled, before the classifier), "tokens" (`forward_features`),
     or a list of these, for a dict. runtime: "torch", "openvino", "onnxruntime", "triton", or "auto": the fastest of
     those installed, which is measured once for each of batch_sizes (1 if not given) and remembered on disk; other
@@ -78,7 +79,9 @@ def freeze(
     with undisturbed(device), torch.device("cpu"):
         start = plan_of(ours, outputs)
         frozen = Frozen(*_simplified(start, without, dtype, device), runtime, isinstance(output, str))
-        frozen._settle(batch_sizes, _truth(model, start, dtype, device))
+        # What has not our methods was held to ours already.
+        peer = model if hasattr(model, "forward_head") else ours
+        frozen._settle(batch_sizes, _truth(peer, start, dtype, device))
     return frozen
 
 

@@ -22,6 +22,7 @@ from fastvit.nn.layers import (
 )
 from fastvit.nn.mlp import Mlp, SwiGLU
 
+from .from_others import as_ours as other_as_ours
 from .plan import IMAGES, ROPE, Plan, Step
 from .serving import check_serves
 
@@ -29,8 +30,8 @@ OUTPUTS = ("logits", "features", "tokens")
 
 
 def our_model(model: nn.Module) -> VisionTransformer:
-    """The model as ours, its tensors shared: itself, or a timm VisionTransformer's loaded into ours. Raises TypeError
-    for any other, ValueError for a timm model that does what ours has not."""
+    """The model as ours, its tensors shared: itself, or another library's loaded into ours. Raises TypeError for what
+    is no Vision Transformer that is known, ValueError for one that does what ours has not."""
     if isinstance(model, VisionTransformer):
         return model
     found = None
@@ -38,10 +39,12 @@ def our_model(model: nn.Module) -> VisionTransformer:
         from .from_timm import as_ours  # timm is there
 
         found = as_ours(model)
+    if found is None and isinstance(model, nn.Module):
+        found = other_as_ours(model)
     if found is None:
         raise TypeError(
-            f"model is a {type(model).__module__}.{type(model).__name__}, expected a fastvit.VisionTransformer or "
-            "timm's VisionTransformer"
+            f"model is a {type(model).__module__}.{type(model).__name__}, expected a fastvit.VisionTransformer, or one "
+            "of timm, torchvision or transformers that is known: docs/drop-in.md"
         )
     return found
 

@@ -60,7 +60,7 @@ def read_checkpoint(path: str | os.PathLike) -> tuple[State, Format]:
         raise FileNotFoundError(f"no checkpoint at {path}")
     readers = {".safetensors": _read_safetensors, ".safetensors.index.json": _read_sharded, ".npz": _read_npz}
     read = next((reader for ending, reader in readers.items() if path.endswith(ending)), _read_torch_file)
-    state, format = to_timm(_one_model(path, read(path)))
+    state, format = to_timm(one_model(path, read(path)))
     if format.source.startswith("transformers") and os.path.basename(path) in (_WHOLE, _INDEX):
         format = replace(format, facts={**format.facts, **_facts_beside(path)})
     return state, format
@@ -74,17 +74,21 @@ def _facts_beside(path: str) -> dict[str, object]:
     try:
         with open(path, encoding="utf-8") as file:
             said = json.load(file)
-        said = said.get("vision_config", said)
-        facts = {ours: said[theirs] for ours, theirs in _FACTS.items() if theirs in said}
-        if "hidden_act" in said:
-            facts["activation"] = ACTIVATION_OF[said["hidden_act"]]
-        return facts
+        return facts_of(said)
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no config of a Vision Transformer: {type(error).__name__}: {error}") from error
 
 
-def _one_model(path, state) -> State:
-    """The tensors of the one model in `state`, which is what a file holds, without their common prefix."""
+def facts_of(said: dict) -> dict[str, object]:
+    """Fields of ViTConfig by what transformers' config.json, read, says. Raises LookupError for an activation that we
+    have not."""
+    said = said.get("vision_config", said)
+    facts = {ours: said[theirs] for ours, theirs in _FACTS.items() if theirs in said}
+    return facts | ({"activation": ACTIVATION_OF[said["hidden_act"]]} if "hidden_act" in said else {})
+
+
+def one_model(path, state) -> State:
+    """The tensors of the one model in `state`, which is what `path` holds, without their common prefix."""
     while isinstance(state, dict):
         inner = next((entry for entry in map(state.get, _WRAPPERS) if isinstance(entry, dict) and entry), None)
         if inner is None:
