@@ -13,6 +13,7 @@ import pytest
 import torch
 from checkpoints import saved
 from command_line import ROOT, run
+from safetensors.torch import load_file, save_file
 
 import fastvit
 from fastvit.accuracy import relative_rms
@@ -143,8 +144,6 @@ def test_converted_there_and_back_every_bit_is_the_same(kind, tmp_path):
 
 
 def raw(path):
-    from safetensors.torch import load_file
-
     return load_file(path / "model.safetensors") if path.is_dir() else torch.load(path, weights_only=True)
 
 
@@ -302,6 +301,24 @@ def test_what_the_config_beside_a_file_says(tmp_path):
         (folder / "config.json").write_text(text)
         with pytest.raises(ValueError, match=r"config\.json is no config of a Vision Transformer: "):
             fastvit.load_checkpoint(None, folder)
+
+
+def test_what_a_converted_file_says_of_itself(tmp_path):
+    """Activation, eps and heads go with the tensors: to timm's names and on to transformers' nothing is lost."""
+    how = {**SIZES, "num_attention_heads": 4, "layer_norm_eps": 1e-4}
+    peer = as_trained(
+        transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(**how, projection_dim=5))
+    )
+    path = tmp_path / "timm.safetensors"
+    path.write_bytes(convert_checkpoint(on_disk(peer, tmp_path / "w")).safetensors())
+    assert_equal_outputs(fastvit.load_checkpoint(None, path), peer)
+    facts = convert_checkpoint(path, to="transformers").transformers_config()
+    assert (facts["hidden_act"], facts["layer_norm_eps"], facts["num_attention_heads"]) == ("quick_gelu", 1e-4, 4)
+    tensors = load_file(path)
+    for said in ("[]", "{", '{"activation": "relu"}'):
+        save_file(tensors, path, {"fastvit": said})
+        with pytest.raises(ValueError, match="has metadata of fastvit that cannot be read|activation is 'relu'"):
+            fastvit.load_checkpoint(None, path)
 
 
 def test_towers_of_models_for_images_and_text(tmp_path):

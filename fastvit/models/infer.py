@@ -102,6 +102,7 @@ def _told_by_shapes(state: State, heads: int | None) -> ViTConfig:
         activation="silu" if gated else "gelu",
         qkv_bias="blocks.0.attn.qkv.bias" in state,
         init_values=1e-5 if "blocks.0.ls1.gamma" in state else None,
+        norm_eps=1e-5 if rotary or "norm_pre.weight" in state else 1e-6,  # as all of CLIP and DINOv3 have it
         class_token=class_token,
         reg_tokens=registers,
         no_embed_class=bare and prefix > 0,

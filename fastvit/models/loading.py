@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from dataclasses import dataclass, replace
 
@@ -12,7 +13,7 @@ from torch import nn
 from .config import ViTConfig
 from .formats import Format, State, from_timm, not_read, transformers_config
 from .infer import classes_of, infer_config
-from .reading import check_path, read_checkpoint
+from .reading import METADATA, UNTOLD, check_path, read_checkpoint
 from .registry import create_model, model_entry
 from .vision_transformer import VisionTransformer
 from .weights import check_fit, load_weights
@@ -94,7 +95,8 @@ class Converted:
         except ImportError as error:
             raise ImportError("writing .safetensors needs safetensors: pip install 'fastvit[hub]'") from error
         tensors = {name: tensor.contiguous() for name, tensor in self.state.items()}
-        return save(tensors, {"format": "pt"})  # which transformers insists on
+        said = json.dumps({name: getattr(self.config, name) for name in UNTOLD})
+        return save(tensors, {"format": "pt", METADATA: said})  # transformers insists on the format
 
     def transformers_config(self) -> dict:
         """What config.json says beside tensors for transformers. Raises ValueError where it has no such model."""

@@ -24,6 +24,8 @@ _BESIDE_TENSORS = (
 )
 # What transformers calls a model's file in its folder, and the list of files where it takes several.
 _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+# What our own files say of the model beside its tensors: these fields, which those do not tell, under this key.
+METADATA, UNTOLD = "fastvit", ("activation", "norm_eps", "num_heads", "rope_temperature", "mean", "std")
 # Fields of ViTConfig by what transformers' config.json calls them.
 _FACTS = {"norm_eps": "layer_norm_eps", "num_heads": "num_attention_heads", "rope_temperature": "rope_theta"}
 _FACTS |= {"img_size": "image_size"}
@@ -61,9 +63,26 @@ def read_checkpoint(path: str | os.PathLike) -> tuple[State, Format]:
     readers = {".safetensors": _read_safetensors, ".safetensors.index.json": _read_sharded, ".npz": _read_npz}
     read = next((reader for ending, reader in readers.items() if path.endswith(ending)), _read_torch_file)
     state, format = to_timm(one_model(path, read(path)))
+    if path.endswith(".safetensors"):
+        format = replace(format, facts={**format.facts, **_facts_inside(path)})
     if format.source.startswith("transformers") and os.path.basename(path) in (_WHOLE, _INDEX):
         format = replace(format, facts={**format.facts, **_facts_beside(path)})
     return state, format
+
+
+def _facts_inside(path: str) -> dict[str, object]:
+    """What `convert_checkpoint` wrote of the model into the safetensors file at `path`."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        said = (file.metadata() or {}).get(METADATA)
+    try:
+        facts = {} if said is None else json.loads(said)
+        return {
+            name: tuple(value) if isinstance(value, list) else value for name, value in facts.items() if name in UNTOLD
+        }
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path} has metadata of fastvit that cannot be read: {error}") from error
 
 
 def _facts_beside(path: str) -> dict[str, object]:
