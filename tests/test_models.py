@@ -198,6 +198,11 @@ def test_list_models():
     assert tiny == [name for name in names if "tiny" in name]
     assert fastvit.list_models(filter="*tiny*", exclude_filters="vit_*") == [n for n in tiny if n.startswith("deit")]
     assert fastvit.list_models(exclude_filters=["vit_*", "deit*"]) == []
+    weights = fastvit.list_models(["vit_large_patch1*_224", "vit_huge_patch14_224", "*32_clip_quick*"], weights=True)
+    assert list(weights["vit_large_patch16_224"]) == ["augreg_in21k_ft_in1k", "orig_in21k", "augreg_in21k", "mae"]
+    assert weights["vit_large_patch14_224"] == {}
+    assert weights["vit_huge_patch14_224"]["mae"] == "timm/vit_huge_patch14_224.mae"
+    assert weights["vit_base_patch32_clip_quickgelu_224"]["openai"] == "timm/vit_base_patch32_clip_224.openai"
     for name, value in (("filter", 3), ("filter", ["*", None]), ("exclude_filters", None)):
         with pytest.raises(TypeError, match=f"^{name} is .*, expected a shell pattern or a list of them$"):
             fastvit.list_models(**{name: value})

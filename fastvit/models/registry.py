@@ -293,11 +293,21 @@ def _entry(family, size, patch, img, tag, differs) -> ModelEntry:
 MODELS: dict[str, ModelEntry] = {entry.name: entry for entry in (_entry(*row) for row in _TABLE)}
 
 
-def list_models(filter: str | Sequence[str] = "*", exclude_filters: str | Sequence[str] = ()) -> list[str]:
+def list_models(
+    filter: str | Sequence[str] = "*", exclude_filters: str | Sequence[str] = (), *, weights: bool = False
+) -> list[str] | dict[str, dict[str, str]]:
     """Names of the known models, sorted: those that match a shell pattern ("vit_*_384") or any of a list of them, less
-    those that match one of exclude_filters. Raises TypeError for anything else."""
+    those that match one of exclude_filters. weights: a dict of them, with the tags that each has weights of, the
+    default one first, and the repositories on the Hugging Face hub. Raises TypeError for anything else."""
     chosen, excluded = _matching("filter", filter), _matching("exclude_filters", exclude_filters)
-    return sorted(chosen - excluded)
+    names = sorted(chosen - excluded)
+    return {name: _weights(name) for name in names} if weights else names
+
+
+def _weights(name: str) -> dict[str, str]:
+    tags = [MODELS[name].tag, *_OTHER_TAGS.get(name, {})]
+    ids = {tag: ModelEntry(name, MODELS[name].config, tag).hub_id for tag in tags}
+    return {tag: hub_id for tag, hub_id in ids.items() if hub_id is not None}
 
 
 def _matching(name: str, patterns: str | Sequence[str]) -> set[str]:
