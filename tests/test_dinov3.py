@@ -117,6 +117,40 @@ def test_blocks_alone_take_a_rope_and_hooks_see_it():
         torch.testing.assert_close(model.norm(model.blocks[1](x)), want)
 
 
+def test_tables_are_kept_of_plain_calls_alone():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = fastvit.create_model(PLAIN, **SIZES, num_classes=3).eval()
+    images = torch.randn(1, 3, 8, 24)
+
+    def loss(scale):
+        return model(images * scale).sum()
+
+    torch.func.grad(loss)(torch.ones(()))
+    torch.func.jvp(loss, (torch.ones(()),), (torch.ones(()),))
+    torch.func.functionalize(model)(images)
+    with FlopCounterMode(display=False):
+        model(images)
+    rope = model._rope(images)
+    assert all(type(angle) is torch.Tensor and angle.data_ptr() for angle in rope)
+    assert model._rope(images)[0] is rope[0]
+    loss(torch.ones(())).backward()
+
+
+def test_another_patch_embedding():
+    class Pixels(torch.nn.Module):
+        patch_size, grid_size = (8, 8), (4, 4)
+
+        def forward(self, x):
+            return (
+                x.unfold(2, 8, 8).unfold(3, 8, 8).flatten(4).permute(0, 2, 3, 1, 4).flatten(3)[..., :128].flatten(1, 2)
+            )
+
+    model = fastvit.create_model(PLAIN, **SIZES, num_classes=3).eval()
+    model.patch_embed = Pixels()
+    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 3)
+
+
 def test_patches_that_are_masked_keep_their_place():
     model = fastvit.create_model(PLAIN, **SIZES, mask_token=True).eval()
     model.mask_token.data.normal_()
@@ -128,17 +162,20 @@ def test_patches_that_are_masked_keep_their_place():
 
 @pytest.mark.parametrize("name", [PLAIN, GATED])
 def test_timms_files_and_back(name, tmp_path):
-    peer = peer_of(name)
-    path = saved(tmp_path / "w.safetensors", peer.state_dict())
+    small = peer_of(name)
+    path = saved(tmp_path / "small.safetensors", small.state_dict())
     model = fastvit.load_checkpoint(fastvit.create_model(name, **SIZES), path)
-    torch.testing.assert_close(model.eval()(IMAGES), peer(IMAGES), rtol=1e-5, atol=1e-5)
-    back = convert_checkpoint(path).state
-    torch.testing.assert_close(back, dict(peer.state_dict()), rtol=0, atol=0)
-    told = fastvit.load_checkpoint(None, path)
-    assert told.config.rope_temperature == 100 and told.config.mlp == model.config.mlp
+    torch.testing.assert_close(model.eval()(IMAGES), small(IMAGES), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="no pos_embed, and no known model without one has these shapes"):
+        fastvit.load_checkpoint(None, path)
+    peer = timm.create_model(name)
+    path = saved(tmp_path / "w.safetensors", peer.state_dict())
+    found = convert_checkpoint(path)
+    torch.testing.assert_close(found.state, dict(peer.state_dict()), rtol=0, atol=0)
+    assert found.models == [name] and found.config == fastvit.create_model(name, device="meta").config
     if name == GATED:
-        state = model.state_dict()
-        state["blocks.0.attn.qkv.bias"][128:130] = 1
+        state = dict(fastvit.load_checkpoint(name, path).state_dict())
+        state["blocks.0.attn.qkv.bias"] = torch.ones(3 * 384)
         with pytest.raises(ValueError, match=r"no bias of its keys, the model's blocks\.0\.attn\.k_bias is not zero"):
             convert_checkpoint(saved(tmp_path / "k.pth", state))
 
@@ -159,7 +196,15 @@ def test_transformers_files_and_back(gated, tmp_path):
         want = peer(IMAGES)
         tokens = model.forward_features(IMAGES)
     assert relative_rms(tokens, want.last_hidden_state) < 2e-6
+    if gated:
+        peer.config.hidden_act = "gelu"  # a gate that ours has not
+        peer.config.save_pretrained(tmp_path / "w")
+        with pytest.raises(ValueError, match="activation is 'gelu', expected 'silu' for mlp 'swiglu'"):
+            fastvit.load_checkpoint(None, tmp_path / "w")
+        peer.config.hidden_act = "silu"
+        peer.config.save_pretrained(tmp_path / "w")
     assert relative_rms(model.pool(tokens, "token"), want.pooler_output) < 2e-6
+    assert model.config.global_pool == "avg"
     in_memory = fastvit.load_checkpoint(model, saved(tmp_path / "memory.pth", peer.state_dict()))
     torch.testing.assert_close(in_memory.forward_features(IMAGES), tokens)
     found = convert_checkpoint(tmp_path / "w", to="transformers")

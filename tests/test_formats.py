@@ -297,10 +297,20 @@ def test_what_the_config_beside_a_file_says(tmp_path):
     with pytest.raises(AssertionError):
         assert_equal_outputs(fastvit.load_checkpoint(None, alone), peer)
     assert_equal_outputs(fastvit.load_checkpoint(fastvit.VisionTransformer(model.config), alone), peer)
-    for text in ('{"hidden_act": "relu"}', "[]", "{"):
+    # Of the file beside it whatever its name, and of an encoder inside a larger model.
+    (folder / "config.json").write_text(json.dumps({"model_type": "x", "encoder": config.to_dict()}))
+    torch.save(peer.state_dict(), folder / "pytorch_model.bin")
+    assert_equal_outputs(fastvit.load_checkpoint(None, folder / "pytorch_model.bin"), peer)
+    for text, message in (
+        ('{"model_type": "vit", "hidden_act": "relu"}', "activation is 'relu', expected one of"),
+        ("{", r"config\.json is no config of a Vision Transformer: "),
+        ("3", r"config\.json is no config of a Vision Transformer: "),
+    ):
         (folder / "config.json").write_text(text)
-        with pytest.raises(ValueError, match=r"config\.json is no config of a Vision Transformer: "):
+        with pytest.raises(ValueError, match=message):
             fastvit.load_checkpoint(None, folder)
+    (folder / "config.json").write_text('{"architecture": "vit_base_patch16_224", "num_classes": 5}')  # timm's
+    fastvit.load_checkpoint(None, folder)
 
 
 def test_what_a_converted_file_says_of_itself(tmp_path):

@@ -74,6 +74,46 @@ def test_classifiers_and_accelerated_models_in_half_precision():
     assert ours <= FACTOR[torch.bfloat16] * theirs
 
 
+class Wrapper(torch.nn.Module):
+    def __init__(self, inside):
+        super().__init__()
+        self.inside = inside
+
+    def forward(self, x):
+        return self.inside(x.clamp(-1, 1)).last_hidden_state
+
+
+def test_what_is_not_the_librarys_own_is_refused():
+    import transformers
+
+    model = BY_NAME["transformers Dinov2"].model()
+    with pytest.raises(
+        ValueError, match="Wrapper, is not of timm, torchvision, transformers, dinov2, expected the one"
+    ):
+        freeze(Wrapper(model).eval())
+    vision = {"image_size": 32, "patch_size": 8, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3}
+    text = {"vocab_size": 9, "hidden_size": 48, "num_hidden_layers": 1, "num_attention_heads": 3, "bos_token_id": 0}
+    config = transformers.SiglipConfig(text_config=text, vision_config={**vision, "intermediate_size": 96})
+    both = transformers.SiglipModel(config).eval()
+    with pytest.raises(ValueError, match="SiglipModel, is for images and text, expected its vision_model"):
+        freeze(both)
+    freeze(both.vision_model, runtime="torch")
+    with torch.device("meta"), pytest.raises(ValueError, match="model has no weights: its parameters are on the meta"):
+        freeze(BY_NAME["transformers Dinov2"].build().eval())
+    with torch.device("meta"):
+        freeze(model, runtime="torch")
+    model.layernorm.bias.data[3] = torch.nan
+    with pytest.raises(ValueError, match="model.layernorm.bias is not finite"):
+        freeze(model)
+
+
+def test_what_transformers_leaves_behind_is_no_hook_of_the_users():
+    model = BY_NAME["transformers ViT"].model()
+    with torch.no_grad():
+        want = model(images(), output_hidden_states=True).last_hidden_state
+    assert relative_rms(freeze(model, output="tokens", runtime="torch")(images()), want) < 2e-6
+
+
 def test_what_a_plan_would_leave_out_is_found():
     """None of these can be seen in the parameters' names and shapes."""
     family = BY_NAME["transformers Dinov2"]

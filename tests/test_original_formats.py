@@ -13,6 +13,7 @@ import torch
 from checkpoints import assert_state, saved
 
 import fastvit
+from fastvit.models.formats import to_timm
 from fastvit.models.infer import infer_config
 from fastvit.models.loading import convert_checkpoint
 from fastvit.models.registry import MODELS
@@ -171,6 +172,20 @@ def test_clip_as_timm_reads_it(tmp_path):
     assert torch.equal(model.norm_pre.weight, peer.norm_pre.weight)
 
 
+@pytest.mark.parametrize("name", [name for name in MODELS if "clip_" in name and "quickgelu" not in name])
+def test_which_clip_it_is_goes_by_shapes_alone(name):
+    """Of OpenAI's and OpenCLIP's files: the exact GELU, and the known model's normalisation."""
+    entry = MODELS[name]
+    with torch.device("meta"):
+        state, format = to_timm(
+            {key.removeprefix("visual."): tensor for key, tensor in as_openai(
+                fastvit.create_model(name, num_classes=entry.config.num_classes or 512).state_dict()
+            ).items() if key.startswith("visual.")}
+        )  # fmt: skip
+        config, names = infer_config(state, format.facts)
+    assert config.activation == "gelu" and names[0] == name and config.mean == entry.config.mean
+
+
 def test_npz_in_bfloat16_and_with_a_layer_before_the_classifier(tmp_path):
     """NumPy writes JAX's bfloat16 as two bytes without a type. Files for fine-tuning have a classifier of zeros."""
     state = {name: tensor.bfloat16() for name, tensor in peer_of("vit_tiny_patch16_224").state_dict().items()}
@@ -320,6 +335,29 @@ def test_every_known_model_is_told_by_its_shapes(name):
     if config.rope_temperature is not None:  # the size of its images leaves no trace
         smaller["img_size"] = entry.config.img_size[0]
     assert (config.img_size[0], config.num_classes, config.in_chans) == tuple(smaller.values())
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("vit_pe_core_tiny_patch16_384", "vit_pe_spatial_tiny_patch16_512", "vit_pe_lang_large_patch14_448"),
+        *("vit_betwixt_patch16_rope_reg4_gap_256", "vit_mediumd_patch16_rope_reg1_gap_256"),
+    ],
+)
+def test_relatives_of_clip_and_dinov3_are_not_taken_for_them(name, tmp_path):
+    """timm's models that have most of the same names, and rotate, or pool, otherwise."""
+    sizes = {"embed_dim": 128, "depth": 1, "num_heads": 2, "img_size": 64}
+    path = saved(tmp_path / "w.pth", timm.create_model(name, **sizes).state_dict())
+    with pytest.raises(ValueError, match="does not tell which model|does not fit the model|does not read"):
+        fastvit.load_checkpoint(None, path)
+
+
+def test_layers_of_other_names_beside_a_model(tmp_path):
+    """As in models for depth, whose heads have convolutions that CLIP's files have a name of."""
+    state = peer_of("vit_small_patch14_dinov2", num_classes=0).state_dict()
+    beside = {"depth_head.scratch.refinenet1.resConfUnit1.conv1.weight": torch.zeros(3, 3, 1, 1)}
+    path = saved(tmp_path / "w.pth", {f"pretrained.{key}": tensor for key, tensor in state.items()} | beside)
+    assert_state(fastvit.load_checkpoint(None, path), state)
 
 
 @pytest.mark.parametrize(

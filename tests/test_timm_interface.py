@@ -131,7 +131,7 @@ def test_a_pool_of_attention():
     close(model(images), peer(images))
     assert list(model.state_dict()) == list(peer.state_dict())
     with pytest.raises(ValueError, match="num_heads is 5, expected a divisor of in_features, 48"):
-        fastvit.nn.AttentionPoolLatent(48, 5)
+        fastvit.nn.AttentionPoolLatent(48, num_heads=5)
 
 
 def test_modules_put_where_timm_has_them_are_called():

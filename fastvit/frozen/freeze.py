@@ -68,13 +68,13 @@ def freeze(
         raise TypeError(f"dtype is {dtype}, expected one of {', '.join(map(str, _DTYPES))}")
     _check_runtime(runtime)
     batch_sizes = _checked_batches(batch_sizes)
-    ours = our_model(model)
-    first = next(ours.parameters())
-    if first.is_meta:
-        raise ValueError("model has no weights: its parameters are on the meta device")
-    for name, tensor in ours.state_dict().items():
+    for name, tensor in model.state_dict().items() if isinstance(model, nn.Module) else ():
+        if tensor.is_meta:
+            raise ValueError("model has no weights: its parameters are on the meta device")
         if not tensor.isfinite().all():
             raise ValueError(f"model.{name} is not finite, expected weights without NaN and infinity")
+    ours = our_model(model)
+    first = next(ours.parameters())
     dtype, device = dtype or first.dtype, torch.device(first.device if device is None else device)
     with undisturbed(device), torch.device("cpu"):
         start = plan_of(ours, outputs)

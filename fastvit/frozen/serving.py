@@ -11,6 +11,8 @@ from torch import nn
 from fastvit.nn.layers import dropout_active
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# Whose hooks transformers leaves behind once it was asked for hidden states: they change nothing.
+_RECORDERS = "transformers.utils.output_capturing"
 
 
 def check_serves(model: nn.Module) -> None:
@@ -20,7 +22,8 @@ def check_serves(model: nn.Module) -> None:
         raise ValueError("model is in training mode, expected model.eval()")
     for name, module in model.named_modules():
         where = f"model.{name}" if name else "model"
-        if any(getattr(module, hooks) for hooks in _HOOKS):
+        hooks = [hook for kind in _HOOKS for hook in getattr(module, kind).values()]
+        if any(getattr(hook, "__module__", None) != _RECORDERS for hook in hooks):
             raise ValueError(f"{where} has hooks, which a frozen model would not call; remove them first")
         if "forward" in module.__dict__:
             raise ValueError(f"{where} has a forward of its own, which a frozen model would not call")

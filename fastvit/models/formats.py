@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import torch
 import torch.nn.functional as F
 
-from .config import IMAGENET, OPENAI, ViTConfig
+from .config import IMAGENET, ViTConfig
 
 State = dict[str, torch.Tensor]
 Names = dict[str, str | tuple[str, ...]]
@@ -27,8 +27,8 @@ class Format:
     several of theirs, stacked along the first axis, timm's is made. spellings: regexes for other names of theirs, and
     what each is in `names`. unused: a regex for names of what no forward pass of ours reads. fold: the class token has
     a position of its own beside registers, which timm adds to the token. layout: what has to be done to the tensors
-    before they are renamed; unlayout: the way back. facts: fields of ViTConfig that shapes do not tell, and that all
-    models have which are released so, or that the config.json beside the tensors names.
+    before they are renamed; unlayout: the way back. facts: fields of ViTConfig that shapes do not tell, as every model
+    in this format has them, unless what lies beside the tensors says otherwise: see `reading.read_checkpoint`.
     """
 
     source: str
@@ -241,7 +241,7 @@ _HF_CLIP = Format(
     unused=r"^embeddings\.position_ids$",
     layout=_tower_layout,
     unlayout=_tower_unlayout,
-    facts={**OPENAI, "activation": "quick_gelu", "norm_eps": 1e-5},
+    facts={"activation": "quick_gelu", "norm_eps": 1e-5},
 )
 _HF_SIGLIP = replace(
     _HF_CLIP,
@@ -286,7 +286,6 @@ _OPENAI_CLIP = Format(
         "head.*": "visual_projection.*",
     },
     layout=_tower_layout,
-    facts=OPENAI,
 )
 
 
@@ -428,7 +427,7 @@ _HF_DINOV3 = Format(
     unused=r"^embeddings\.mask_token$",
     layout=_zero_key_bias,
     unlayout=_no_key_bias,
-    facts=IMAGENET,
+    facts={"rope_temperature": 100.0},
 )
 _HF_DINOV3_GATED = replace(
     _HF_DINOV3,
@@ -458,7 +457,7 @@ _DINOV3 = Format(
     },
     unused=r"^(rope_embed|local_cls_norm|projectors)\.|\.bias_mask$",
     layout=_masked_bias,
-    facts=IMAGENET,
+    facts={"rope_temperature": 100.0},
 )
 # facebookresearch/dinov2, dinov2/models/vision_transformer.py and dinov2/layers/swiglu_ffn.py. Large models there keep
 # their blocks in chunks, blocks.<chunk>.<block>.
@@ -494,7 +493,8 @@ _NOT_READ = {
 }
 
 _ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "quick_gelu": "quick_gelu", "silu": "silu"}
-ACTIVATION_OF = {theirs: ours for ours, theirs in _ACTIVATIONS.items()} | {"swish": "silu", "gelu_new": "gelu_tanh"}
+ACTIVATION_OF = {theirs: ours for ours, theirs in _ACTIVATIONS.items()}
+ACTIVATION_OF |= {"swish": "silu", "gelu_new": "gelu_tanh", "gelu_python": "gelu"}
 _LEAF = re.compile(r"(weight|bias)$")
 BLOCK_NUMBER = re.compile(r"(?<=[._])\d+(?=[./])")
 _PATCH_WEIGHTS = (
@@ -515,7 +515,9 @@ def model_prefixes(state: dict) -> list[str]:
     for name in map(str, state):
         for weight in _PATCH_WEIGHTS:
             if name == weight or name.endswith((f".{weight}", f"/{weight}")):
-                found.append(name.removesuffix(weight))
+                prefix = name.removesuffix(weight)
+                if weight != "conv1.weight" or f"{prefix}class_embedding" in state:  # a name that many layers have
+                    found.append(prefix)
     return found
 
 
@@ -659,9 +661,10 @@ def transformers_config(config: ViTConfig) -> dict:
     class. Raises ValueError where there is none."""
     format, prefix = _writer("transformers", config)
     gated = config.mlp == "swiglu"
-    family = format.source.removeprefix("transformers' ") + ("WithRegisters" if config.reg_tokens else "")
+    family = format.source.removeprefix("transformers' ")
+    family += "WithRegisters" if config.reg_tokens and family == "Dinov2" else ""
     ending = "Model" if not prefix else "ForImageClassification" + ("WithTeacher" if config.distilled else "")
-    if family == "DINOv3WithRegisters":
+    if family == "DINOv3":
         family, ending = "DINOv3ViT", "Model"
     elif family == "SigLIP":
         family, ending = "Siglip", "VisionModel"

@@ -8,6 +8,7 @@ import math
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from fastvit.nn.patch_embed import prepare_image
 
@@ -73,9 +74,19 @@ def rotary_of(
     if grid is None:
         return None
     how = (grid, head_dim, temperature, like.device, torch.promote_types(like.dtype, torch.float32))
-    # What is made while something traces is not of numbers that others may have.
-    kept = type(image) is torch.Tensor and not torch.compiler.is_compiling()
-    return _kept_tables(*how) if kept else rotary_tables(*how)
+    return _kept_tables(*how) if _may_keep(image) else rotary_tables(*how)
+
+
+def _may_keep(x: torch.Tensor) -> bool:
+    """Whether tensors that are made now are plain ones, which others may have too: not where something traces,
+    transforms or captures."""
+    return (
+        type(x) is torch.Tensor
+        and not torch.compiler.is_compiling()
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and not _get_current_dispatch_mode_stack()
+        and not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+    )
 
 
 def rotary_tables(
@@ -92,7 +103,7 @@ def rotary_tables(
     return angles.cos(), angles.sin()
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=64)
 def _kept_tables(*how) -> tuple[torch.Tensor, torch.Tensor]:
     with torch.inference_mode(False), torch.no_grad():
         return rotary_tables(*how)

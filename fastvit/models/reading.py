@@ -27,8 +27,8 @@ _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 # What our own files say of the model beside its tensors: these fields, which those do not tell, under this key.
 METADATA, UNTOLD = "fastvit", ("activation", "norm_eps", "num_heads", "rope_temperature", "mean", "std")
 # Fields of ViTConfig by what transformers' config.json calls them.
-_FACTS = {"norm_eps": "layer_norm_eps", "num_heads": "num_attention_heads", "rope_temperature": "rope_theta"}
-_FACTS |= {"img_size": "image_size"}
+_THEIR_NAMES = {"norm_eps": "layer_norm_eps", "num_heads": "num_attention_heads", "rope_temperature": "rope_theta"}
+_THEIR_NAMES |= {"img_size": "image_size"}
 
 
 def check_path(name: str, path) -> None:
@@ -65,7 +65,7 @@ def read_checkpoint(path: str | os.PathLike) -> tuple[State, Format]:
     state, format = to_timm(one_model(path, read(path)))
     if path.endswith(".safetensors"):
         format = replace(format, facts={**format.facts, **_facts_inside(path)})
-    if format.source.startswith("transformers") and os.path.basename(path) in (_WHOLE, _INDEX):
+    if format.source.startswith("transformers"):
         format = replace(format, facts={**format.facts, **_facts_beside(path)})
     return state, format
 
@@ -93,17 +93,18 @@ def _facts_beside(path: str) -> dict[str, object]:
     try:
         with open(path, encoding="utf-8") as file:
             said = json.load(file)
-        return facts_of(said)
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        return facts_of(said) if "model_type" in said else {}  # others have a file of that name too
+    except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no config of a Vision Transformer: {type(error).__name__}: {error}") from error
 
 
 def facts_of(said: dict) -> dict[str, object]:
-    """Fields of ViTConfig by what transformers' config.json, read, says. Raises LookupError for an activation that we
-    have not."""
-    said = said.get("vision_config", said)
-    facts = {ours: said[theirs] for ours, theirs in _FACTS.items() if theirs in said}
-    return facts | ({"activation": ACTIVATION_OF[said["hidden_act"]]} if "hidden_act" in said else {})
+    """Fields of ViTConfig by what transformers' config.json, read, says; an activation that we have not as it is."""
+    said = said.get("vision_config") or said.get("encoder") or said
+    facts = {ours: said[theirs] for ours, theirs in _THEIR_NAMES.items() if theirs in said}
+    if "hidden_act" in said:
+        facts["activation"] = ACTIVATION_OF.get(said["hidden_act"], said["hidden_act"])
+    return facts
 
 
 def one_model(path, state) -> State:

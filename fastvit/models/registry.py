@@ -48,8 +48,8 @@ _SIZES = {  # arXiv 2010.11929 (B, L, H), 2012.12877 (Ti, S), 2204.07118 (M), 23
 _HEADLESS = {"num_classes": 0}
 _DINOV2 = {**IMAGENET, **_HEADLESS, "init_values": 1e-5, "crop_pct": 1.0}
 _REGISTERS = {**_DINOV2, "reg_tokens": 4, "no_embed_class": True}
-_CLIP = {**OPENAI, "pre_norm": True, "norm_eps": 1e-5}
-_DINOV3 = {
+CLIP = {**OPENAI, "pre_norm": True, "norm_eps": 1e-5}
+DINOV3 = {
     **{**IMAGENET, **_HEADLESS, "init_values": 1e-5, "reg_tokens": 4, "norm_eps": 1e-5, "crop_pct": 1.0},
     **{"rope_temperature": 100.0, "dynamic_img_size": True, "global_pool": "avg", "fc_norm": False},
 }
@@ -60,21 +60,21 @@ _FAMILIES = {
     "deit3_{size}_patch{patch}_{img}": {**IMAGENET, "no_embed_class": True, "init_values": 1e-6},
     "vit_{size}_patch{patch}_dinov2": _DINOV2,
     "vit_{size}_patch{patch}_reg4_dinov2": _REGISTERS,
-    "vit_{size}_patch{patch}_clip_{img}": _CLIP,
-    "vit_{size}_patch{patch}_plus_clip_{img}": _CLIP,
-    "vit_{size}_patch{patch}_clip_quickgelu_{img}": {**_CLIP, "activation": "quick_gelu"},
+    "vit_{size}_patch{patch}_clip_{img}": CLIP,
+    "vit_{size}_patch{patch}_plus_clip_{img}": CLIP,
+    "vit_{size}_patch{patch}_clip_quickgelu_{img}": {**CLIP, "activation": "quick_gelu"},
     "vit_{size}_patch{patch}_siglip_{img}": {**_HEADLESS, "class_token": False, "global_pool": "map", "crop_pct": 0.9},
-    "vit_{size}_patch{patch}_dinov3": {**_DINOV3, "qkv_bias": False},
-    "vit_{size}_patch{patch}_dinov3_qkvb": _DINOV3,
+    "vit_{size}_patch{patch}_dinov3": {**DINOV3, "qkv_bias": False},
+    "vit_{size}_patch{patch}_dinov3_qkvb": DINOV3,
 }
-_VIT, _DEIT, _DEIT_DISTILLED, _DEIT3, _DINO2, _DINO2_REG, _CLIP_TOWER, _CLIP_PLUS, _QUICK, _SIGLIP, *_REST = _FAMILIES
-_DINO3, _DINO3_BIAS = _REST
+_VIT, _DEIT, _DEIT_DISTILLED, _DEIT3, _DINO2, _DINO2_REG = list(_FAMILIES)[:6]
+_CLIP, _CLIP_PLUS, _CLIP_QUICK, _SIGLIP, _DINO3, _DINO3_BIAS = list(_FAMILIES)[6:]
 
 _AUGREG = "augreg_in21k_ft_in1k"
 _UNTRAINED = "untrained"  # timm's tag where there are no weights
 _LAION_FT = "laion2b_ft_in12k_in1k"
-# CLIP's own classifier is the projection to what it shares with text.
-_WIDTH = {width: {"num_classes": width, "crop_pct": 1.0} for width in (512, 640, 768, 1024, 1280)}
+# CLIP's own classifier is the projection to what it shares with text; none of these crops.
+_PROJECTED = {width: {"num_classes": width, "crop_pct": 1.0} for width in (512, 640, 768, 1024, 1280)}
 _LAION_L = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "crop_pct": 1.0}
 _SQUASHED = {"crop_pct": 1.0, "crop_mode": "squash"}
 _WEBLI = "v2_webli"
@@ -122,28 +122,28 @@ _TABLE = (  # family, size, patch, img, timm's default tag, and what differs
     (_DINO2_REG, "base", 14, 518, "lvd142m", {}),
     (_DINO2_REG, "large", 14, 518, "lvd142m", {}),
     (_DINO2_REG, "giant", 14, 518, "lvd142m", {}),
-    (_CLIP_TOWER, "base", 32, 224, _LAION_FT, {}),
-    (_CLIP_TOWER, "base", 32, 256, "datacompxl", _WIDTH[512]),
-    (_CLIP_TOWER, "base", 32, 384, _LAION_FT, {}),
-    (_CLIP_TOWER, "base", 32, 448, _LAION_FT, {"crop_pct": 1.0}),
-    (_CLIP_TOWER, "base", 16, 224, _LAION_FT, {"crop_pct": 0.95}),
-    (_CLIP_TOWER, "base", 16, 384, _LAION_FT, _SQUASHED),
-    (_CLIP_PLUS, "base plus", 16, 240, "laion400m_e32", _WIDTH[640]),
-    (_CLIP_TOWER, "large", 14, 224, _LAION_FT, _LAION_L),
-    (_CLIP_TOWER, "large", 14, 336, _LAION_FT, {**_LAION_L, **_SQUASHED}),
-    (_CLIP_TOWER, "huge", 14, 224, _LAION_FT, {"crop_pct": 1.0}),
-    (_CLIP_TOWER, "huge", 14, 336, _LAION_FT, _SQUASHED),
-    (_CLIP_TOWER, "huge", 14, 378, "dfn5b", _WIDTH[1024]),
-    (_CLIP_TOWER, "giant plain", 14, 224, "laion2b", _WIDTH[1024]),
-    (_CLIP_TOWER, "gigantic", 14, 224, "laion2b", _WIDTH[1280]),
-    (_CLIP_TOWER, "gigantic", 14, 378, "metaclip2_worldwide", {**_WIDTH[1280], **_SQUASHED}),
-    (_QUICK, "base", 32, 224, "laion400m_e32", {"num_classes": 512}),
-    (_QUICK, "base", 16, 224, "metaclip_2pt5b", _WIDTH[512]),
-    (_QUICK, "large", 14, 224, "dfn2b", _WIDTH[768]),
-    (_QUICK, "large", 14, 336, "openai", _WIDTH[768]),
-    (_QUICK, "huge", 14, 224, "dfn5b", _WIDTH[1024]),
-    (_QUICK, "huge", 14, 378, "dfn5b", _WIDTH[1024]),
-    (_QUICK, "gigantic", 14, 224, "metaclip_2pt5b", _WIDTH[1280]),
+    (_CLIP, "base", 32, 224, _LAION_FT, {}),
+    (_CLIP, "base", 32, 256, "datacompxl", _PROJECTED[512]),
+    (_CLIP, "base", 32, 384, _LAION_FT, {}),
+    (_CLIP, "base", 32, 448, _LAION_FT, {"crop_pct": 1.0}),
+    (_CLIP, "base", 16, 224, _LAION_FT, {"crop_pct": 0.95}),
+    (_CLIP, "base", 16, 384, _LAION_FT, _SQUASHED),
+    (_CLIP_PLUS, "base plus", 16, 240, "laion400m_e32", _PROJECTED[640]),
+    (_CLIP, "large", 14, 224, _LAION_FT, _LAION_L),
+    (_CLIP, "large", 14, 336, _LAION_FT, {**_LAION_L, **_SQUASHED}),
+    (_CLIP, "huge", 14, 224, _LAION_FT, {"crop_pct": 1.0}),
+    (_CLIP, "huge", 14, 336, _LAION_FT, _SQUASHED),
+    (_CLIP, "huge", 14, 378, "dfn5b", _PROJECTED[1024]),
+    (_CLIP, "giant plain", 14, 224, "laion2b", _PROJECTED[1024]),
+    (_CLIP, "gigantic", 14, 224, "laion2b", _PROJECTED[1280]),
+    (_CLIP, "gigantic", 14, 378, "metaclip2_worldwide", {**_PROJECTED[1280], **_SQUASHED}),
+    (_CLIP_QUICK, "base", 32, 224, "laion400m_e32", {"num_classes": 512}),
+    (_CLIP_QUICK, "base", 16, 224, "metaclip_2pt5b", _PROJECTED[512]),
+    (_CLIP_QUICK, "large", 14, 224, "dfn2b", _PROJECTED[768]),
+    (_CLIP_QUICK, "large", 14, 336, "openai", _PROJECTED[768]),
+    (_CLIP_QUICK, "huge", 14, 224, "dfn5b", _PROJECTED[1024]),
+    (_CLIP_QUICK, "huge", 14, 378, "dfn5b", _PROJECTED[1024]),
+    (_CLIP_QUICK, "gigantic", 14, 224, "metaclip_2pt5b", _PROJECTED[1280]),
     (_SIGLIP, "base", 32, 256, _WEBLI, _TANH),
     (_SIGLIP, "base", 16, 224, _WEBLI, {}),
     (_SIGLIP, "base", 16, 256, _WEBLI, {}),
@@ -209,7 +209,7 @@ _OTHER_TAGS = {
     "vit_base_patch32_clip_224": {
         **_tagged("laion2b_ft_in1k", "openai_ft_in1k"),
         **_tagged("laion2b", "laion400m_e32", "openai", num_classes=512),
-        **_tagged("datacompxl", *_METACLIP, **_WIDTH[512]),
+        **_tagged("datacompxl", *_METACLIP, **_PROJECTED[512]),
     },
     "vit_base_patch32_clip_384": _tagged("openai_ft_in12k_in1k", crop_pct=0.95, crop_mode="squash"),
     "vit_base_patch16_clip_224": {
@@ -217,7 +217,7 @@ _OTHER_TAGS = {
         **_tagged("laion2b_ft_in1k", crop_pct=1.0),
         **_tagged("openai_ft_in1k", crop_pct=0.9),
         **_tagged("laion2b_ft_in12k", "openai_ft_in12k", num_classes=11821, crop_pct=0.9),
-        **_tagged("laion2b", "laion400m_e32", "datacompxl", "dfn2b", *_METACLIP, **_WIDTH[512]),
+        **_tagged("laion2b", "laion400m_e32", "datacompxl", "dfn2b", *_METACLIP, **_PROJECTED[512]),
         **_tagged("openai", num_classes=512, crop_pct=0.9),
     },
     "vit_base_patch16_clip_384": {

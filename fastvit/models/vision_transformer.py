@@ -103,8 +103,9 @@ class VisionTransformer(nn.Module):
         self.norm = layer_norm(embed_dim, **dd) if before else nn.Identity()
         self.attn_pool = None
         if config.global_pool == "map":
-            how = {"norm_layer": layer_norm, "act_layer": ACTIVATION_LAYERS[config.activation]}
-            self.attn_pool = AttentionPoolLatent(embed_dim, config.num_heads, config.mlp_ratio, **how, **dd)
+            how = {"num_heads": config.num_heads, "mlp_ratio": config.mlp_ratio, "norm_layer": layer_norm}
+            how["act_layer"] = ACTIVATION_LAYERS[config.activation]
+            self.attn_pool = AttentionPoolLatent(embed_dim, **how, **dd)
         self.fc_norm = layer_norm(embed_dim, **dd) if after else nn.Identity()
         self.head_drop = nn.Dropout(config.drop_rate)
         self._new_heads()
@@ -199,7 +200,7 @@ class VisionTransformer(nn.Module):
     @property
     def _example(self) -> torch.Tensor:
         """A parameter, which has the model's device and dtype."""
-        return self.patch_embed.proj.weight if self.pos_embed is None else self.pos_embed
+        return next(self.parameters()) if self.pos_embed is None else self.pos_embed
 
     def _positions(self, x: torch.Tensor) -> torch.Tensor | None:
         """The position table (N, D) or (P + N, D) for the image's grid; None for a model that has none."""

@@ -11,8 +11,9 @@ from .mlp import Mlp
 
 
 class AttentionPoolLatent(nn.Module):
-    """The pool of SigLIP (arXiv 2303.15343) and big_vision, a drop-in for timm's `AttentionPoolLatent` as its Vision
-    Transformers have it: y = proj(attention of the latent to all tokens), then y + mlp(norm(y)).
+    """The pool of SigLIP (arXiv 2303.15343) and big_vision: y = proj(attention of the latent to all tokens), then
+    y + mlp(norm(y)). It has the names and numbers of timm's `AttentionPoolLatent` as timm's Vision Transformers build
+    it, not that class's other options.
 
     Parameters: latent (1, 1, D), the query before its projection; q.*, kv.* (2 * D rows: keys, then values), proj.*,
     norm.*, mlp.fc1.*, mlp.fc2.*. All of it runs on PyTorch's own layers and SDPA: with one query a head and one row an
@@ -25,6 +26,7 @@ class AttentionPoolLatent(nn.Module):
     def __init__(
         self,
         in_features: int,
+        *,
         num_heads: int = 8,
         mlp_ratio: float = 4.0,
         norm_layer=vit_layer_norm,
