@@ -11,6 +11,7 @@ from tuning import CPU, FakeClock, attention_call, price_of
 
 import fastvit
 from fastvit import dispatch, ops, tune, tuned
+from fastvit.accuracy import relative_rms
 from fastvit.ops import _common
 
 
@@ -200,7 +201,12 @@ def test_patches_by_the_librarys_convolution(table, auto, pixel):
     assert fastvit.explain("patch_embed", image, weight, bias, **names).candidate == "convolution"
     with ops.carrying():
         out = ops.patch_embed(image, weight, bias, **names)
-    torch.testing.assert_close(out, fastvit.reference.patch_embed(image, weight, bias, **names))
+    # Against float64: of the values near zero, rounding in another order leaves few digits on some machines.
+    exact = image if pixel == torch.uint8 else image.double()
+    want = fastvit.reference.patch_embed(
+        exact, weight.double(), bias.double(), prefix=prefix.double(), mean=given[5], std=given[6]
+    )
+    assert relative_rms(out, want) < 1e-6
 
 
 def test_dropout_is_not_measured(table, auto, monkeypatch):

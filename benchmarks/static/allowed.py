@@ -10,7 +10,6 @@ _SPILLS = (
     ("3.6.0", "sm_8[09]", "gemm_kernel load_matrix load_matrix store_derivative", "whole block * bf16*"),
     ("3.6.0", "sm_120", "gemm_kernel load_matrix load_matrix store_derivative", "whole block S/16 bf16"),
     ("3.6.0", "sm_80", "apply_kernel load_matrix store_gated", "whole block g/14 bf16, gated"),
-    ("3.6.0", "sm_100", "attention_kernel", "attention d=64 bf16, masked"),
     ("3.6.0", "sm_120", "gemm_kernel load_matrix load_patches store", "patch embedding B/32 *"),
     ("3.6.0", "gfx942", "gemm_kernel load_matrix load_normalised store", "block B/16 bf16, float32 stream, scaled"),
     (

@@ -30,16 +30,18 @@ def load_checkpoint(
 
     model: the model; or the name of one, which is built with the file's number of classes, if it has a classifier; or
     None, and names and shapes tell which model it is: `model.config` of what is returned has the guess, and
-    `model.pretrained_cfg["architecture"]` its name if it is a known one. Activation and eps leave no trace in a file.
+    `model.pretrained_cfg["architecture"]` its name if it is a known one. Activation, eps and heads leave no trace in
+    tensors: they are the known model's, unless transformers' config.json beside the file, or `fastvit convert` in it,
+    says them.
 
     path: a .safetensors file; a folder with model.safetensors, or with model.safetensors.index.json and the files it
     names; a Flax .npz of Google's; or a file of torch.save that can be read without running code. Names are those of
-    timm, torchvision, transformers (ViT, DeiT, Dinov2 with and without registers, ViTMAE's encoder; in memory and on
-    disk), the original DINOv2, DeiT, DeiT III and MAE, vit_jax and big_vision: docs/checkpoints.md. From a training
-    checkpoint the first of these entries is taken: state_dict_ema, model_ema, teacher, state_dict, model,
-    model_state_dict; else the only one that holds a model of such names. A prefix that the whole model has ("module.",
-    "_orig_mod.", "backbone.", "model.") is removed, and what lies outside of it is left out, as DINO's projection head
-    is.
+    timm, torchvision, transformers (ViT, DeiT, Dinov2 with and without registers, DINOv3, ViTMAE's encoder, CLIP and
+    SigLIP; in memory and on disk), OpenAI's and OpenCLIP's CLIP, the original DINOv2 and 3, DeiT, DeiT III and MAE,
+    vit_jax and big_vision: docs/checkpoints.md. From a training checkpoint the first of these entries is taken:
+    state_dict_ema, model_ema, teacher, state_dict, model, model_state_dict; else the only one that holds a model of
+    such names. A prefix that the whole model has ("module.", "_orig_mod.", "backbone.", "model.") is removed, and what
+    lies outside of it is left out, as DINO's projection head is.
 
     A position table of another grid is resampled by the config's policy; that grid is `grid_size` (rows, columns) if
     given, else the model's own if the rows agree, else a square. So is a projection of patches of another size. RGB

@@ -1,4 +1,5 @@
-"""The Vision Transformer, DeiT and DINOv2 as one module on fused blocks, with timm's parameter names and interface."""
+"""Vision Transformers, from DeiT to DINOv3 and CLIP, as one module on fused blocks, with timm's parameter names and
+interface."""
 
 from __future__ import annotations
 
@@ -35,13 +36,13 @@ def _from_config(field: str) -> property:
 
 
 class VisionTransformer(nn.Module):
-    """A Vision Transformer (arXiv 2010.11929), DeiT (2012.12877), DINOv2 (2304.07193), or the image tower of CLIP
-    (2103.00020) or SigLIP (2303.15343), as `config` describes it.
+    """A Vision Transformer (arXiv 2010.11929), DeiT (2012.12877), DINOv2 (2304.07193), DINOv3 (2508.10104), or the
+    image tower of CLIP (2103.00020) or SigLIP (2303.15343), as `config` describes it.
 
-    state_dict has timm's keys, shapes and order; in float32 the same seed gives the weights that timm's default
-    initialisation gives. Images are (B, C, H, W): floating point ones are taken as normalised already, uint8 ones are
-    normalised with the config's mean and std inside the patch embedding. Wrong images raise as `nn.PatchEmbed.forward`
-    says.
+    state_dict has the keys, shapes and order of timm's VisionTransformer, also of DINOv3, which timm has in another
+    class; in float32 the same seed gives the weights that timm's default initialisation gives. Images are (B, C, H, W):
+    floating point ones are taken as normalised already, uint8 ones are normalised with the config's mean and std inside
+    the patch embedding. Wrong images raise as `nn.PatchEmbed.forward` says.
 
     `pretrained_cfg`, also called `default_cfg`, and `feature_info` are what timm's data and feature tools read, and
     unlike timm's they follow the config: a model for 384 pixels says 384.
