@@ -16,6 +16,7 @@ from torch import nn
 
 import fastvit
 from fastvit import dispatch
+from fastvit.accuracy import relative_rms
 from fastvit.dropin import forwards
 
 norm_layer = partial(nn.LayerNorm, eps=1e-6)
@@ -203,3 +204,38 @@ def test_a_base_that_is_not_known(known, monkeypatch):
     """What a class hands on to its base is what the base does."""
     monkeypatch.setattr(DoubleDinov2Block, "forward", lambda self, x: x)
     assert not fastvit.accelerate(DoubleNestedBlock(), modules=("block", "mlp")).swapped
+
+
+class DoubleDinoVisionTransformer(nn.Module):
+    """With its registers after the class token, which has a position of its own."""
+
+    __module__ = "dinov2.models.vision_transformer"
+
+    def __init__(self, block, registers):
+        super().__init__()
+        self.cls_token, self.pos_embed = nn.Parameter(torch.zeros(1, 1, D)), nn.Parameter(torch.zeros(1, 17, D))
+        self.register_tokens = nn.Parameter(torch.zeros(1, registers, D)) if registers else None
+        self.mask_token = nn.Parameter(torch.zeros(1, D))
+        self.patch_embed = timm.layers.PatchEmbed(32, 8, 3, D)
+        self.blocks, self.norm, self.head = nn.ModuleList([block(), block()]), norm_layer(D), nn.Identity()
+
+    def forward(self, x):
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), self.patch_embed(x)], dim=1) + self.pos_embed
+        if self.register_tokens is not None:
+            x = torch.cat([x[:, :1], self.register_tokens.expand(len(x), -1, -1), x[:, 1:]], dim=1)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x)[:, 0])
+
+
+@pytest.mark.parametrize("registers", [0, 4])
+@pytest.mark.parametrize("name", ["DINOv2", "DINOv2 giant"])
+def test_frozen(name, registers, known):
+    torch.manual_seed(1)
+    model = randomise(DoubleDinoVisionTransformer(BLOCKS[name], registers)).eval()
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        want = model(images)
+    assert relative_rms(fastvit.freeze(model, runtime="torch")(images), want) < 2e-6
+    fastvit.accelerate(model)
+    assert relative_rms(fastvit.freeze(model, runtime="torch")(images), want) < 2e-6

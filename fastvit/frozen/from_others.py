@@ -1,5 +1,5 @@
-"""Models of torchvision, transformers, timm's DINOv3 and the original DINOv2 and DeiT as ours: their tensors renamed as
-a checkpoint's are, what shapes do not tell read off their blocks, and the outcome held to their own output."""
+"""Models of torchvision and transformers, timm's DINOv3 and the original DINOv2 as ours: their tensors renamed as a
+checkpoint's are, what shapes do not tell read off their blocks, and the outcome held to their own output."""
 
 from __future__ import annotations
 
