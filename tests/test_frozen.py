@@ -16,8 +16,9 @@ from frozen_models import EXACT, SMALL, VARIANTS, images_of, model_of, outputs_o
 from torch import nn
 
 import fastvit
-from fastvit import VisionTransformer, ViTConfig, accuracy, onednn
+from fastvit import VisionTransformer, ViTConfig, accuracy, dispatch, onednn
 from fastvit.frozen import REWRITES, freeze, plan, recognise, simplify
+from fastvit.frozen.export import PlainModule
 from fastvit.frozen.runtimes import torch_runtime
 from fastvit.verify import randomise
 
@@ -519,7 +520,7 @@ def test_threads():
 # The kernels, in the interpreter
 
 
-@pytest.mark.parametrize("name", ["plain", "distilled", "swiglu", "registers"])
+@pytest.mark.parametrize("name", ["plain", "distilled", "swiglu", "registers", "rotary", "attention pool"])
 @pytest.mark.parametrize("kind", ["float", "uint8"])
 def test_on_the_kernels(name, kind, device):
     from fastvit.frozen.runtimes.triton_runtime import Program
@@ -534,3 +535,30 @@ def test_on_the_kernels(name, kind, device):
     # A whole block is four: norm and qkv, attention, proj, and norm and MLP.
     first = [out for out, _ in program.calls if out.startswith("blocks.0") and "[" not in out]
     assert len(first) == (6 if name == "swiglu" else 4), first
+
+
+def test_in_16_bits_angles_stay_in_float32(monkeypatch):
+    """In every runtime of PyTorch's and the kernels', as in the model."""
+    from fastvit.frozen.runtimes.triton_runtime import Program
+
+    frozen = freeze(model_of("rotary").bfloat16(), runtime="torch")
+    images, seen, rotate = torch.randn(1, 3, 32, 32).bfloat16(), [], plan.OPERATIONS["rotate"]
+
+    def watched(qkv, cos, sin, **options):
+        seen.append((qkv.dtype, cos.dtype, sin.dtype))
+        return rotate(qkv, cos, sin, **options)
+
+    monkeypatch.setitem(plan.OPERATIONS, "rotate", watched)
+    dense = frozen.plan.dense()
+    for run in (dense.run, torch_runtime.prepare(dense, 1, False), PlainModule(dense, False)):
+        before = len(seen)
+        run(images)
+        assert len(seen) == before + 2
+
+    def note(op, args):
+        if op.name == "attention":
+            seen.append((args[0].dtype, args[5].dtype, args[6].dtype))
+
+    with dispatch.watching(note), torch.inference_mode():
+        Program(dense, False)(images)
+    assert len(seen) == 6 + 2 and set(seen) == {(torch.bfloat16, torch.float32, torch.float32)}
