@@ -12,10 +12,10 @@ import signal
 import sys
 
 from . import __version__
-from .commands import attention, bench, classify, convert, embed, info, tune, verify
+from .commands import attention, bench, classify, convert, embed, info, train, tune, validate, verify
 from .commands._common import FAILED, INTERRUPTED, WRONG_USAGE, UsageError
 
-COMMANDS = (info, verify, tune, bench, embed, classify, attention, convert)
+COMMANDS = (info, verify, tune, bench, train, validate, embed, classify, attention, convert)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, wait
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -75,16 +76,17 @@ def find_images(folder: str | Path, on_error: Callable[[ImageError], None] | Non
     return sorted(found)
 
 
-def load_image(path: str | Path) -> Image.Image:
+def load_image(path: str | Path, content: BinaryIO | None = None) -> Image.Image:
     """The image at `path`, turned upright by its EXIF orientation, as RGB. Raises ImageError naming the file.
 
-    Transparency is dropped, as timm does; 16-bit grey is scaled to 8 bits, which Pillow's own conversion would clip.
+    content: the file's bytes where they are not on disk; `path` is then only their name. Transparency is dropped, as
+    timm does; 16-bit grey is scaled to 8 bits, which Pillow's own conversion would clip.
     """
     kind = Path(path).suffix.lower()
     if kind in EXTENSIONS and kind not in Image.registered_extensions():
         raise ImageError(f"{path}: {kind} is not read by Pillow {PIL.__version__}: convert it to .jpg or .png")
     try:
-        with Image.open(path) as image:
+        with Image.open(path if content is None else content) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ImageError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")
             return _to_rgb(ImageOps.exif_transpose(image))

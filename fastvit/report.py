@@ -60,6 +60,13 @@ def write_json(path: str | Path, value: object) -> None:
     write_atomically(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
+def lines_of(path: Path) -> set[str]:
+    """The different lines of a file; none where there is no file."""
+    with contextlib.suppress(FileNotFoundError):
+        return set(path.read_text(encoding="utf-8", errors="surrogateescape").splitlines())
+    return set()
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

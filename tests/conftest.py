@@ -20,10 +20,9 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-from fastvit.benchmarks.peers import _torchvision_shim  # noqa: E402
 from poison import poison_empty  # noqa: E402
 
-from fastvit import dispatch, use_backend  # noqa: E402
+from fastvit import dispatch, torchvision_shim, use_backend  # noqa: E402
 from fastvit.dispatch import interpreting  # noqa: E402
 
 if interpreting():
@@ -36,7 +35,7 @@ if interpreting():
 from tuning import auto, table  # noqa: E402, F401
 
 # timm and transformers import torchvision.
-_torchvision_shim.install()
+torchvision_shim.install()
 
 # The fixtures of the files test_bench_*.py, which are skipped without Pillow.
 if importlib.util.find_spec("PIL"):

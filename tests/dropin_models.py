@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 import torch.nn.functional as F
-from fastvit.benchmarks.peers import _torchvision_shim
 from torch import nn
 
-_torchvision_shim.install()
+from fastvit import torchvision_shim
+
+torchvision_shim.install()
 timm, torchvision, transformers = (pytest.importorskip(name) for name in ("timm", "torchvision", "transformers"))
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}

@@ -201,7 +201,7 @@ def test_what_the_attention_op_has_not_runs_as_sdpa():
 
 def test_importing_fastvit_registers_nothing():
     script = (
-        "from fastvit.benchmarks.peers import _torchvision_shim; _torchvision_shim.install()\n"
+        "from fastvit import torchvision_shim; torchvision_shim.install()\n"
         "import sys, fastvit; fastvit.accelerate; fastvit.restore\n"
         "print({'timm', 'torchvision', 'transformers', 'triton'} & {*sys.modules})\n"
         "import transformers\n"

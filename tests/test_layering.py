@@ -40,6 +40,7 @@ LAYERS = {
     "fastvit.interpret": Layer(("fastvit.kernels",), others=("torch", "triton", "numpy")),
     "fastvit.measure": Layer(others=()),
     "fastvit.workers": Layer(others=()),
+    "fastvit.torchvision_shim": Layer(others=("torch",)),
     "fastvit.graphs": Layer(others=("torch",)),
     "fastvit.accuracy": Layer(others=("torch",)),
     "fastvit.examples": Layer(others=("torch",)),
@@ -82,6 +83,10 @@ LAYERS = {
         ("fastvit.accuracy", "fastvit.dropin", "fastvit.models", "fastvit.nn", "fastvit.report"),
         others=("torch", "matplotlib"),
     ),
+    "fastvit.training": Layer(
+        ("fastvit.dispatch", "fastvit.images", "fastvit.models", "fastvit.report"),
+        others=("torch", "numpy", "PIL", "timm", "safetensors", "datasets", "matplotlib", "rich"),
+    ),
     "fastvit.calls": Layer(("fastvit.dispatch", "fastvit.models", "fastvit.tune"), others=("torch",)),
     "fastvit.verify": Layer(
         ("fastvit", "fastvit.accuracy", "fastvit.dispatch", "fastvit.examples", "fastvit.ops", "fastvit.report",
@@ -94,15 +99,15 @@ LAYERS = {
         ("fastvit", "fastvit.accuracy", "fastvit.attempts", "fastvit.calls", "fastvit.decide", "fastvit.dispatch",
          "fastvit.environment", "fastvit.examples", "fastvit.frozen", "fastvit.graphs", "fastvit.images",
          "fastvit.kernels", "fastvit.measure", "fastvit.models", "fastvit.onednn", "fastvit.ops", "fastvit.report",
-         "fastvit.tune",
-         "fastvit.tuned", "fastvit.verify", "fastvit.workers"),
+         "fastvit.torchvision_shim", "fastvit.tune", "fastvit.tuned", "fastvit.verify", "fastvit.workers"),
         ("fastvit.reference",),
     ),
     "fastvit.commands": Layer(
         ("fastvit", "fastvit.report"),
         ("fastvit.attempts", "fastvit.calls", "fastvit.dispatch", "fastvit.environment", "fastvit.features",
          "fastvit.frozen", "fastvit.heatmaps", "fastvit.images", "fastvit.kernels", "fastvit.maps", "fastvit.models",
-         "fastvit.parity", "fastvit.tune", "fastvit.tuned", "fastvit.verify", "fastvit.workers"),
+         "fastvit.parity", "fastvit.torchvision_shim", "fastvit.training", "fastvit.tune", "fastvit.tuned",
+         "fastvit.verify", "fastvit.workers"),
         ("torch", "PIL", "timm"),
     ),
     "fastvit.commands.bench": Layer(

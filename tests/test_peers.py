@@ -540,11 +540,11 @@ import importlib, torch
 other = torch.library.Library("torchvision", "DEF") if {declared} else None
 for name in {declared}:
     other.define(name + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-from fastvit.benchmarks.peers import _torchvision_shim
-_torchvision_shim.install()
-_torchvision_shim.install()
-again = importlib.util.module_from_spec(_torchvision_shim.__spec__)  # another copy in the same process
-_torchvision_shim.__spec__.loader.exec_module(again)
+from fastvit import torchvision_shim
+torchvision_shim.install()
+torchvision_shim.install()
+again = importlib.util.module_from_spec(torchvision_shim.__spec__)  # another copy in the same process
+torchvision_shim.__spec__.loader.exec_module(again)
 again.install()
 import torchvision
 print(torch.ops.torchvision.nms.default, torch.ops.torchvision.qnms.default)

@@ -6,7 +6,9 @@ from functools import partial
 
 import torch
 
-from . import Built, _torchvision_shim
+from fastvit import torchvision_shim
+
+from . import Built
 from ._common import compiled, copy_into
 
 _FIELDS = (
@@ -16,7 +18,7 @@ _FIELDS = (
 
 
 def build(peer, case, ours, inputs) -> Built:
-    _torchvision_shim.install()
+    torchvision_shim.install()
     from timm.layers import LayerNorm, Mlp, SwiGLUPacked
     from timm.models.deit import VisionTransformerDistilled
     from timm.models.vision_transformer import VisionTransformer

@@ -6,9 +6,10 @@ from functools import partial
 
 from torch import nn
 
+from fastvit import torchvision_shim
 from fastvit.models.formats import from_timm
 
-from . import Built, _torchvision_shim
+from . import Built
 from ._common import copy_into
 
 
@@ -28,7 +29,7 @@ def unfit(peer, case, config, device) -> str | None:
 
 
 def build(peer, case, ours, inputs) -> Built:
-    _torchvision_shim.install()
+    torchvision_shim.install()
     from torchvision.models import VisionTransformer
 
     config, state = ours.config, from_timm(ours.state_dict(), "torchvision", ours.config)

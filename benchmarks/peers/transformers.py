@@ -6,9 +6,10 @@ from functools import partial
 
 import torch
 
+from fastvit import torchvision_shim
 from fastvit.models.formats import transformers_config
 
-from . import Built, _torchvision_shim
+from . import Built
 from ._common import copy_into
 
 # Ours to theirs: the part of a name that every family has in common, and what ViT and DeiT, and Dinov2, call the rest.
@@ -45,7 +46,7 @@ def unfit(peer, case, config, device) -> str | None:
 
 
 def build(peer, case, ours, inputs) -> Built:
-    _torchvision_shim.install()
+    torchvision_shim.install()
     import transformers
 
     config, prefix, pick = ours.config, "", lambda out: out.pooler_output  # Dinov2's is the normalised class token

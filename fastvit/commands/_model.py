@@ -7,16 +7,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ._common import DTYPES, as_usage_error, positive
+from . import _common
+from ._common import DTYPES, positive
 
 if TYPE_CHECKING:
     import torch
 
     from .. import VisionTransformer, ViTConfig
 
+DEFAULT = "vit_base_patch16_224"  # the model of --pretrained
+
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default="vit_base_patch16_224", help="see fastvit.list_models()")
+    text = f"see fastvit.list_models(); what the checkpoint tells, or {DEFAULT}, if not said"
+    parser.add_argument("--model", help=text)
     weights = parser.add_mutually_exclusive_group(required=True)
     weights.add_argument("--pretrained", action="store_true", help="download timm's weights from the Hugging Face hub")
     weights.add_argument("--checkpoint", type=Path, metavar="FILE", help="weights in a .safetensors or .pth file")
@@ -28,23 +32,38 @@ def config_of(arguments: argparse.Namespace) -> ViTConfig:
     """The config of the model that is asked for, without building it; raises UsageError where there is none."""
     from dataclasses import replace  # which takes as long to import as all commands
 
-    from ..models.registry import model_entry
+    with _common.as_usage_error(ValueError, OSError):
+        if arguments.model is None and arguments.checkpoint:
+            from ..models.loading import config_of_checkpoint
 
-    with as_usage_error(ValueError):
-        config = model_entry(arguments.model).config
+            config, _ = config_of_checkpoint(arguments.checkpoint)
+        else:
+            from ..models.registry import model_entry
+
+            config = model_entry(arguments.model or DEFAULT).config
         return config if arguments.img_size is None else replace(config, img_size=arguments.img_size)
 
 
-def build(arguments: argparse.Namespace, device: str, num_classes: int) -> VisionTransformer:
-    """The model that is asked for, with its weights, in evaluation; raises UsageError for weights that do not fit."""
+def name_of(arguments: argparse.Namespace) -> str:
+    """What to call the model that is asked for."""
+    return arguments.model or (str(arguments.checkpoint) if arguments.checkpoint else DEFAULT)
+
+
+def build(arguments: argparse.Namespace, config: ViTConfig, device: str, num_classes: int) -> VisionTransformer:
+    """The model that is asked for, of `config_of`, with its weights, in evaluation; raises UsageError for weights that
+    do not fit."""
+    from dataclasses import replace
+
     import torch
 
-    from .. import create_model, load_checkpoint
+    from .. import VisionTransformer, create_model, load_checkpoint
 
-    overrides = {} if arguments.img_size is None else {"img_size": arguments.img_size}
-    with as_usage_error(ValueError, OSError):
-        model = create_model(arguments.model, arguments.pretrained, num_classes=num_classes, **overrides)
-        if arguments.checkpoint:  # create_model would leave a classifier that does not fit as it was drawn
+    with _common.as_usage_error(ValueError, OSError):
+        if arguments.pretrained:
+            name = arguments.model or DEFAULT
+            model = create_model(name, True, num_classes=num_classes, img_size=config.img_size)
+        else:  # a classifier that does not fit is no error where none is wanted
+            model = VisionTransformer(replace(config, num_classes=num_classes))
             load_checkpoint(model, arguments.checkpoint, new_classifier=num_classes == 0)
     return model.to(device, getattr(torch, DTYPES[arguments.dtype])).eval()
 
@@ -117,5 +136,5 @@ def why_not_finite(arguments: argparse.Namespace, model: VisionTransformer) -> s
     bad = [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
     if bad:
         more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
-        reason += f", nor are the weights of {arguments.checkpoint or arguments.model}: {bad[0]}{more}"
+        reason += f", nor are the weights of {arguments.checkpoint or name_of(arguments)}: {bad[0]}{more}"
     return reason + ("; --dtype bfloat16 and float32 reach further" if dtype == "float16" else "")

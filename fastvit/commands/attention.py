@@ -7,7 +7,7 @@ from pathlib import Path
 
 from . import _common
 from ._common import DONE, UsageError
-from ._model import add_model_arguments, build, config_of, quiet_about_large_images, why_not_finite
+from ._model import add_model_arguments, build, config_of, name_of, quiet_about_large_images, why_not_finite
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -25,17 +25,19 @@ def run(arguments: argparse.Namespace) -> int:
     device = _common.checked_device(arguments.device)
     config = config_of(arguments)
     if not -config.depth <= arguments.block < config.depth:
-        raise UsageError(f"--block is {arguments.block}, expected one of {arguments.model}'s, 0 to {config.depth - 1}")
+        raise UsageError(
+            f"--block is {arguments.block}, expected one of {name_of(arguments)}'s, 0 to {config.depth - 1}"
+        )
     heads = range(config.num_heads)
     if arguments.head is not None and arguments.head not in heads:
-        raise UsageError(f"--head is {arguments.head}, expected one of {arguments.model}'s, 0 to {heads[-1]}")
+        raise UsageError(f"--head is {arguments.head}, expected one of {name_of(arguments)}'s, 0 to {heads[-1]}")
     from .. import heatmaps, images
 
     with _common.as_usage_error(ValueError):
         heatmaps.check_format(output)
     quiet_about_large_images()
     pixels = images.read(arguments.image, config)
-    model = build(arguments, device, num_classes=0)
+    model = build(arguments, config, device, num_classes=0)
     import torch
 
     from .. import attention_maps
@@ -51,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.head is None:
         shown = {f"mean of {len(heads)} heads": maps.mean(axis=0)} | shown
     query = "the class token" if config.class_token else "all tokens"
-    title = f"{arguments.model}, block {block}: attention of {query} to each patch"
+    title = f"{name_of(arguments)}, block {block}: attention of {query} to each patch"
     heatmaps.save(output, pixels.permute(1, 2, 0).numpy(), shown, title)
     print(f"block {block}, {', '.join(shown)}: {output}")
     return DONE

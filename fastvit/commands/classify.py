@@ -8,11 +8,11 @@ from pathlib import Path
 
 from . import _common
 from ._common import DONE, FAILED, UsageError, positive
-from ._model import Skipped, add_model_arguments, build, config_of, finite, quiet_about_large_images, served
+from ._model import Skipped, add_model_arguments, build, config_of, finite, name_of, quiet_about_large_images, served
 
 
 def add(commands: argparse._SubParsersAction) -> None:
-    text = "the five likeliest classes of images: ImageNet's, or those of a checkpoint, by number"
+    text = "the five likeliest classes of images: ImageNet's, or those of a checkpoint"
     parser = _common.add_command(commands, "classify", text, run)
     parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -25,15 +25,15 @@ def run(arguments: argparse.Namespace) -> int:
     config = config_of(arguments)
     num_classes = _classes(arguments, config)
     if not num_classes:
-        raise UsageError(f"{arguments.model} has no classifier")
+        raise UsageError(f"{name_of(arguments)} has no classifier")
     from .. import images
 
     quiet_about_large_images()
-    model = build(arguments, device, num_classes)
+    model = build(arguments, config, device, num_classes)
     import torch
 
     logits_of = served(model, "logits", arguments.batch_size, len(arguments.images))
-    labels = imagenet_classes() if num_classes == 1000 else range(num_classes)
+    labels = class_labels(arguments.checkpoint, num_classes)
     skip = Skipped()
     results = []
     try:
@@ -65,6 +65,16 @@ def _classes(arguments: argparse.Namespace, config) -> int:
 
     with _common.as_usage_error(ValueError, OSError):
         return classes_of(read_checkpoint(arguments.checkpoint)[0]) or config.num_classes
+
+
+def class_labels(checkpoint: Path | None, num_classes: int) -> list[str]:
+    """The names of the classes: those that the checkpoint says; ImageNet's of a thousand; else their numbers."""
+    from ..models.reading import class_names
+
+    names = class_names(checkpoint) if checkpoint else None
+    if names is not None and len(names) == num_classes:
+        return names
+    return imagenet_classes() if num_classes == 1000 else [str(number) for number in range(num_classes)]
 
 
 def imagenet_classes() -> list[str]:

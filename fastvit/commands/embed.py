@@ -67,7 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
             left_out = table.resume()
         except ValueError as error:
             raise UsageError(f"{error}; --no-resume starts anew") from None
-    model = build(arguments, device, num_classes=0)  # a checkpoint's classifier, of whatever size, is not used
+    model = build(arguments, config, device, num_classes=0)  # a checkpoint's classifier, of whatever size, is not used
     if left_out:
         note(f"Left out {left_out} rows of {table.partial}: their images are gone or have changed.")
     if table.rows:

@@ -131,6 +131,9 @@ def _beside_timm(arguments: argparse.Namespace) -> int:
             raise UsageError(f"--{option.replace('_', '-')} is of the kernels, and has no use beside --model")
     device = _common.checked_device(arguments.device)
     output = arguments.json and _common.check_writable(arguments.json, "--json")
+    from .. import torchvision_shim
+
+    torchvision_shim.install()
     try:
         import timm
     except ImportError:

@@ -13,7 +13,7 @@ from torch import nn
 from .config import ViTConfig
 from .formats import Format, State, from_timm, not_read, transformers_config
 from .infer import classes_of, infer_config
-from .reading import METADATA, UNTOLD, check_path, read_checkpoint
+from .reading import CLASSES, METADATA, UNTOLD, check_path, read_checkpoint
 from .registry import create_model, model_entry
 from .vision_transformer import VisionTransformer
 from .weights import check_fit, load_weights
@@ -80,6 +80,13 @@ def load_checkpoint(
     return model
 
 
+def config_of_checkpoint(path: str | os.PathLike) -> tuple[ViTConfig, list[str]]:
+    """The config of the model in `path`, as far as the file tells, and the names of the known models that it may be,
+    the likeliest first. Raises what `load_checkpoint` does."""
+    check_path("path", path)
+    return _infer(*read_checkpoint(path), path)
+
+
 @dataclass(frozen=True)
 class Converted:
     """What `convert_checkpoint` made: the tensors under their new names, the model they are of, the names of known
@@ -92,17 +99,23 @@ class Converted:
 
     def safetensors(self) -> bytes:
         """The tensors as the content of a safetensors file. Raises ImportError where safetensors is not installed."""
-        try:
-            from safetensors.torch import save
-        except ImportError as error:
-            raise ImportError("writing .safetensors needs safetensors: pip install 'fastvit[hub]'") from error
-        tensors = {name: tensor.contiguous() for name, tensor in self.state.items()}
-        said = json.dumps({name: getattr(self.config, name) for name in UNTOLD})
-        return save(tensors, {"format": "pt", METADATA: said})  # transformers insists on the format
+        return to_safetensors(self.state, self.config)
 
     def transformers_config(self) -> dict:
         """What config.json says beside tensors for transformers. Raises ValueError where it has no such model."""
         return transformers_config(self.config)
+
+
+def to_safetensors(state: State, config: ViTConfig, classes: list[str] | None = None) -> bytes:
+    """The content of a safetensors file: tensors, and what they do not tell of their model: of its config, and the
+    names of its classes. Raises ImportError where safetensors is not installed."""
+    try:
+        from safetensors.torch import save
+    except ImportError as error:
+        raise ImportError("writing .safetensors needs safetensors: pip install 'fastvit[hub]'") from error
+    tensors = {name: tensor.contiguous() for name, tensor in state.items()}
+    said = {name: getattr(config, name) for name in UNTOLD} | ({} if classes is None else {CLASSES: classes})
+    return save(tensors, {"format": "pt", METADATA: json.dumps(said)})  # transformers insists on the format
 
 
 def convert_checkpoint(path: str | os.PathLike, model: str | None = None, to: str = "timm") -> Converted:

@@ -26,6 +26,8 @@ _BESIDE_TENSORS = (
 _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 # What our own files say of the model beside its tensors: these fields, which those do not tell, under this key.
 METADATA, UNTOLD = "fastvit", ("activation", "norm_eps", "num_heads", "rope_temperature", "mean", "std")
+UNTOLD += ("crop_pct", "crop_mode", "interpolation")
+CLASSES = "classes"  # the names of the classes, beside them
 # Fields of ViTConfig by what transformers' config.json calls them.
 _THEIR_NAMES = {"norm_eps": "layer_norm_eps", "num_heads": "num_attention_heads", "rope_temperature": "rope_theta"}
 _THEIR_NAMES |= {"img_size": "image_size"}
@@ -71,17 +73,32 @@ def read_checkpoint(path: str | os.PathLike) -> tuple[State, Format]:
 
 
 def _facts_inside(path: str) -> dict[str, object]:
-    """What `convert_checkpoint` wrote of the model into the safetensors file at `path`."""
+    """Fields of ViTConfig that a safetensors file of ours says beside its tensors."""
+    return {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in _said_inside(path).items()
+        if name in UNTOLD
+    }
+
+
+def class_names(path: str | os.PathLike) -> list[str] | None:
+    """The names of the classes, if a safetensors file of ours says them, as those of `fastvit train` do."""
+    path = weights_file(path)
+    names = _said_inside(path).get(CLASSES) if path.endswith(".safetensors") else None
+    return names if isinstance(names, list) else None
+
+
+def _said_inside(path: str) -> dict[str, object]:
     from safetensors import safe_open
 
     with safe_open(path, "pt") as file:
         said = (file.metadata() or {}).get(METADATA)
     try:
-        facts = {} if said is None else json.loads(said)
-        return {
-            name: tuple(value) if isinstance(value, list) else value for name, value in facts.items() if name in UNTOLD
-        }
-    except (ValueError, AttributeError) as error:
+        found = {} if said is None else json.loads(said)
+        if not isinstance(found, dict):
+            raise ValueError("no object")
+        return found
+    except ValueError as error:
         raise ValueError(f"{path} has metadata of fastvit that cannot be read: {error}") from error
 
 
