@@ -73,12 +73,10 @@ def test_figures_are_what_torchvision_says_of_its_weights(timm):
 
 
 def test_a_run_times_all_networks_in_both_modes_and_draws_them(tiny, photos, tmp_path, capsys):
-    assert cli.main(arguments(photos, tmp_path, "--batches", "2,3")) == 0
+    assert cli.main(arguments(photos, tmp_path, "--batches", "2")) == 0
     run = load(tmp_path / "baselines.json")
     assert run.finished
-    assert [row.id for row in run.rows] == [
-        f"baselines/fp32/b{batch}/{mode}" for mode in ("inference", "training") for batch in (2, 3)
-    ]
+    assert [row.id for row in run.rows] == ["baselines/fp32/b2/inference", "baselines/fp32/b2/training"]
     for row in run.rows:
         frozen = [f"frozen {TINY}"] if row.mode == "inference" else []
         assert list(row.entries) == [TINY, *frozen, CNN]

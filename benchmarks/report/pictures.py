@@ -463,7 +463,7 @@ def accuracy_against_speed(
             axes.plot(speed, one.top1, "o" if is_vit(one.network) else "s", color=colour(one), ms=5)
         room = 1.1 * (max(every) / min(every)) ** 0.12
         axes.set(xscale="log", xlim=(min(every) / room, max(every) * room))
-        axes.margins(y=0.1)
+        axes.margins(y=0.16)
         axes.set_title("training step" if mode == "training" else mode, fontsize=9.5, loc="left", color=INK, pad=3)
         axes.set_ylabel("top-1, %", fontsize=9, color=INK)
         axes.grid(color=GRID, lw=0.6)
@@ -481,18 +481,18 @@ def _label(axes: Axes, names: list[tuple[str, str, float, list[float]]]) -> None
     nothing, else the last. Call it when the layout is settled."""
     taken = []
     for _, _, y, xs in names:
-        (left, bottom), (right, top) = axes.transData.transform([(min(xs), y), (max(xs), y)]) + [[-8, -8], [8, 8]]
+        (left, bottom), (right, top) = axes.transData.transform([(min(xs), y), (max(xs), y)]) + [[-5, -5], [5, 5]]
         taken.append(Bbox.from_extents(left, bottom, right, top))
-    places = [(1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1)]
+    places, away = [(1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1)], (5, 8, 12, 17, 23)
     for name, colour, y, xs in names:
         middle = math.sqrt(min(xs) * max(xs))
-        for far, (h, v) in product((5, 10, 16), places):
+        for far, (h, v) in product(away, places):
             text = axes.annotate(name, ((middle, max(xs), min(xs))[h], y), xytext=(far * h, far * v), fontsize=8,
                                  textcoords="offset points", ha=("center", "left", "right")[h], color=colour,
                                  va=("center", "bottom", "top")[v], in_layout=False)  # fmt: skip
             box = text.get_window_extent()
             inside = axes.bbox.fully_contains(box.x0, box.y0) and axes.bbox.fully_contains(box.x1, box.y1)
-            if (inside and not box.count_overlaps(taken)) or (far, h, v) == (16, *places[-1]):
+            if (inside and not box.count_overlaps(taken)) or (far, h, v) == (away[-1], *places[-1]):
                 taken.append(box)
                 break
             text.remove()
