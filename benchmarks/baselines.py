@@ -7,6 +7,7 @@ ours, and against whom it is timed on the same weights, is the suite's.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -59,8 +60,11 @@ def settings(
     dtypes: Iterable[torch.dtype] = (),
     **others,
 ) -> Settings:
-    """The settings of a run: every combination of the axes. models: patterns, of `top1.NETWORKS`. others: fields of
-    Settings. Raises ValueError for an unknown network or mode, and without timm."""
+    """The settings of a run: every combination of the axes, with the first of `suites.AXES` for dtypes or batches that
+    are not given. models: patterns, of `top1.NETWORKS`. others: fields of Settings.
+
+    Raises ValueError for an unknown network or mode, and without timm.
+    """
     if not written.installed("timm"):
         raise ValueError("--baselines: timm is not installed: pip install timm")
     for pattern in models:
@@ -70,7 +74,7 @@ def settings(
         if mode not in MODES:
             raise ValueError(f"mode is {mode!r}, expected one of {', '.join(MODES)}")
     axes = AXES["cuda" if device.startswith("cuda") else "cpu"]
-    cases = product(modes or MODES, dtypes or axes["dtypes"], batches or axes["batches"][:1])
+    cases = product(modes or MODES, dtypes or axes["dtypes"][:1], batches or axes["batches"][:1])
     chosen = [name for name in NETWORKS if not models or any(fnmatch(name, pattern) for pattern in models)]
     return Settings(
         device, tuple(Together(dtype, batch, mode) for mode, dtype, batch in cases), tuple(chosen), **others
@@ -86,7 +90,7 @@ class Baselines(Bench):
         return None
 
     def plan(self, cases: list[Together], peaks: None, interprets: bool) -> Plan:
-        return Plan()  # a row says itself whether it fits, once every network has run
+        return Plan()  # whether a row fits is seen when its networks have run once
 
     def blank(self, case: Together, peaks: None) -> Row:
         dtype = SHORT[case.dtype]
@@ -95,7 +99,7 @@ class Baselines(Bench):
     def _measure(self, row: Row, case: Together) -> None:
         device, training = self.settings.device, case.mode == "training"
         images = self._images(case)
-        timer, steps, singles = timing.timer(device), {}, []
+        timer, limit, steps, singles = timing.timer(device), self.settings.time_limit or math.inf, {}, []
         with torch.enable_grad() if training else torch.inference_mode():
             for name in self._names(case):
                 if reason := self.out_of_time():
@@ -109,11 +113,11 @@ class Baselines(Bench):
                     steps[name] = step
                 except Exception as error:  # the others go on
                     entry.status, entry.reason = "failed", first_line(error)
-            limit = self.settings.time_limit
-            if limit is not None and steps:
-                seconds = timing.interleave_seconds(statistics.mean(singles), len(steps), self.settings.seconds, device)
+                    continue
+                mean = statistics.mean(singles)
+                seconds = timing.interleave_seconds(mean, len(steps), self.settings.seconds, device)
                 if self.spent() + seconds > limit:
-                    left = f"about {minutes(seconds)}, more than the time limit of {limit:g} s leaves"
+                    left = f"{minutes(seconds)} or more, and the time limit of {limit:g} s leaves less"
                     self._skip(row, f"not started: its rounds take {left}")
                     return
             measured, failures = timing.interleave(steps, timer, self.settings.seconds)
@@ -152,6 +156,7 @@ class Baselines(Bench):
                 _torchvision_shim.install()
                 import timm
 
+                torch.manual_seed(SEED)
                 model = timm.create_model(plain)
             model = model.to(self.settings.device, case.dtype).train(training)
         if plain != name:
@@ -174,8 +179,9 @@ def run(settings: Settings, folder: Path, before: Run | None = None) -> int:
         print(f"written: {path}")
     if interrupted:
         return 130
-    entries = [entry for row in found.rows for entry in row.entries.values()]
-    return 0 if any(entry.seconds for entry in entries) and all(entry.seconds for entry in entries) else 1
+    statuses = {row.status for row in found.rows}
+    statuses |= {entry.status for row in found.rows for entry in row.entries.values()}
+    return 0 if "timed" in statuses and statuses <= {"timed", "skipped"} else 1
 
 
 def _print(row: Row) -> None:
