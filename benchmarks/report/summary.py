@@ -77,7 +77,7 @@ def results_page(root: Path) -> str:
         "explanation of every word.",
         "`fastvit bench --baselines -o FOLDER` adds `baselines.json`, a table and a picture: ResNets and RegNetY-16GF "
         "of timm beside DeiT and ViT-B/32, images a second against published top-1 accuracy, as in Figure 1 of "
-        "[DeiT's paper](https://arxiv.org/abs/2012.12877), at inference and in a training step. The sources of the "
+        "DeiT's paper (arXiv 2012.12877), at inference and in a training step. The sources of the "
         "accuracies are in `benchmarks/top1.py` and in the table.",
     ]
     if not any(each.run for each in found):
