@@ -48,6 +48,8 @@ class Bench:
     """Measures the cases of `settings`, one row each. top5: for every model and dtype that was timed, the five most
     likely classes of each photograph."""
 
+    file = FILE
+
     def __init__(self, settings: Settings):
         self.settings = settings
         self.top5: dict[str, dict] = {}
@@ -70,9 +72,22 @@ class Bench:
             return ""
         return f"not started: the time limit of {limit:g} s was reached"
 
+    def peaks(self) -> Peaks | None:
+        return roofline.measure_peaks(self.settings.device, dict.fromkeys(c.dtype for c in self.settings.cases))
+
+    def plan(self, cases: list[Case], peaks: Peaks | None, interprets: bool) -> plan.Plan:
+        """How long these cases will take, and which of them do not fit. interprets: whether the interpreter follows."""
+        planning = self.settings if interprets else replace(self.settings, interpreted=None)
+        pace = plan.probe(self.settings, peaks) if cases else plan.Pace()
+        return plan.make(planning, cases, peaks, self.spent(), pace)
+
+    def blank(self, case: Case, peaks: Peaks | None) -> Row:
+        """The row of a case before anything is measured."""
+        return _row(case, peaks)
+
     def row(self, case: Case, peaks: Peaks | None = None) -> Row:
         """Verify, then time. An exception that the case, ours or a peer raises is recorded in the row, not raised."""
-        row = _row(case, peaks)
+        row = self.blank(case, peaks)
         if reason := self.out_of_time():
             row.status, row.reason = "skipped", reason
             return row
@@ -267,11 +282,13 @@ def record(
     before: Run | None = None,
     each: Callable[[Row], None] = lambda row: None,
     planned: Callable[[plan.Plan], None] = lambda plan: None,
+    kind: type[Bench] = Bench,
 ) -> tuple[Run, bool]:
     """Measure all cases, saving to `folder`/bench.json after every row; returns the run, and whether Ctrl-C interrupted
     it. before: an earlier run, whose rows are taken over where code, machine and settings are the same; its failed
     cases are tried last, so that one that ends the process does not keep the others from being measured. each: called
     with every row. planned: called with the estimate of how long the run takes, when only the peaks have been measured.
+    kind: what measures a row, and says the file's name.
 
     On a CPU, cases that do not fit the time limit are left out from the start (`plan.make`); rows that the limit then
     cuts off all the same are "skipped". `finished` of the run says whether every case was measured.
@@ -282,7 +299,7 @@ def record(
     started = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     run = Run(facts, settings.as_dict(), started)
     start = time.perf_counter()
-    bench = Bench(settings)
+    bench = kind(settings)
     found, failed = {}, set()
     if before is not None and _same_conditions(before, run):
         found = {row.id: row for row in before.rows if row.status == "timed" and not _unfinished(row)}
@@ -298,26 +315,24 @@ def record(
         run.rows = [found[case.id] for case in settings.cases if case.id in found]
         run.extra["top5"] = bench.top5
         run.seconds, run.finished = round(time.perf_counter() - start, 1), complete
-        report.write_json(folder / FILE, run.as_dict())
+        report.write_json(folder / bench.file, run.as_dict())
 
     try:
-        run.peaks = roofline.measure_peaks(settings.device, dict.fromkeys(c.dtype for c in settings.cases))
+        run.peaks = bench.peaks()
         cases = sorted(settings.cases, key=lambda case: case.id in failed)
         todo = [case for case in cases if case.id not in found]
         interprets = settings.interpreted and "interpreted" not in run.extra
-        planning = settings if interprets else replace(settings, interpreted=None)
-        pace = plan.probe(settings, run.peaks) if todo else plan.Pace()
-        schedule = plan.make(planning, todo, run.peaks, bench.spent(), pace)
+        schedule = bench.plan(todo, run.peaks, bool(interprets))
         planned(schedule)
         if schedule.left_out:
             run.extra["left_out"] = schedule.left_out
             cases = [case for case in cases if case.id not in schedule.left_out]
         for case in report.progress(cases, len(cases), "timing"):
             if case.id in found:
-                found[case.id].bound_seconds = _row(case, run.peaks).bound_seconds  # at the peaks of this run
+                found[case.id].bound_seconds = bench.blank(case, run.peaks).bound_seconds  # at the peaks of this run
             else:
                 # Saved as failed while it runs: if it ends the process, the next run tries it last.
-                found[case.id] = _row(case, run.peaks)
+                found[case.id] = bench.blank(case, run.peaks)
                 found[case.id].status, found[case.id].reason = "failed", ENDED
                 save()
                 found[case.id] = bench.row(case, run.peaks)

@@ -114,7 +114,7 @@ class ModelWork(_Work):
     def step(self, call):
         with self.gradients():  # as in `evaluate`: a compiler would compile anew for a tensor made outside
             images = self._images[self._chunks[0]]
-        return _step([lambda: call(images)], self.training)
+        return timed_step([lambda: call(images)], self.training)
 
 
 class Subject:
@@ -206,7 +206,7 @@ class OpWork(_Work):
             return accuracy.results(call(**self._inputs), self._inputs, self._upstream)
 
     def step(self, call):
-        return _step([lambda inputs=inputs: call(**inputs) for inputs in self._copies], self.training)
+        return timed_step([lambda inputs=inputs: call(**inputs) for inputs in self._copies], self.training)
 
 
 def run_watched(step: timing.Call) -> str:
@@ -269,7 +269,7 @@ def _leaves(out: torch.Tensor) -> list[torch.Tensor]:
     return found
 
 
-def _step(forwards: list[Callable[[], torch.Tensor]], training: bool) -> timing.Call:
+def timed_step(forwards: list[Callable[[], torch.Tensor]], training: bool) -> timing.Call:
     """One of `forwards` a call, in turn; in training with the gradients of all that it depends on."""
     if not training:
         turns = itertools.cycle(forwards)

@@ -6,12 +6,15 @@ import io
 import math
 import textwrap
 from collections.abc import Callable, Iterable, Iterator
+from itertools import product
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # no pyplot: no display, no global state
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from matplotlib.transforms import Bbox
 from PIL import Image  # matplotlib brings it
 
+from .. import top1
 from ..schema import OURS, Entry, Row, Run
 from .words import device, duration, number, peers_of, quantity, rate, score, subject, timed, versions, weights
 
@@ -428,3 +431,68 @@ DRAWN = {
     "memory": _memory,
     "error": _error,
 }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Baselines: published accuracy against speed
+
+CONVOLUTIONAL = "#d55e00"
+
+
+def accuracy_against_speed(
+    run: Run, points: dict[str, list[tuple[top1.Figure, float, float | None]]], is_vit: Callable[[str], bool]
+) -> bytes | None:
+    """A PNG with a panel for each mode, of what `report.baselines.points` gives; None without points."""
+    if not points:
+        return None
+    what = "Published top-1 on ImageNet against images a second measured here, each network at its fastest dtype and "
+    what += "batch; up and to the right is better. Blue: fastvit's ViTs; orange: timm's convolutional networks."
+    if any(frozen for found in points.values() for _, _, frozen in found):
+        what += " Hollow: the ViT frozen."
+
+    def colour(one: top1.Figure) -> str:
+        return ACCENT if is_vit(one.network) else CONVOLUTIONAL
+
+    figure, all_axes = _figure(run, "Accuracy against speed", what, [3.4] * len(points))
+    for axes, (mode, found) in zip(all_axes, points.items(), strict=True):
+        every = [speed for _, *speeds in found for speed in speeds if speed]
+        for one, speed, frozen in found:
+            if frozen:
+                axes.plot([speed, frozen], [one.top1] * 2, "-", color=colour(one), lw=0.8)
+                axes.plot(frozen, one.top1, "o", color=colour(one), mfc="white", ms=5)
+            axes.plot(speed, one.top1, "o" if is_vit(one.network) else "s", color=colour(one), ms=5)
+        room = 1.1 * (max(every) / min(every)) ** 0.12
+        axes.set(xscale="log", xlim=(min(every) / room, max(every) * room))
+        axes.margins(y=0.16)
+        axes.set_title("training step" if mode == "training" else mode, fontsize=9.5, loc="left", color=INK, pad=3)
+        axes.set_ylabel("top-1, %", fontsize=9, color=INK)
+        axes.grid(color=GRID, lw=0.6)
+        _plain_log(axes.xaxis, _round)
+    all_axes[-1].set_xlabel("images a second", fontsize=9, color=INK)
+    figure.draw_without_rendering()  # the layout is settled, and with it where a text lies
+    for axes, found in zip(all_axes, points.values(), strict=True):
+        names = [(one.label, colour(one), one.top1, [x for x in speeds if x]) for one, *speeds in found]
+        _label(axes, names)
+    return _png(figure)
+
+
+def _label(axes: Axes, names: list[tuple[str, str, float, list[float]]]) -> None:
+    """Names beside points: (name, colour, y, xs of its one or two points), each at the first place where it covers
+    nothing, else the last. Call it when the layout is settled."""
+    taken = []
+    for _, _, y, xs in names:
+        (left, bottom), (right, top) = axes.transData.transform([(min(xs), y), (max(xs), y)]) + [[-5, -5], [5, 5]]
+        taken.append(Bbox.from_extents(left, bottom, right, top))
+    places, away = [(1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1)], (5, 8, 12, 17, 23)
+    for name, colour, y, xs in names:
+        middle = math.sqrt(min(xs) * max(xs))
+        for far, (h, v) in product(away, places):
+            text = axes.annotate(name, ((middle, max(xs), min(xs))[h], y), xytext=(far * h, far * v), fontsize=8,
+                                 textcoords="offset points", ha=("center", "left", "right")[h], color=colour,
+                                 va=("center", "bottom", "top")[v], in_layout=False)  # fmt: skip
+            box = text.get_window_extent()
+            inside = axes.bbox.fully_contains(box.x0, box.y0) and axes.bbox.fully_contains(box.x1, box.y1)
+            if (inside and not box.count_overlaps(taken)) or (far, h, v) == (away[-1], *places[-1]):
+                taken.append(box)
+                break
+            text.remove()

@@ -15,7 +15,7 @@ from pathlib import Path
 from fastvit.report import write_atomically
 
 from ..schema import OURS, Row, Run, is_ours, load
-from . import PAGE, write
+from . import PAGE, baselines, write
 from .page import CAPTIONS
 from .words import (
     answers,
@@ -41,24 +41,28 @@ MADE_BY = "<!-- Written by `make pages` from the results files. Edit those, or t
 
 @dataclass
 class Found:
-    """One folder of results: its bench.json as a run, or why that cannot be read; None for both where there is none."""
+    """One folder of results: its bench.json as a run and its baselines.json, or why one cannot be read; None for all
+    where there is none."""
 
     folder: Path
     run: Run | None = None
     unreadable: str = ""
+    baselines: Run | None = None
 
 
 def find(root: Path) -> list[Found]:
     """Every folder with results under root/benchmarks/results, newest run first, then those without one by name."""
     results = root / RESULTS
     found = []
-    for folder in sorted({path.parent for name in ("bench.json", "verify.json") for path in results.rglob(name)}):
+    names = ("bench.json", "verify.json", baselines.FILE)
+    for folder in sorted({path.parent for name in names for path in results.rglob(name)}):
         found.append(each := Found(folder))
-        if (folder / "bench.json").exists():
-            try:
-                each.run = load(folder / "bench.json")
-            except ValueError as error:
-                each.unreadable = str(error).replace(f"{root}/", "")
+        for field, name in (("run", "bench.json"), ("baselines", baselines.FILE)):
+            if (folder / name).exists():
+                try:
+                    setattr(each, field, load(folder / name))
+                except ValueError as error:
+                    each.unreadable = str(error).replace(f"{root}/", "")
     return sorted(found, key=lambda each: each.run.started if each.run else "", reverse=True)
 
 
@@ -71,6 +75,10 @@ def results_page(root: Path) -> str:
         "One folder a device, or a device and a commit. Each holds what `fastvit bench` wrote: `bench.json` with every "
         "number and the environment, `bench.csv`, pictures, and `index.html`, one page with all of it and an "
         "explanation of every word.",
+        "`fastvit bench --baselines -o FOLDER` adds `baselines.json`, a table and a picture: ResNets and RegNetY-16GF "
+        "of timm beside DeiT and ViT-B/32, images a second against published top-1 accuracy, as in Figure 1 of "
+        "DeiT's paper (arXiv 2012.12877), at inference and in a training step. The sources of the "
+        "accuracies are in `benchmarks/top1.py` and in the table.",
     ]
     if not any(each.run for each in found):
         parts.append("No run is here that this version reads.")
@@ -95,6 +103,10 @@ def _folder(found: Found, results: Path) -> list[str]:
         parts += [f'<img src="{where}/{name}" alt="{name.removesuffix(".png")}" width="420">' for name in drawn]
         if (found.folder / PAGE).exists():
             parts.append(f"All of it on one page: [{where}/{PAGE}]({where}/{PAGE}).")
+    if found.baselines:
+        parts += ["### Baselines: accuracy against speed", baselines.markdown(found.baselines)]
+        if (found.folder / baselines.PICTURE).exists():
+            parts.append(f'<img src="{where}/{baselines.PICTURE}" alt="accuracy against speed" width="420">')
     verified = _verified(found.folder / "verify.json")
     return [*parts, verified] if verified else parts
 
@@ -191,6 +203,8 @@ def main(root: Path = ROOT) -> None:
     for each in find(root):
         if each.run:
             write(each.run, each.folder)
+        if each.baselines:
+            baselines.write(each.baselines, each.folder)
     write_atomically(root / RESULTS / "README.md", results_page(root).encode())
 
 

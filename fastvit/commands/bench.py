@@ -18,6 +18,11 @@ def add(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--models", type=names, default=(), help="comma-separated; patterns as in fastvit.list_models")
     parser.add_argument("--img-sizes", type=list_of(positive(int)), default=(), help="other sizes than the models' own")
     parser.add_argument("--ops", type=names, default=(), help=f"single ops instead of whole models, of {','.join(OPS)}")
+    parser.add_argument(
+        "--baselines",
+        action="store_true",
+        help="ViTs beside ResNets and RegNetY of timm instead: images/s against published top-1",
+    )
     parser.add_argument("--modes", type=names, default=(), help="inference,training")
     parser.add_argument("--batches", type=list_of(positive(int)), default=(), help="comma-separated batch sizes")
     parser.add_argument("--dtypes", type=some_of(DTYPES), default=(), help="e.g. bf16,fp32")
@@ -66,16 +71,25 @@ def _add_compare(commands: argparse._SubParsersAction) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     device = _common.checked_device(arguments.device)
-    from ..benchmarks import suites
+    from ..benchmarks import baselines, suites
     from ..models.registry import model_entry
 
     axes = {name: getattr(arguments, name) for name in ("quick", "img_sizes", "ops", "modes", "batches", "peers")}
     axes |= {"models": _common.models_named(arguments.models), "dtypes": _common.torch_dtypes(arguments.dtypes)}
+    kind = suites
+    if arguments.baselines:
+        kind = baselines
+        axes["models"] = arguments.models
+        for name in ("quick", "img_sizes", "ops", "peers"):
+            if axes.pop(name):
+                raise UsageError(f"--baselines takes no --{name.replace('_', '-')}")
+        if arguments.pretrained:
+            raise UsageError("--baselines takes no --pretrained: weights do not change a speed")
     others = {name: getattr(arguments, name) for name in ("photos", "seconds", "time_limit", "pretrained")}
     others = {name: value for name, value in others.items() if value is not None}
     others["command"] = shlex.join(["fastvit", *arguments.typed])
     with _common.as_usage_error(ValueError):
-        settings = suites.settings(device, **axes, **others)
+        settings = kind.settings(device, **axes, **others)
     if not settings.photos.is_dir():
         raise UsageError(f"--photos {settings.photos}: no such folder")
     if importlib.util.find_spec("PIL") is not None:
@@ -93,6 +107,7 @@ def run(arguments: argparse.Namespace) -> int:
         use_interpreter()
     from ..benchmarks import command, schema
 
+    command = baselines if arguments.baselines else command
     folder = _common.with_device_name(arguments.output, device)
     _common.make_folder(folder, "--output")
     before = None
