@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 import fastvit
+from fastvit import torchvision_shim
 from fastvit.environment import device_name
 from fastvit.models.registry import model_entry
 from fastvit.report import Table, note
@@ -27,7 +28,6 @@ from fastvit.verify import SHORT, randomise
 from . import timing
 from .bench import Bench, first_line, record
 from .cases import MODES
-from .peers import _torchvision_shim
 from .plan import Plan
 from .report import baselines as written
 from .report.words import minutes, number, rate
@@ -153,7 +153,7 @@ class Baselines(Bench):
                 model = fastvit.create_model(plain)
                 randomise(model, SEED)
             else:
-                _torchvision_shim.install()
+                torchvision_shim.install()
                 import timm
 
                 torch.manual_seed(SEED)
