@@ -103,7 +103,7 @@ LAYERS = {
         ("fastvit.attempts", "fastvit.calls", "fastvit.dispatch", "fastvit.environment", "fastvit.features",
          "fastvit.frozen", "fastvit.heatmaps", "fastvit.images", "fastvit.kernels", "fastvit.maps", "fastvit.models",
          "fastvit.parity", "fastvit.tune", "fastvit.tuned", "fastvit.verify", "fastvit.workers"),
-        ("torch", "PIL", "timm"),
+        ("torch", "PIL", "timm", "ray", "pyarrow"),
     ),
     "fastvit.commands.bench": Layer(
         ("fastvit.commands", "fastvit.report"),
