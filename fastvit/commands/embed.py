@@ -23,7 +23,7 @@ SAVE_SECONDS = 60  # how much a power cut may cost
 def add(commands: argparse._SubParsersAction) -> None:
     parser = _common.add_command(commands, "embed", "features of a folder of images", run)
     parser.add_argument(
-        "folder", type=Path, help="images, at any depth; with --engine ray also Parquet or WebDataset's .tar, one or more"
+        "folder", type=Path, help="searched at any depth; --engine ray takes Parquet and .tar files too"
     )
     parser.add_argument(
         "-o", "--output", type=Path, required=True, metavar="OUT", help=".npz or .safetensors; of --engine ray a folder"
@@ -32,9 +32,9 @@ def add(commands: argparse._SubParsersAction) -> None:
         "--resume",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="go on from OUT.partial, left by an interrupted run, or start anew; it goes on if not said",
+        help="go on from what an interrupted run left, or start anew; it goes on if not said",
     )
-    parser.add_argument("--engine", choices=("local", "ray"), default="local", help="ray: Parquet, by Ray Data's actors")
+    parser.add_argument("--engine", choices=("local", "ray"), default="local", help="ray: a pool of Ray Data's actors")
     parser.add_argument(
         "--actors", type=positive(int), help="of --engine ray, if not said one for each GPU, or for every 4 CPUs"
     )

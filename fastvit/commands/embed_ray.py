@@ -1,10 +1,10 @@
 """`fastvit embed --engine ray`: inputs of any size, on a pool of Ray Data actors that have a frozen model each.
 
-The inputs are cut into units: 512 images of a folder, as many rows of Parquet (whole row groups), or a .tar file. A unit
-is named by its place, its inputs with their sizes and times, and the facts of the run. OUT/.units has a line of JSON for
-each, of which the driver keeps the name and where it starts. What an actor makes of one is a file in OUT/features,
-which takes its place when it is whole, after the file in OUT/bad of the unit's bad images. So a unit is done when its
-file is there: what was lost with an actor or a whole run is done anew, and what is there is not.
+The inputs are cut into units: 512 images of a folder, as many rows of Parquet (whole row groups), or a .tar file. A
+unit is named by its place, its inputs with their sizes and times, and the facts of the run. OUT/.units has a line of
+JSON for each, of which the driver keeps the name and where it starts. What an actor makes of one is a file in
+OUT/features, which takes its place when it is whole, after the file in OUT/bad of the unit's bad images. So a unit is
+done when its file is there: what was lost with an actor or a whole run is done anew, and what is there is not.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import logging
 import os
 import re
 import signal
+import sys
 import tarfile
 import threading
 from collections.abc import Callable, Iterator
@@ -57,9 +58,11 @@ def run(arguments: argparse.Namespace, facts: dict) -> int:
         raise UsageError(f"--engine ray takes --device auto, cpu or cuda, not {arguments.device}")
     _begin(output, facts, arguments.resume)
     todo, count, total = _plan(source, output, facts)
-    with _ray(arguments.device):
-        if todo:
+    if todo:
+        # Ray says on stdout, from a thread, that an actor died.
+        with contextlib.redirect_stdout(sys.stderr), _ray(arguments.device):
             _embed(arguments, todo, count)
+    _remove_begun(output)
     import pyarrow.dataset
 
     rows, bad = (pyarrow.dataset.dataset(output / part, format="parquet").count_rows() for part in ("features", "bad"))
@@ -76,21 +79,27 @@ def _begin(output: Path, facts: dict, resume: bool) -> None:
     about = output / "about.json"
     if about.exists():
         try:
-            found = json.loads(about.read_text())
-            others = {name: found.get(name) for name in facts if found.get(name) != facts[name]}
-        except (ValueError, AttributeError):
-            others = {"about.json": "that is none"}
+            found = dict(json.loads(about.read_text()))
+        except (ValueError, TypeError):
+            found = {}
+        others = {name: found.get(name) for name in facts if found.get(name) != facts[name]}
         if others and resume:
-            differ = ", ".join(f"{name} {value} (now {facts.get(name)})" for name, value in others.items())
+            differ = ", ".join(f"{name} {value} (now {facts[name]})" for name, value in others.items())
             raise UsageError(f"{output} was made with {differ}; --no-resume starts anew")
     elif output.is_dir() and any(output.iterdir()):
         raise UsageError(f"{output} is no result of fastvit embed, nor empty: expected a new folder")
     for part in ("features", "bad"):
         make_folder(output / part, "OUT")
-        for path in (output / part).iterdir():
-            if not resume or path.name.startswith("."):  # begun by a process that was killed
-                path.unlink(missing_ok=True)
+        for path in () if resume else (output / part).iterdir():
+            path.unlink()
+    _remove_begun(output)
     write_json(about, facts)
+
+
+def _remove_begun(output: Path) -> None:
+    """Remove the files of processes that were killed at them."""
+    for path in output.glob("*/.*"):
+        path.unlink(missing_ok=True)
 
 
 def _plan(source: Path, output: Path, facts: dict) -> tuple[list[int], int, int]:
@@ -206,12 +215,27 @@ def _ray(device: str) -> Iterator[None]:
         ours = {"include_dashboard": False, "num_gpus": gpus, "object_store_memory": 256 << 20}
     before = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(log_to_driver=False, logging_level="error", **ours)
+        with _silenced():  # that it heard of RAY_BACKEND_LOG_LEVEL
+            ray.init(log_to_driver=False, logging_level="error", **ours)
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before)  # Ray has put its own there
         yield
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def _silenced() -> Iterator[None]:
+    """Nobody in this process, library or not, writes to stderr in the `with` body."""
+    sys.stderr.flush()
+    stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(nowhere)
 
 
 def _embed(arguments: argparse.Namespace, todo: list[int], count: int) -> None:
@@ -305,17 +329,21 @@ class Embed:
 
             def write() -> None:
                 values = pa.array(torch.cat(rows).numpy().ravel())
-                writer.write_table(pa.table([ids, pa.FixedSizeListArray.from_arrays(values, type=schema[1].type)], schema))
-                ids.clear(), rows.clear()
+                features = pa.FixedSizeListArray.from_arrays(values, self.config.embed_dim)
+                writer.write_table(pa.table([pa.array(ids, pa.string()), features], schema=schema))
+                ids.clear()
+                rows.clear()
 
             for good, pixels in batches:
                 pooled = self.features_of(pixels.to(self.device)).float().cpu()
                 fine = pooled.isfinite().all(dim=1)
-                if not fine.all():
-                    reason = why_not_finite(self.arguments, self.model)
-                    bad += [(id_of(one), reason) for one, is_fine in zip(good, fine.tolist(), strict=True) if not is_fine]
-                ids += [id_of(one) for one, is_fine in zip(good, fine.tolist(), strict=True) if is_fine]
                 rows.append(pooled[fine])
+                reason = None if fine.all() else why_not_finite(self.arguments, self.model)
+                for source, is_fine in zip(good, fine.tolist(), strict=True):
+                    if is_fine:
+                        ids.append(id_of(source))
+                    else:
+                        bad.append((id_of(source), reason))
                 if len(ids) >= UNIT:
                     write()
             if ids:
@@ -374,9 +402,9 @@ def _write_bad(path: Path, bad: list[tuple[str, str]]) -> None:
     if not bad:
         path.unlink(missing_ok=True)
         return
-    ids, reasons = zip(*bad, strict=True)
     file = io.BytesIO()
-    pyarrow.parquet.write_table(pa.table({"id": pa.array(ids, pa.string()), "reason": pa.array(reasons, pa.string())}), file)
+    columns = [pa.array(column, pa.string()) for column in zip(*bad, strict=True)]
+    pyarrow.parquet.write_table(pa.table(columns, ["id", "reason"]), file)
     write_atomically(path, file.getvalue())
 
 
