@@ -236,18 +236,20 @@ def test_parquet_and_webdataset(cluster, weights, folder, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_what_an_actor_raises_is_told_in_one_line(cluster, weights, folder, tmp_path, capsys):
-    """And a unit with which every process dies ends the run."""
+def test_a_unit_with_which_every_process_dies_ends_the_run(cluster, weights, folder, tmp_path, capsys):
+    """And what an actor raises is told in one line."""
     output = tmp_path / "out"
     arguments = ["embed", folder, "-o", output, "--engine", "ray", *weights]
     stop = threading.Event()
 
     def kill():
+        seen = 0
         while not stop.is_set():
-            if begun(output):
+            if len(begun(output)) > seen:
+                seen = len(begun(output))
                 for actor in actors_of(cluster):
                     os.kill(actor, signal.SIGKILL)
-            time.sleep(0.02)
+            time.sleep(0.002)
 
     killer = threading.Thread(target=kill)
     killer.start()

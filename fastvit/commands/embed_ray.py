@@ -25,7 +25,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from ..report import note, progress, replacing, write_atomically, write_json
+from ..report import first_line, note, progress, replacing, write_atomically, write_json
 from ._common import DONE, FAILED, UsageError, make_folder
 from ._model import MANY, SHARDS, Skipped, build, config_of, quiet_about_large_images, served, why_not_finite
 
@@ -201,7 +201,7 @@ def _ray(device: str) -> Iterator[None]:
     import ray
     import ray.data
 
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     ray.data.DataContext.get_current().enable_progress_bars = False
     if ray.is_initialized():
         yield
@@ -271,35 +271,46 @@ def _embed(arguments: argparse.Namespace, todo: list[int], count: int) -> None:
         fn_constructor_args=(arguments, device, runtime, threads),
     )
     try:
-        for _ in progress(done.iter_rows(), len(todo), "embedding"):
-            pass
-    except ray.exceptions.RayError as error:  # its text ends with what was raised in the actor
-        raise RuntimeError(str(error).strip().splitlines()[-1]) from None
+        for unit in progress(done.iter_rows(), len(todo), "embedding"):
+            if unit["error"]:
+                raise RuntimeError(unit["error"])
+    except ray.exceptions.RayError as error:
+        raise RuntimeError(f"Ray gave up: {first_line(error)}") from None
 
 
 class Embed:
-    """The actor: from where units start in OUT/.units to their files."""
+    """The actor: from where units start in OUT/.units to their files. What it raises is what it gives, "" if nothing:
+    Ray would say more than a line, and try a model that cannot be built again and again."""
 
     def __init__(self, arguments: argparse.Namespace, device: str, runtime: str | None, threads: int):
-        import torch
-
-        torch.set_num_threads(threads)
-        quiet_about_large_images()
-        self.arguments, self.device, self.output = arguments, device, arguments.output.resolve()
-        self.workers = max(4, threads)
-        self.config = config_of(arguments)
-        self.model = build(arguments, device, num_classes=0)
-        self.features_of = served(self.model, "features", arguments.batch_size, arguments.batch_size, runtime)
+        self.arguments, self.device, self.runtime, self.threads = arguments, device, runtime, threads
+        self.output, self.config, self.model = arguments.output.resolve(), config_of(arguments), None
 
     def __call__(self, batch: dict) -> dict:
-        for start in batch["item"].tolist():
-            with open(self.output / ".units", "rb") as file:
-                file.seek(start)
-                unit = json.loads(file.readline())
-            path = self.output / "features" / unit["name"]
-            if not path.exists():
-                self.embed(unit, path)
-        return batch
+        try:
+            if self.model is None:
+                self.start()
+            for start in batch["item"].tolist():
+                with open(self.output / ".units", "rb") as file:
+                    file.seek(start)
+                    unit = json.loads(file.readline())
+                path = self.output / "features" / unit["name"]
+                if not path.exists():
+                    self.embed(unit, path)
+            return {"error": [""]}
+        except Exception as error:
+            return {"error": [first_line(error)]}
+
+    def start(self) -> None:
+        """Build the model."""
+        import torch
+
+        torch.set_num_threads(self.threads)
+        quiet_about_large_images()
+        batch_size = self.arguments.batch_size
+        model = build(self.arguments, self.device, num_classes=0)
+        self.features_of = served(model, "features", batch_size, batch_size, self.runtime)
+        self.model = model  # last: it is whole
 
     def embed(self, unit: dict, path: Path) -> None:
         """Write the unit's rows to `path`, those of its bad images beside."""
@@ -324,7 +335,7 @@ class Embed:
 
         schema = pa.schema({"id": pa.string(), "features": pa.list_(pa.float32(), self.config.embed_dim)})
         sources = self.sources(unit, root, bad)
-        batches = images.read_batches(sources, self.config, self.arguments.batch_size, skip, self.workers)
+        batches = images.read_batches(sources, self.config, self.arguments.batch_size, skip, max(4, self.threads))
         with replacing(path) as file, pyarrow.parquet.ParquetWriter(file, schema) as writer, torch.inference_mode():
 
             def write() -> None:
