@@ -30,6 +30,8 @@ EXTRAS = {
 }
 # Runtimes of frozen models, an extra each. Apart from "all", as the peers: they are larger than the rest together.
 RUNTIMES = {"openvino": ["openvino"], "onnxruntime": ["onnxruntime", "onnx", "onnxscript"]}
+# `fastvit embed --engine ray`. Apart from "all" too.
+SCALE = {"ray": ["ray[data]>=2.40", "pyarrow>=15"]}
 # What `fastvit bench` compares with on a CPU.
 PEERS = ["timm>=1.0.15", "torchvision", "transformers>=5", *RUNTIMES["onnxruntime"], *RUNTIMES["openvino"]]
 
@@ -43,6 +45,7 @@ setup(
     extras_require={
         **EXTRAS,
         **RUNTIMES,
+        **SCALE,
         "peers": PEERS,
         "all": sorted({part for extra in EXTRAS.values() for part in extra}),
     },

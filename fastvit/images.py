@@ -6,6 +6,8 @@ takes uint8 images.
 
 from __future__ import annotations
 
+import io
+import itertools
 import math
 import os
 import queue
@@ -38,8 +40,21 @@ EXTENSIONS = frozenset({
 MAX_PIXELS = 80_000_000  # of a file, and of a resized image: 240 MB as RGB. A small file can claim far more.
 
 
+class ImageBytes(io.BytesIO):
+    """An image file in memory. name: the file's, whose ending tells its kind."""
+
+    def __init__(self, data: bytes, name: str):
+        super().__init__(data)
+        self.name = name
+
+
 class ImageError(ValueError):
-    """An image file that cannot be read: not an image, truncated, too large, or of an unknown kind."""
+    """An image file that cannot be read: not an image, truncated, too large, or of an unknown kind.
+
+    source: of those from `read_batches`, what it could not read.
+    """
+
+    source: str | Path | BinaryIO | None = None
 
 
 def find_images(folder: str | Path, on_error: Callable[[ImageError], None] | None = None) -> list[Path]:
@@ -49,6 +64,15 @@ def find_images(folder: str | Path, on_error: Callable[[ImageError], None] | Non
     pipe, socket or device, which may never end, go to `on_error`, or are raised as ImageError. Raises
     NotADirectoryError for a `folder` that is none.
     """
+    return sorted(walk(folder, on_error))
+
+
+def walk(
+    folder: str | Path,
+    on_error: Callable[[ImageError], None] | None = None,
+    extensions: frozenset[str] = EXTENSIONS,
+) -> Iterator[Path]:
+    """What `find_images` finds, of these extensions, as it is found: a folder's own files sorted, then its folders."""
     folder = Path(folder)
     if not folder.is_dir():
         raise NotADirectoryError(f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}")
@@ -62,31 +86,35 @@ def find_images(folder: str | Path, on_error: Callable[[ImageError], None] | Non
     def not_listed(error: OSError) -> None:
         refuse(error.filename, error.strerror)
 
-    found = []
     for root, folders, names in os.walk(folder, onerror=not_listed, followlinks=True):
         links = [name for name in folders if os.path.islink(os.path.join(root, name))]
         if links:
             above = {parent.resolve() for parent in (Path(root), *Path(root).absolute().parents)}
             folders[:] = [name for name in folders if name not in links or Path(root, name).resolve() not in above]
-        for path in (Path(root, name) for name in names if Path(name).suffix.lower() in EXTENSIONS):
+        folders.sort()
+        for path in (Path(root, name) for name in sorted(names) if Path(name).suffix.lower() in extensions):
             if os.path.isfile(path) or not os.path.exists(path):  # a link to nothing is for `load_image` to name
-                found.append(path)
+                yield path
             else:
                 refuse(path, "no regular file")
-    return sorted(found)
 
 
-def load_image(path: str | Path, content: BinaryIO | None = None) -> Image.Image:
-    """The image at `path`, turned upright by its EXIF orientation, as RGB. Raises ImageError naming the file.
+def _name(source: str | Path | BinaryIO) -> str | Path:
+    return source if isinstance(source, (str, Path)) else source.name
 
-    content: the file's bytes where they are not on disk; `path` is then only their name. Transparency is dropped, as
-    timm does; 16-bit grey is scaled to 8 bits, which Pillow's own conversion would clip.
+
+def load_image(source: str | Path | BinaryIO) -> Image.Image:
+    """The image at a path or in a binary file, whose `name` tells its kind, turned upright by its EXIF orientation, as
+    RGB. Raises ImageError naming the file.
+
+    Transparency is dropped, as timm does; 16-bit grey is scaled to 8 bits, which Pillow's own conversion would clip.
     """
+    path = _name(source)
     kind = Path(path).suffix.lower()
     if kind in EXTENSIONS and kind not in Image.registered_extensions():
         raise ImageError(f"{path}: {kind} is not read by Pillow {PIL.__version__}: convert it to .jpg or .png")
     try:
-        with Image.open(path if content is None else content) as image:
+        with Image.open(source) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ImageError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")
             return _to_rgb(ImageOps.exif_transpose(image))
@@ -149,28 +177,32 @@ def to_tensor(image: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
-def read(path: str | Path, config) -> torch.Tensor:
-    """The image at `path` as the uint8 tensor (3, H, W) that a model of `config` (a ViTConfig) takes."""
-    image = load_image(path)
+def read(source: str | Path | BinaryIO, config) -> torch.Tensor:
+    """The image that `load_image` takes as the uint8 tensor (3, H, W) that a model of `config` (a ViTConfig) takes."""
+    image = load_image(source)
     try:
         return to_tensor(
             resize_and_crop(image, config.img_size, config.crop_pct, config.interpolation, config.crop_mode)
         )
     except ImageError as error:
-        raise ImageError(f"{path}: {error}") from None
+        raise ImageError(f"{_name(source)}: {error}") from None
 
 
 def read_batches(
-    paths: Iterable[str | Path], config, batch_size: int, on_error: Callable[[ImageError], None], workers: int = 4
-) -> Iterator[tuple[list[Path], torch.Tensor]]:
+    paths: Iterable[str | Path | BinaryIO],
+    config,
+    batch_size: int,
+    on_error: Callable[[ImageError], None],
+    workers: int = 4,
+) -> Iterator[tuple[list[Path | BinaryIO], torch.Tensor]]:
     """Batches of (paths, uint8 images (B, 3, H, W)), in order; an unreadable file goes to `on_error` and is left out.
 
-    While the caller works on one batch, threads read the next. A batch is smaller than `batch_size` where files in it
+    paths: or binary files, as `load_image` takes them; taken from the iterable a batch ahead. While the caller works on
+    one batch, threads read the next. A batch is smaller than `batch_size` where files in it
     were unreadable, and never empty. A thread that waits for a file which gives nothing keeps nobody from ending: not
     the caller who is interrupted, nor the process.
     """
-    paths = [Path(path) for path in paths]
-    chunks = [paths[start : start + batch_size] for start in range(0, len(paths), batch_size)]
+    paths = (Path(path) if isinstance(path, str) else path for path in paths)
     tasks, stopped = queue.SimpleQueue(), threading.Event()
 
     def work() -> None:
@@ -181,26 +213,27 @@ def read_batches(
             except BaseException as error:
                 future.set_exception(error)
 
-    def submit(chunk: list[Path]) -> list[Future]:
-        futures = [Future() for _ in chunk]
-        for task in zip(chunk, futures, strict=True):
+    def submit() -> list[tuple[Path | BinaryIO, Future]]:
+        ahead = [(path, Future()) for path in itertools.islice(paths, batch_size)]
+        for task in ahead:
             tasks.put(task)
-        return futures
+        return ahead
 
     # No ThreadPoolExecutor: Python waits for its threads as it ends.
     threads = [threading.Thread(target=work, daemon=True) for _ in range(workers)]
     for thread in threads:
         thread.start()
     try:
-        ahead = submit(chunks[0]) if chunks else []
-        for i, chunk in enumerate(chunks):
-            wait(ahead)
-            done, ahead = ahead, submit(chunks[i + 1]) if i + 1 < len(chunks) else []
+        ahead = submit()
+        while ahead:
+            wait([future for _, future in ahead])
+            done, ahead = ahead, submit()
             good = []
-            for path, future in zip(chunk, done, strict=True):
+            for path, future in done:
                 try:
                     good.append((path, future.result()))
                 except ImageError as error:
+                    error.source = path
                     on_error(error)
             if good:
                 yield [path for path, _ in good], torch.stack([image for _, image in good])

@@ -11,7 +11,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import BinaryIO, TextIO
 
 
 class Table:
@@ -40,11 +40,18 @@ def note(text: str) -> None:
 
 def write_atomically(path: str | Path, data: bytes) -> None:
     """Write `data` to `path`, or what it links to, by way of a file beside it: no reader ever sees half of it."""
+    with replacing(path) as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path) -> Iterator[BinaryIO]:
+    """A file beside `path`, named with a dot before it, that takes its place when the `with` body is through."""
     path = Path(os.path.realpath(path))
     handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.chmod(beside, 0o666 & ~_umask())  # mkstemp's files are for the owner alone

@@ -10,10 +10,11 @@ from fastvit.report import write_json
 
 pytest.importorskip("PIL")
 from fastvit.benchmarks import baselines, timing, top1  # noqa: E402
-from fastvit import torchvision_shim  # noqa: E402
 from fastvit.benchmarks.report import baselines as written  # noqa: E402
 from fastvit.benchmarks.report import summary  # noqa: E402
 from fastvit.benchmarks.schema import Entry, Row, Run, Spread, load  # noqa: E402
+
+from fastvit import torchvision_shim  # noqa: E402
 
 TINY, CNN = "deit_tiny_patch16_224", "test_resnet"  # timm's own network for tests
 

@@ -20,7 +20,7 @@ def test_there_is_an_example_of_each_use():
 
 @pytest.mark.parametrize("number", range(len(EXAMPLES)))
 def test_example_runs(number, tmp_path):
-    shim = "from fastvit import torchvision_shim\n_torchvision_shim.install()\n"
+    shim = "from fastvit import torchvision_shim\ntorchvision_shim.install()\n"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", shim + EXAMPLES[number]]
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)

@@ -108,7 +108,7 @@ LAYERS = {
          "fastvit.frozen", "fastvit.heatmaps", "fastvit.images", "fastvit.kernels", "fastvit.maps", "fastvit.models",
          "fastvit.parity", "fastvit.torchvision_shim", "fastvit.training", "fastvit.tune", "fastvit.tuned",
          "fastvit.verify", "fastvit.workers"),
-        ("torch", "PIL", "timm"),
+        ("torch", "PIL", "timm", "ray", "pyarrow"),
     ),
     "fastvit.commands.bench": Layer(
         ("fastvit.commands", "fastvit.report"),

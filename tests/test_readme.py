@@ -22,7 +22,7 @@ def test_example_runs(number, tmp_path):
     if "import timm" in script:
         pytest.importorskip("timm")
         # A torchvision built for CUDA, which timm imports, needs this beside a torch without.
-        script = "from fastvit import torchvision_shim\n_torchvision_shim.install()\n" + script
+        script = "from fastvit import torchvision_shim\ntorchvision_shim.install()\n" + script
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()

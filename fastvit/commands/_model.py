@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 DEFAULT = "vit_base_patch16_224"  # the model of --pretrained
 
 
+SHARDS = frozenset({".parquet", ".tar"})  # many images in one file, which `embed --engine ray` alone reads
+
+
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     text = f"see fastvit.list_models(); what the checkpoint tells, or {DEFAULT}, if not said"
     parser.add_argument("--model", help=text)
@@ -72,15 +75,16 @@ MANY = 500  # images that pay for measuring which runtime is the fastest
 
 
 def served(
-    model: VisionTransformer, output: str, batch_size: int, count: int
+    model: VisionTransformer, output: str, batch_size: int, count: int, runtime: str | None = None
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """What gives this output of `model` for `count` images: on a CPU the model frozen, which is faster and the same
-    within rounding; on a GPU, and where it cannot be frozen, itself."""
+    within rounding; on a GPU, and where it cannot be frozen, itself. runtime: the frozen model's; `count` decides
+    whether it pays to measure which, if not given."""
     from ..frozen import freeze
     from ..report import first_line, note
 
     if count and next(model.parameters()).device.type == "cpu":
-        runtime = "auto" if count >= MANY else "torch"
+        runtime = runtime or ("auto" if count >= MANY else "torch")
         try:
             frozen = freeze(model, output=output, runtime=runtime, batch_sizes=(min(batch_size, count),))
         except (ValueError, RuntimeError) as error:

@@ -1,4 +1,7 @@
-"""`fastvit embed`: features of a folder of images, in a file that an interrupted run goes on with."""
+"""`fastvit embed`: features of a folder of images, in a file that an interrupted run goes on with.
+
+With `--engine ray`, of inputs of any size on many processes: embed_ray.py.
+"""
 
 from __future__ import annotations
 
@@ -12,26 +15,52 @@ from pathlib import Path
 
 from . import _common
 from ._common import DONE, DTYPES, FAILED, UsageError, positive
-from ._model import Skipped, add_model_arguments, build, config_of, finite, quiet_about_large_images, served
+from ._model import (
+    SHARDS,
+    Skipped,
+    add_model_arguments,
+    build,
+    config_of,
+    finite,
+    name_of,
+    quiet_about_large_images,
+    served,
+)
 
 SAVE_SECONDS = 60  # how much a power cut may cost
 
 
 def add(commands: argparse._SubParsersAction) -> None:
     parser = _common.add_command(commands, "embed", "features of a folder of images", run)
-    parser.add_argument("folder", type=Path, help="searched at any depth")
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help=".npz or .safetensors")
+    parser.add_argument(
+        "folder", type=Path, help="searched at any depth; --engine ray takes Parquet and .tar files too"
+    )
+    parser.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="OUT", help=".npz or .safetensors; of --engine ray a folder"
+    )
     parser.add_argument(
         "--resume",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="go on from OUT.partial, left by an interrupted run, or start anew; it goes on if not said",
+        help="go on from what an interrupted run left, or start anew; it goes on if not said",
+    )
+    parser.add_argument("--engine", choices=("local", "ray"), default="local", help="ray: a pool of Ray Data's actors")
+    parser.add_argument(
+        "--actors", type=positive(int), help="of --engine ray, if not said one for each GPU, or for every 4 CPUs"
     )
     add_model_arguments(parser)
     parser.add_argument("--batch-size", type=positive(int), default=32)
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if arguments.engine == "ray":
+        from . import embed_ray
+
+        return embed_ray.run(arguments, _facts(arguments, config_of(arguments)))
+    if arguments.actors:
+        raise UsageError("--actors needs --engine ray")
+    if arguments.folder.suffix.lower() in SHARDS:
+        raise UsageError(f"{arguments.folder}: Parquet and .tar files need --engine ray")
     output = _common.check_writable(arguments.output, "OUT")
     from .. import features
 
@@ -39,8 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
         features.check_format(output)
     device = _common.checked_device(arguments.device)
     config = config_of(arguments)
-    facts = {"model": arguments.model, "weights": _weights(arguments), "img_size": config.img_size[0]}
-    facts |= {"dtype": DTYPES[arguments.dtype], "folder": str(arguments.folder.resolve())}
+    facts = _facts(arguments, config)
     from .. import images
     from ..report import note, progress
 
@@ -49,7 +77,9 @@ def run(arguments: argparse.Namespace) -> int:
     with _common.as_usage_error(NotADirectoryError):
         paths = images.find_images(arguments.folder, skip)
     if not paths and not skip:
-        raise UsageError(f"no images in {arguments.folder}")
+        shards = any(images.walk(arguments.folder, skip, SHARDS))
+        more = "; its Parquet and .tar files need --engine ray" if shards else ""
+        raise UsageError(f"no images in {arguments.folder}{more}")
     names, stamps = {}, {}
     for path in paths:
         try:
@@ -109,6 +139,12 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError("no image gave features; nothing written")
     print(f"{len(table.rows)} images, {len(skip)} skipped: {output}")
     return FAILED if skip else DONE
+
+
+def _facts(arguments: argparse.Namespace, config) -> dict:
+    """What makes the rows, of a model of `config`."""
+    facts = {"model": name_of(arguments), "weights": _weights(arguments), "img_size": config.img_size[0]}
+    return facts | {"dtype": DTYPES[arguments.dtype], "folder": str(arguments.folder.resolve())}
 
 
 def _weights(arguments: argparse.Namespace) -> str:

@@ -7,7 +7,6 @@ many processes load them.
 
 from __future__ import annotations
 
-import io
 import json
 import random
 import tarfile
@@ -28,8 +27,8 @@ _MANY_BAD = 100  # images in a row that cannot be read: then it is not the image
 
 
 class Source:
-    """Labelled images: `classes`, the names of the classes; `label(i)`, `name(i)` and `open(i)`, the bytes of an
-    image, or None where its name is that of a file."""
+    """Labelled images: `classes`, the names of the classes; `label(i)`, `name(i)` and `open(i)`, what
+    `images.load_image` takes."""
 
     classes: list[str]
 
@@ -42,12 +41,12 @@ class Source:
     def name(self, index: int) -> str:
         raise NotImplementedError
 
-    def open(self, index: int) -> io.BytesIO | None:
+    def open(self, index: int) -> Path | images.ImageBytes:
         raise NotImplementedError
 
     def load(self, index: int):
         """The image as Pillow's, RGB. Raises ImageError with its name."""
-        return images.load_image(self.name(index), self.open(index))
+        return images.load_image(self.open(index))
 
 
 class Folder(Source):
@@ -73,8 +72,8 @@ class Folder(Source):
     def name(self, index: int) -> str:
         return str(self._files[index][0])
 
-    def open(self, index: int) -> None:
-        return None
+    def open(self, index: int) -> Path:
+        return self._files[index][0]
 
 
 class Shards(Source):
@@ -122,11 +121,11 @@ class Shards(Source):
         number, _, _, key, _ = self._members[index]
         return f"{self._shards[number]}:{key}"
 
-    def open(self, index: int) -> io.BytesIO:
+    def open(self, index: int) -> images.ImageBytes:
         number, offset, size, _, _ = self._members[index]
         with open(self._shards[number], "rb") as file:
             file.seek(offset)
-            return io.BytesIO(file.read(size))
+            return images.ImageBytes(file.read(size), self.name(index))
 
 
 def _label(shard: Path, key: str, parts: dict[str, bytes]) -> int:
@@ -169,10 +168,10 @@ class HuggingFace(Source):
     def name(self, index: int) -> str:
         return f"{self._where}:{index}"
 
-    def open(self, index: int) -> io.BytesIO:
+    def open(self, index: int) -> images.ImageBytes:
         picture = self._table[index][self._picture]
         content = picture["bytes"]
-        return io.BytesIO(Path(picture["path"]).read_bytes() if content is None else content)
+        return images.ImageBytes(Path(picture["path"]).read_bytes() if content is None else content, self.name(index))
 
 
 def find(data: str | Path, split: str, classes: list[str] | None = None) -> Source | None:
