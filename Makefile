@@ -48,7 +48,7 @@ $(VENV)/.bench: setup.py constraints.txt .ci/environment
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.bench
-	@.ci/environment $(VENV) bench,openvino,onnxruntime,cli,hub,ray,test transformers
+	@.ci/environment $(VENV) bench,openvino,onnxruntime,cli,hub,train,ray,test transformers datasets scikit-learn
 	@touch $@
 
 # What is on Python's path where nothing is installed: a folder that holds fastvit alone. With the repo's root there,

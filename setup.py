@@ -26,6 +26,7 @@ EXTRAS = {
     "hub": ["huggingface_hub>=0.25", "safetensors>=0.4"],
     "cli": ["pillow>=10.1", "safetensors>=0.4", "rich>=13"],
     "bench": ["pillow>=10.1", "rich>=13", "matplotlib>=3.8", "timm>=1.0.15"],
+    "train": ["pillow>=10.1", "rich>=13", "matplotlib>=3.8", "timm>=1.0.15", "safetensors>=0.4", "tensorboard"],
     "test": ["pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3.5", "setuptools>=70.1"],
 }
 # Runtimes of frozen models, an extra each. Apart from "all", as the peers: they are larger than the rest together.

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import load_file
 from torch import nn
 from training_runs import CLASSES, FULL, PLAIN, SIZE, losses, trainer, write_images
 
@@ -47,10 +48,12 @@ def test_deit_is_the_papers():
     [
         ({"epochs": 0}, "epochs is 0, expected at least 1"),
         ({"lr": float("nan")}, "lr is nan"),
-        ({"drop_path": 1.0}, "drop_path is 1.0, expected less than 1"),
+        ({"drop_path": 1.0}, "drop_path is 1.0, expected at least 0 and at most 0.99"),
+        ({"distillation_temperature": 0.0}, "distillation_temperature is 0.0"),
+        ({"crop_scale": 2.0}, "crop_scale is 2.0"),
         ({"loss": "hinge"}, "loss is 'hinge', expected one of"),
         ({"batch_size": 10, "accumulate": 3}, "accumulate is 3, expected a divisor"),
-        ({"erase": 1.5}, "erase is 1.5, expected at most 1"),
+        ({"erase": 1.5}, "erase is 1.5, expected at least 0 and at most 1"),
         ({"loss": "binary-cross-entropy"}, "smoothing is 0.1, expected 0"),
     ],
 )
@@ -221,7 +224,7 @@ def test_what_is_no_set_of_images(data, tmp_path):
     (tmp_path / "train").mkdir()
     with pytest.raises(ValueError, match="has no folders of images, one for each class"):
         find(tmp_path, "train")
-    with pytest.raises(ValueError, match="has classes that the training images have not: box, dot"):
+    with pytest.raises(ValueError, match="has unknown classes: box, dot, expected bar"):
         find(data, "val", ["bar"])
     with tarfile.open(tmp_path / "train" / "a.tar", "w") as tar:
         tar.addfile(tarfile.TarInfo("k.png"), io.BytesIO())
@@ -287,6 +290,7 @@ def test_precisions_train(data, tmp_path, short_losses, precision):
 def test_options_change_no_numbers(data, tmp_path, short_losses, options):
     run = trainer(data, tmp_path, PLAIN | {"epochs": 1}, **options)
     assert run.model.grad_checkpointing == (options.get("recompute") == "blocks")
+    assert {block.recompute_fc1 for block in run.model.blocks} == {options.get("recompute") == "fc1"}
     run.run()
     assert losses(tmp_path) == pytest.approx(short_losses, rel=1e-5)
 
@@ -328,13 +332,86 @@ def test_a_teacher_trains_the_second_head(data, tmp_path):
     teacher = Teacher()
     distilled = {"name": "deit_tiny_distilled_patch16_224"}
     run = trainer(data, tmp_path / "out", PLAIN | {"epochs": 1}, teacher=teacher, model=distilled)
-    before = run.model.head_dist.weight.clone()
+    logits = []
+    run.model.register_forward_hook(lambda module, args, out: logits.append(out) if module.training else None)
     first = next(iter(training_loader(run.training, run.config, run.batches, 0, False)))
     run.run()
-    assert not torch.equal(before, run.model.head_dist.weight)
+    assert len(logits) == 3 and all(isinstance(pair, tuple) for pair in logits)
     # Its own normalisation: (x - 0.5) / 0.5, whatever the student's.
     assert run.config.mean != (0.5, 0.5, 0.5)
-    torch.testing.assert_close(teacher.seen[0], first.images.float() / 127.5 - 1, rtol=0, atol=1e-5)
+    torch.testing.assert_close(teacher.seen[1], first.images.float() / 127.5 - 1, rtol=0, atol=1e-5)
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    "recipe, settings",
+    [
+        ({"optimizer": "lamb", "clip_grad": 0.5, "layer_decay": 0.7}, {}),
+        ({"optimizer": "muon", "accumulate": 2}, {}),
+        ({"dropout": 0.2}, {"precision": "bfloat16"}),
+        ({"erase": 0.5, "mixup": 0.8}, {"precision": "amp-float16"}),
+    ],
+)
+def test_every_kind_of_run_goes_on_to_the_bit(data, tmp_path, recipe, settings):
+    recipe = PLAIN | {"epochs": 2, "drop_path": 0.3} | recipe
+    trainer(data, tmp_path / "whole", recipe, **settings).run()
+    broken = trainer(data, tmp_path / "broken", recipe, save_every=2, **settings)
+    step = broken._one_step
+
+    def until_the_fifth(batches):
+        if broken.step == 5:
+            raise Stopped
+        return step(batches)
+
+    broken._one_step = until_the_fifth
+    with pytest.raises(Stopped):
+        broken.run()
+    again = trainer(data, tmp_path / "broken", recipe, save_every=2, **settings)
+    again.resume()
+    assert again.step == 4
+    again.run()
+    whole, other = tmp_path / "whole", tmp_path / "broken"
+    assert losses(other) == losses(whole) and len(losses(whole)) == 6
+    for file in ("model", "ema", "optimizer"):
+        name = f"step-6/{file}.safetensors"
+        assert (other / name).read_bytes() == (whole / name).read_bytes()
+    best = [load_file(out / "model.safetensors") for out in (whole, other)]  # its head has its words in any order
+    assert best[0].keys() == best[1].keys() and all(torch.equal(best[0][name], best[1][name]) for name in best[0])
+    without_times = [[{**row, "seconds": ""} for row in read(out / "epochs.csv")] for out in (whole, other)]
+    assert without_times[0] == without_times[1]
+
+
+def test_clipping_and_layer_decay(data, tmp_path):
+    run = trainer(data, tmp_path, PLAIN | {"clip_grad": 0.01, "layer_decay": 0.5, "epochs": 1})
+    scales = {group["lr_scale"] for group in run.optimizer.param_groups}
+    assert scales == {0.125, 0.25, 0.5, 1.0}  # the patches, two blocks, the classifier
+    step, norms = run.optimizer.step, []
+
+    def watched(*args, **how):
+        norms.append(torch.stack([p.grad.norm() for p in run.model.parameters()]).norm().item())
+        return step(*args, **how)
+
+    run.optimizer.step = watched
+    run.run()
+    assert norms == pytest.approx([0.01] * 3, rel=1e-3)
+
+
+def test_weights_that_are_no_numbers_are_not_saved(data, tmp_path):
+    run = trainer(data, tmp_path, PLAIN, save_every=2)
+    average = run._average
+
+    def broken():
+        average()
+        if run.step == 3:  # the fourth
+            with torch.no_grad():
+                run.model.cls_token[0, 0, 0] = float("inf")
+
+    run._average = broken
+    with pytest.raises(NotFinite, match="the weights are not finite after step 4; the last good checkpoint: .*step-2"):
+        run.run()
 
 
 def test_unreadable_images_are_named_and_others_take_their_place(tmp_path, capsys):
@@ -345,7 +422,8 @@ def test_unreadable_images_are_named_and_others_take_their_place(tmp_path, capsy
     also.write_text("no image")
     run = trainer(data, tmp_path / "out", PLAIN)
     run.run()
-    assert (tmp_path / "out" / "skipped.txt").read_text().count(str(bad)) == 1
+    skipped = (tmp_path / "out" / "skipped.txt").read_text().splitlines()
+    assert sorted(line.split(": ")[0] for line in skipped) == sorted(map(str, (bad, also)))
     said = capsys.readouterr().err
     assert said.count(f"skipped {bad}") == 1 and said.count(f"skipped {also}") == 1
     assert len(losses(tmp_path / "out")) == 9
@@ -379,8 +457,15 @@ def test_a_loss_that_is_no_number_stops_the_run(data, tmp_path):
 def test_what_does_not_fit_together(data, tmp_path, change, words):
     with pytest.raises(ValueError, match=words):
         trainer(data, tmp_path, FULL | change)
+
+
+def test_what_no_run_begins_with(data, tmp_path):
     with pytest.raises(ValueError, match="the model has 5 classes, the images 3"):
         trainer(data, tmp_path, FULL, model={"num_classes": 5})
+    with pytest.raises(ValueError, match="auto_augment is 'rnd-m9', which timm does not know"):
+        trainer(data, tmp_path, FULL | {"auto_augment": "rnd-m9"})
+    with pytest.raises(ValueError, match=r"the teacher's output is \(1, 16, 16, 3\), expected \(1, 3\)"):
+        trainer(data, tmp_path, FULL, teacher=lambda images: images.permute(0, 2, 3, 1))
 
 
 # Features

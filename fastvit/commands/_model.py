@@ -1,4 +1,4 @@
-"""What embed, classify and attention share: the model that is asked for, and images that are skipped."""
+"""What embed, classify, attention and validate share: the model that is asked for, and images that are skipped."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import os
 from pathlib import Path
 
 from . import _common
@@ -33,7 +34,7 @@ def add(commands: argparse._SubParsersAction) -> None:
                         help="what backward computes again instead of keeping")  # fmt: skip
     parser.add_argument("--compile", action="store_true", help="torch.compile")
     parser.add_argument("--workers", type=int, default=4, help="processes that load images, for each that trains")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=_seed, default=0)
     parser.add_argument("--save-every", type=positive(int), metavar="STEPS", help="an epoch if not said")
     parser.add_argument("--keep", type=positive(int), default=3, help="checkpoints to keep (default: %(default)s)")
     parser.add_argument("--eval-every", type=positive(int), default=1, metavar="EPOCHS")
@@ -41,6 +42,12 @@ def add(commands: argparse._SubParsersAction) -> None:
                         help="go on from OUT's newest checkpoint, or start anew; it goes on if not said")  # fmt: skip
     parser.add_argument("--profile", action="store_true", help="write a trace of three steps to OUT/trace.json")
     _add_recipe(parser)
+
+
+def _seed(text: str) -> int:
+    if (value := int(text)) < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return value
 
 
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
@@ -72,6 +79,8 @@ def run(arguments: argparse.Namespace) -> int:
     precision = arguments.precision or ("float32" if device == "cpu" else "amp-bfloat16")
     if precision not in PRECISIONS:
         raise UsageError(f"unknown precision {precision!r}, expected one of {', '.join(PRECISIONS)}")
+    if not arguments.teacher and (arguments.teacher_pretrained or arguments.teacher_checkpoint):
+        raise UsageError("--teacher-pretrained and --teacher-checkpoint need --teacher NAME")
     if arguments.teacher and not (arguments.teacher_pretrained or arguments.teacher_checkpoint):
         raise UsageError("--teacher needs --teacher-pretrained or --teacher-checkpoint FILE")
     from .. import torchvision_shim
@@ -89,8 +98,10 @@ def run(arguments: argparse.Namespace) -> int:
             raise UsageError(f"{arguments.data} has no folder or split named train")
         validation = training.find(arguments.data, "val", images.classes)
     _common.make_folder(arguments.output, "--output")
+    if arguments.checkpoint and arguments.checkpoint.resolve().is_relative_to(arguments.output.resolve()):
+        raise UsageError(f"--checkpoint {arguments.checkpoint} is in OUT, which the run writes to: choose another OUT")
     with training.processes(device) as place:
-        with _common.as_usage_error(ValueError, OSError):
+        with _common.as_usage_error(ValueError, TypeError, OSError):
             model = _model(arguments, len(images.classes), recipe, place)
         settings = training.Settings(
             arguments.output,
@@ -100,12 +111,14 @@ def run(arguments: argparse.Namespace) -> int:
             save_every=arguments.save_every or 0,
         )
         facts = {"data": str(arguments.data.resolve()), "model": arguments.model, "teacher": arguments.teacher}
-        facts |= {name: _file(getattr(arguments, name)) for name in ("checkpoint", "teacher_checkpoint")}
+        with _common.as_usage_error(OSError):
+            facts |= {name: _file(getattr(arguments, name)) for name in ("checkpoint", "teacher_checkpoint")}
         facts |= {"img_size": list(model.config.img_size), "model_kwargs": " ".join(sorted(arguments.model_kwargs))}
         teacher, how = _teacher(arguments, len(images.classes), place)
         with _common.as_usage_error(ValueError):
             trainer = training.Trainer(model, images, validation, recipe, settings, teacher, **how, facts=facts)
-            if arguments.resume:
+            # Those that torchrun starts again are given the same arguments.
+            if arguments.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
                 trainer.resume()
         first = trainer.rank == 0
         if first:
@@ -126,6 +139,8 @@ def _model(arguments: argparse.Namespace, classes: int, recipe, device):
     from .. import create_model, load_checkpoint
 
     options = dict(_field(text) for text in arguments.model_kwargs)
+    if decided := options.keys() & {"num_classes", "drop_path_rate", "drop_rate", "img_size"}:
+        raise ValueError(f"--model-kwargs has {', '.join(sorted(decided))}, which data, recipe or --img-size decide")
     if arguments.img_size is not None:
         options["img_size"] = arguments.img_size
     torch.manual_seed(arguments.seed)
@@ -156,6 +171,11 @@ def _teacher(arguments: argparse.Namespace, classes: int, device) -> tuple:
         teacher = timm.create_model(arguments.teacher, pretrained=arguments.teacher_pretrained, num_classes=classes)
         if arguments.teacher_checkpoint:
             timm.models.load_checkpoint(teacher, str(arguments.teacher_checkpoint), weights_only=True)
+    if arguments.teacher_pretrained and teacher.pretrained_cfg["num_classes"] != classes:
+        trained = teacher.pretrained_cfg["num_classes"]
+        raise UsageError(
+            f"--teacher-pretrained: {arguments.teacher} knows {trained} classes, the images have {classes}"
+        )
     how = {f"teacher_{name}": tuple(teacher.pretrained_cfg[name]) for name in ("mean", "std")}
     return teacher.to(device).eval().requires_grad_(False), how
 
@@ -175,13 +195,15 @@ def _show(arguments, recipe, preset, trainer, images, validation, precision) -> 
     from ..report import note
 
     count = sum(parameter.numel() for parameter in trainer.model.parameters())
-    note(f"model       {arguments.model}, {count:,} parameters, {trainer._flops / 1e9:.3g} GFLOP an image, {precision}")
+    note(f"model       {arguments.model}, {count:,} parameters, {trainer.flops / 1e9:.3g} GFLOP an image, {precision}")
     tested = f"{len(validation)} for validation" if validation else "none for validation"
     note(f"images      {len(images)}, {tested}, {len(images.classes)} classes: {arguments.data}")
     note(f"steps       {trainer.steps}, {trainer.batches.steps_per_epoch} an epoch, on {trainer.world} process(es), "
          f"{trainer.device}")  # fmt: skip
     note(f"teacher     {arguments.teacher or 'none'}")
     note(f"recipe      {arguments.recipe}; highest learning rate {recipe.peak_lr:g}")
+    if recipe.warmup_epochs >= recipe.epochs:
+        note("  the learning rate only rises: warmup_epochs is not less than epochs")
     for entry in fields(recipe):
         value = getattr(recipe, entry.name)
         changed = "" if value == getattr(preset, entry.name) else f"   ({getattr(preset, entry.name)} in the recipe)"

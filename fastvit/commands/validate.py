@@ -39,9 +39,10 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError(f"{arguments.data} has no folder or split named {' or '.join(missing)}")
     if not of_features and not config.num_classes:
         raise UsageError(f"{name_of(arguments)} has no classifier: --knn and --linear-probe do without")
-    if not of_features and len(sources["val"].classes) > config.num_classes:
-        classes = len(sources["val"].classes)
-        raise UsageError(f"{name_of(arguments)} has {config.num_classes} classes, {arguments.data} has {classes}")
+    count = len(sources["val"].classes)
+    fits = count <= config.num_classes if sources["val"].numbered else count == config.num_classes
+    if not of_features and not fits:
+        raise UsageError(f"{name_of(arguments)} has {config.num_classes} classes, {arguments.data} has {count}")
     model = build(arguments, config, device, 0 if of_features else config.num_classes)
     import torch
 
@@ -54,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
         split: evaluation_loader(source, config, arguments.batch_size, arguments.workers, place.type == "cuda")
         for split, source in sources.items()
     }
-    with torch.inference_mode():
+    with torch.no_grad():  # what is made in inference mode could not be learned from
         if not of_features:
             found = evaluate.accuracy(call, loaders["val"], place, len(sources["val"]), skip)
         else:

@@ -30,7 +30,22 @@ def newest(folder: Path) -> Path | None:
 def remove_all(folder: Path) -> None:
     """Remove the checkpoints in `folder`."""
     for path in _all(folder):
+        _remove(path)
+    for path in folder.glob(".step-*"):  # of a process that was killed at it
         shutil.rmtree(path)
+
+
+def _remove(path: Path) -> None:
+    """Under another name first, so that what is left of it if this is cut off is not taken for a checkpoint."""
+    beside = path.with_name(f".{path.name}")
+    shutil.rmtree(beside, ignore_errors=True)
+    os.replace(path, beside)
+    shutil.rmtree(beside)
+
+
+def _number(value: object) -> object:
+    """timm's LAMB counts its steps in a tensor."""
+    return value.item() if torch.is_tensor(value) else value
 
 
 def _all(folder: Path) -> list[Path]:
@@ -72,10 +87,11 @@ def save(
     tensors = {name: gathered(model) for name, model in models.items()}
     optimized = dcp.get_optimizer_state_dict(next(iter(models.values())), optimizer, options=_WHOLE)
     if is_first():
-        tensors["optimizer"] = {
-            f"{parameter}/{name}": value.contiguous()
-            for parameter, values in optimized["state"].items()
-            for name, value in values.items()
+        held = {f"{of}/{name}": value for of, values in optimized["state"].items() for name, value in values.items()}
+        tensors["optimizer"] = {name: value.contiguous() for name, value in held.items() if torch.is_tensor(value)}
+        numbers = {
+            "groups": [{name: _number(value) for name, value in group.items()} for group in optimized["param_groups"]],
+            "state": {name: value for name, value in held.items() if not torch.is_tensor(value)},
         }
         beside = folder / f".step-{step}"
         shutil.rmtree(beside, ignore_errors=True)
@@ -83,7 +99,7 @@ def save(
         for name, content in tensors.items():
             save_file(content, beside / f"{name}.safetensors", {"format": "pt"})
             _to_disk(beside / f"{name}.safetensors")
-        write_json(beside / "state.json", {**state, "step": step, "groups": optimized["param_groups"]})
+        write_json(beside / "state.json", {**state, "step": step, "optimizer": numbers})
         _to_disk(beside)
         target = folder / f"step-{step}"
         if not target.exists():  # what is there is of the same numbers
@@ -91,7 +107,7 @@ def save(
             _to_disk(folder)
         shutil.rmtree(beside, ignore_errors=True)
         for old in sorted(_all(folder), key=_steps)[:-keep]:
-            shutil.rmtree(old, ignore_errors=True)
+            _remove(old)
     if dist.is_initialized():
         dist.barrier()
 
@@ -107,10 +123,11 @@ def load(path: Path, models: dict[str, torch.nn.Module], optimizer: torch.optim.
         dcp.set_model_state_dict(model, load_file(path / f"{name}.safetensors") if reads else {}, options=options)
     optimized = {}
     if reads:
-        optimized = {"state": {}, "param_groups": read_state(path)["groups"]}
-        for name, tensor in load_file(path / "optimizer.safetensors").items():
+        numbers = read_state(path)["optimizer"]
+        optimized = {"state": {}, "param_groups": numbers["groups"]}
+        for name, value in (load_file(path / "optimizer.safetensors") | numbers["state"]).items():
             parameter, _, what = name.rpartition("/")
-            optimized["state"].setdefault(parameter, {})[what] = tensor
+            optimized["state"].setdefault(parameter, {})[what] = value
     dcp.set_optimizer_state_dict(next(iter(models.values())), optimizer, optimized, options=options)
 
 

@@ -7,8 +7,10 @@ many processes load them.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
+import signal
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -31,6 +33,7 @@ class Source:
     `images.load_image` takes."""
 
     classes: list[str]
+    numbered = False  # whether labels are the model's numbers, of which not all have to be there
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -57,7 +60,9 @@ class Folder(Source):
         found = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
         self.classes = found if classes is None else classes
         if unknown := sorted(set(found) - set(self.classes)):
-            raise ValueError(f"{folder} has classes that the training images have not: {', '.join(unknown[:5])}")
+            raise ValueError(
+                f"{folder} has unknown classes: {', '.join(unknown[:5])}, expected {', '.join(classes[:5])}, ..."
+            )
         per_class = [(images.find_images(folder / name) if name in found else []) for name in self.classes]
         self._files = [(path, label) for label, paths in enumerate(per_class) for path in paths]
         if not self._files:
@@ -88,7 +93,7 @@ class Shards(Source):
         self._members: list[tuple[int, int, int, str, int]] = []  # shard, offset, bytes, key, label
         for number, shard in enumerate(shards):
             parts: dict[str, dict[str, tarfile.TarInfo]] = {}
-            with tarfile.open(shard, "r:") as tar:
+            with _opened(shard) as tar:
                 for member in tar:
                     if member.isfile():
                         stem, _, ending = member.name.rpartition("/")[2].partition(".")
@@ -107,7 +112,7 @@ class Shards(Source):
         if classes is None:
             classes = names.read_text(encoding="utf-8").split("\n") if names.is_file() else map(str, range(count))
             classes = [name for name in classes if name]
-        self.classes = list(classes)
+        self.classes, self.numbered = list(classes), not names.is_file()
         if count > len(self.classes):
             raise ValueError(f"{shards[0].parent} has class {count - 1}, expected less than {len(self.classes)}")
 
@@ -126,6 +131,15 @@ class Shards(Source):
         with open(self._shards[number], "rb") as file:
             file.seek(offset)
             return images.ImageBytes(file.read(size), self.name(index))
+
+
+@contextlib.contextmanager
+def _opened(shard: Path) -> Iterator[tarfile.TarFile]:
+    try:
+        with tarfile.open(shard, "r:") as tar:
+            yield tar
+    except tarfile.TarError as error:
+        raise ValueError(f"{shard} cannot be read as an uncompressed .tar file: {error}") from None
 
 
 def _label(shard: Path, key: str, parts: dict[str, bytes]) -> int:
@@ -155,6 +169,8 @@ class HuggingFace(Source):
         self._where, self._picture, self._label = where, pictures[0], labels[0]
         self._table = table.cast_column(pictures[0], datasets.Image(decode=False))
         self._labels = list(self._table[labels[0]])
+        if min(self._labels, default=0) < 0:
+            raise ValueError(f"{where} has images without a label")
         self.classes = list(table.features[labels[0]].names)
         if classes is not None and classes != self.classes:
             raise ValueError(f"{where} has other classes than the training images")
@@ -201,11 +217,13 @@ def find(data: str | Path, split: str, classes: list[str] | None = None) -> Sour
 
 # The order
 
+_ORDER, _PIXELS = 1, 2  # what an epoch's seeds are for
+
 
 def epoch_order(count: int, epoch: int, seed: int, repeats: int) -> torch.Tensor:
     """Which image comes when in an epoch, `count` of `count` images; with repeats, each that comes comes so often, one
     after the other, and the others do not (repeated augmentation, arXiv 1902.05509, as DeiT has it)."""
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(mixed(seed, epoch)))
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(mixed(seed, epoch, _ORDER)))
     return order.repeat_interleave(repeats)[:count]
 
 
@@ -242,9 +260,11 @@ class Batches:
             if step // self.steps_per_epoch != epoch:
                 epoch = step // self.steps_per_epoch
                 order = epoch_order(self.count, epoch, self.seed, self.recipe.repeats).tolist()
+                generator = torch.Generator().manual_seed(mixed(self.seed, epoch, _PIXELS))
+                seeds = torch.randint(2**62, (self.count,), generator=generator).tolist()
             first = (step % self.steps_per_epoch) * size
             places = range(first + self.rank, first + size, self.world)
-            mine = [(order[place], mixed(self.seed, epoch, place)) for place in places]
+            mine = [(order[place], seeds[place]) for place in places]
             part = len(mine) // self.recipe.accumulate
             yield from (mine[i : i + part] for i in range(0, len(mine), part))
 
@@ -371,9 +391,10 @@ def _loader(dataset: Prepared, batches, workers: int, pin: bool) -> DataLoader:
         num_workers=workers,
         collate_fn=_collate,
         pin_memory=pin,
-        worker_init_fn=_one_thread,
+        worker_init_fn=_deaf,
     )
 
 
-def _one_thread(_: int) -> None:
-    torch.set_num_threads(1)
+def _deaf(_: int) -> None:
+    """Of a Ctrl-C the process that trains decides what becomes of it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -16,12 +16,15 @@ def accuracy(
     model: Callable, loader: Iterable[Batch], device: torch.device, count: int, skip: Callable[[str], None]
 ) -> dict[str, float]:
     """top1 and top5 of a model's logits over `count` images, and how many `images` were readable. With several
-    processes all call it, each for its own images. Raises ValueError where no image can be read."""
+    processes all call it, each for its own images. Raises ValueError where no image can be read, and for an output that
+    is not finite."""
     hits = torch.zeros(3, count)  # seen, top-1, top-5
     for batch in loader:
         for _, reason in batch.bad:
             skip(reason)
         logits = model(batch.images.to(device, non_blocking=True)).float()
+        if not logits.isfinite().all():
+            raise ValueError("the model's output is not finite")
         order = logits.topk(min(5, logits.shape[1]), dim=1).indices.cpu()
         right = order == batch.labels[:, None]
         rows = torch.stack([torch.ones(len(right)), right[:, 0].float(), right.any(dim=1).float()])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 import math
 import os
 import random
@@ -28,19 +29,20 @@ from torch import nn
 from ..dispatch import use_backend
 from ..models.loading import to_safetensors
 from ..models.vision_transformer import VisionTransformer
-from ..report import note, write_atomically, write_json
+from ..report import lines_of, note, write_atomically, write_json
 from . import checkpoints, log
 from .checkpoints import is_first
-from .data import Batch, Batches, Source, evaluation_loader, mixed, training_loader
+from .data import Batch, Batches, Source, augmentation, evaluation_loader, mixed, training_loader
 from .evaluate import accuracy
 from .losses import label_loss, total_loss
 from .recipes import Recipe
 
-PARALLEL = ("ddp", "fsdp")
-RECOMPUTE = ("none", "blocks", "fc1")
 _AUTOCAST = {"amp-bfloat16": torch.bfloat16, "amp-float16": torch.float16}
 # Steps of --profile: what comes before has to settle.
 _PROFILED = {"wait": 3, "warmup": 2, "active": 3}
+_AT_ONCE = 2.0  # seconds within which a second signal is the same one, which came by two ways
+_LEFT = ("model.safetensors", "skipped.txt", "curves.png", "trace.json", "not-finite-*.txt", "tensorboard/events.*")
+_STEP = 3  # what a step's seeds are for; see data.py
 
 
 class NotFinite(RuntimeError):
@@ -49,8 +51,7 @@ class NotFinite(RuntimeError):
 
 @dataclass(frozen=True)
 class Settings:
-    """How a run is done, beside its recipe: nothing here, apart from seed and precision, changes its numbers beyond
-    rounding.
+    """How a run is done, beside its recipe.
 
     out: the folder for everything. precision: one of recipes.PRECISIONS. parallel: how several processes share the
     work, "ddp" or "fsdp" (FSDP2, by block). recompute: what backward computes again rather than keeps, "none",
@@ -90,10 +91,8 @@ def processes(device: str) -> Iterator[torch.device]:
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         how = {"store": dist.PrefixStore(f"restart {attempt}", store), "rank": rank, "world_size": world}
     dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", **how)
-    try:
-        yield torch.device(device)
-    finally:
-        dist.destroy_process_group()
+    yield torch.device(device)
+    dist.destroy_process_group()  # not after an error: it may wait for what the others will never send
 
 
 class Trainer:
@@ -125,17 +124,18 @@ class Trainer:
         self.batches = Batches(len(training), recipe, settings.seed, 0, self.rank, self.world)
         self.steps = self.batches.steps_per_epoch * recipe.epochs
         self.facts = {"recipe": asdict(recipe), "seed": settings.seed, "precision": settings.precision}
-        self.facts |= {"images": len(training), "classes": training.classes, **(facts or {})}
+        self.facts |= {"classes": training.classes, "images": _digest(training), **(facts or {})}
         self._mean, self._std = self._channels(self.config.mean), self._channels(self.config.std)
         if teacher is not None:
             mean, std = (self._channels(values) for values in (teacher_mean, teacher_std))
             self._to_teacher = (self._std / std, (self._mean - mean) / std)
         self._augment_on_device()
-        self._flops = forward_flops(model)
+        self._try_augmentation()
+        self.flops = forward_flops(model)
         self._peak = peak_flops(self.device, settings.precision)
         self._wrap()
         self.step, self.best, self._losses = 0, -1.0, []
-        self._stopping = self._told = False
+        self._stopping, self._told = False, 0.0  # when the process was told to end
         self._skipped: set[str] = set()
 
     def _check(self) -> None:
@@ -153,6 +153,22 @@ class Trainer:
             )
         if self.config.in_chans != 3:
             raise ValueError(f"in_chans is {self.config.in_chans}, expected 3: images are read as RGB")
+
+    def _try_augmentation(self) -> None:
+        """What timm does not know, and what the teacher cannot take, is found here rather than at the first step."""
+        try:
+            augmentation(self.config, self.recipe)
+        except AssertionError as error:
+            raise ValueError(f"auto_augment is {self.recipe.auto_augment!r}, which timm does not know") from error
+        if self.teacher is None:
+            return
+        try:
+            with torch.no_grad():
+                shape = tuple(self.teacher(torch.zeros(1, 3, *self.config.img_size, device=self.device)).shape)
+        except (AssertionError, RuntimeError) as error:
+            raise ValueError(f"the teacher takes no images of {self.config.img_size}: {error}") from error
+        if shape != (1, self.config.num_classes):
+            raise ValueError(f"the teacher's output is {shape}, expected (1, {self.config.num_classes}), the classes")
 
     def _channels(self, values: tuple[float, ...]) -> torch.Tensor:
         return torch.tensor(values, device=self.device).view(1, -1, 1, 1)
@@ -184,18 +200,22 @@ class Trainer:
         recipe, settings, model = self.recipe, self.settings, self.model
         if model.config.distilled:
             model.set_distilled_training(self.teacher is not None)
+        if model.mask_token is not None:
+            model.mask_token.requires_grad_(False)  # nothing here is masked
         model.set_grad_checkpointing({"none": False, "blocks": True, "fc1": "fc1"}[settings.recompute])
         self.ema = copy.deepcopy(model).requires_grad_(False).eval() if recipe.ema else None
         if settings.precision == "bfloat16":
             model.to(torch.bfloat16)
         spread = self.world > 1 and settings.parallel == "fsdp"
         if spread:
+            from torch.distributed.device_mesh import init_device_mesh
             from torch.distributed.fsdp import fully_shard
 
+            mesh = init_device_mesh(self.device.type, (self.world,))
             for one in filter(None, (model, self.ema)):
-                for block in one.blocks:
-                    fully_shard(block)
-                fully_shard(one, reshard_after_forward=True)  # so that its parameters are always what is to be averaged
+                for part in (*one.blocks, one):
+                    # The whole too, so that its parameters are always what is to be averaged.
+                    fully_shard(part, mesh=mesh, reshard_after_forward=True)
         if settings.compile:
             model.compile()
         self._called: Callable = model
@@ -225,24 +245,42 @@ class Trainer:
 
     def resume(self) -> None:
         """Go on from the newest checkpoint in the folder, if there is one. Raises ValueError for one of another run."""
-        found = [checkpoints.newest(self.settings.out) if is_first() else None]
-        state = [checkpoints.read_state(found[0]) if found[0] else None]
+        found = [self._found() if is_first() else None]
         if self.world > 1:
             dist.broadcast_object_list(found, 0)
-            dist.broadcast_object_list(state, 0)
-        if found[0] is None:
+        path, state, reason = found[0]
+        if reason:
+            raise ValueError(reason)
+        if path is None:
             return
-        before, now = _flat(state[0]["facts"]), _flat(self.facts)
-        differ = [name for name in {**before, **now} if _as_json(before.get(name)) != _as_json(now.get(name))]
-        if differ:
-            changes = ", ".join(f"{name} {before.get(name)} (now {now.get(name)})" for name in differ)
-            raise ValueError(f"{found[0]} is of a run with {changes}; --no-resume starts anew")
-        checkpoints.load(found[0], self._models(), self.optimizer)
-        self.step, self.best = state[0]["step"], state[0]["best"]
-        self._scaler.load_state_dict(state[0]["scaler"])
-        self._losses = state[0]["losses"]
+        checkpoints.load(path, self._models(), self.optimizer)
+        self.step, self.best, self._losses = state["step"], state["best"], state["losses"]
+        self._scaler.load_state_dict(state["scaler"])
         if is_first():
             note(f"Going on after step {self.step} of {self.steps}.")
+            if state["world"] != self.world and self._chance_per_process:
+                note(f"There were {state['world']} processes, now {self.world}: mixing, erasing and drop path differ.")
+
+    def _found(self) -> tuple[Path | None, dict, str]:
+        """The newest checkpoint, its state without the optimizer's, and why it cannot be gone on from or ""."""
+        path = checkpoints.newest(self.settings.out)
+        if path is None:
+            return None, {}, ""
+        try:
+            state = checkpoints.read_state(path)
+            before, now = _flat(state["facts"]), _flat(self.facts)
+            differ = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+        except (ValueError, KeyError, AttributeError) as error:
+            return path, {}, f"{path} is no checkpoint of this version of fastvit: {error}"
+        if not differ:
+            return path, {name: value for name, value in state.items() if name != "optimizer"}, ""
+        changes = ", ".join(f"{name} {_short(before.get(name))} (now {_short(now.get(name))})" for name in differ)
+        return path, {}, f"{path} is of a run with {changes}; --no-resume starts anew"
+
+    @property
+    def _chance_per_process(self) -> bool:
+        """Whether processes draw random numbers of their own, beside those of each image."""
+        return bool(self.recipe.mixes or self.recipe.erase or self.recipe.drop_path or self.recipe.dropout)
 
     def run(self) -> None:
         """Do what is left of the run: all of it, and what an earlier one left in the folder goes, unless `resume` was
@@ -250,6 +288,9 @@ class Trainer:
         with self._told_to_stop():
             if is_first():
                 self._begin()
+            if self.world > 1:
+                dist.barrier()
+            self._skipped = lines_of(self.settings.out / "skipped.txt")
             self._log = log.Log(self.settings.out, self.step, self.steps) if is_first() else None
             batches = replace(self.batches, start=self.step)
             pin = self.device.type == "cuda"
@@ -262,12 +303,14 @@ class Trainer:
                     self._log.close()
 
     def _begin(self) -> None:
-        """Make the folder ready."""
+        """Make the folder ready: without what an earlier run left there, unless this one goes on with it."""
         out = self.settings.out
         out.mkdir(parents=True, exist_ok=True)
         if not self.step:
             checkpoints.remove_all(out)
-            (out / "skipped.txt").unlink(missing_ok=True)
+            for name in _LEFT:
+                for path in out.glob(name):
+                    path.unlink()
         write_json(out / "run.json", self.facts)
 
     def _run(self, batches: Iterator[Batch], profiler) -> None:
@@ -285,6 +328,7 @@ class Trainer:
             if ends or self.step % save_every == 0 or self._stopping:
                 while pending:
                     self._read(pending.popleft())
+                self._check_weights()
                 if ends:
                     self._end_of_epoch(began)
                     self._losses, began = [], time.monotonic()
@@ -296,7 +340,10 @@ class Trainer:
                         note(f"Stopped at step {self.step} of {self.steps}, which is saved: the same command goes on.")
                     raise KeyboardInterrupt
         if is_first():
-            write_atomically(self.settings.out / "curves.png", log.picture(self.settings.out))
+            try:
+                write_atomically(self.settings.out / "curves.png", log.picture(self.settings.out))
+            except ImportError:
+                note("No picture: matplotlib is not installed.")
 
     def _one_step(self, batches: Iterator[Batch]) -> dict:
         """Forward, backward and the optimizer for one batch; returns what is to be read of it later."""
@@ -307,7 +354,7 @@ class Trainer:
             batch = next(batches)
             self._note_skipped(batch)
             indices += batch.indices
-            seed = mixed(self.settings.seed, number, part, self.rank)
+            seed = mixed(self.settings.seed, number, _STEP, part, self.rank)
             random.seed(seed)
             np.random.seed(seed & 0xFFFFFFFF)
             torch.manual_seed(seed)
@@ -323,7 +370,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self._average()
         mine = total.float().reshape(1)
-        everyone = torch.cat([mine, torch.full_like(mine, float(self._told))])
+        everyone = torch.cat([mine, torch.full_like(mine, float(self._told > 0))])
         if self.world > 1:
             dist.all_reduce(everyone, dist.ReduceOp.SUM)
         numbers, event = torch.cat([mine, everyone]), None
@@ -387,7 +434,7 @@ class Trainer:
         self._read_at.append(time.monotonic())
         speed = self.recipe.batch_size * (len(self._read_at) - 1) / (self._read_at[-1] - self._read_at[0])
         if self._log is not None:
-            mfu = 3 * self._flops * speed / (self._peak * self.world)
+            mfu = 3 * self.flops * speed / (self._peak * self.world)
             epoch = (entry["step"] - 1) // self.batches.steps_per_epoch + 1
             self._log.step(
                 step=entry["step"], epoch=epoch, loss=loss, lr=entry["lr"], images_per_s=round(speed, 2),
@@ -404,15 +451,27 @@ class Trainer:
         write_atomically(path, names.encode(errors="surrogateescape"))
         return NotFinite(f"the loss of step {step} is {mine}; its images: {path}; {after}")
 
+    def _check_weights(self) -> None:
+        """Raise NotFinite for weights that the last step made infinite or no numbers, whatever its loss was."""
+        fine = torch.stack([_local(parameter.detach()).isfinite().all() for parameter in self.model.parameters()]).all()
+        fine = fine.float().reshape(1)
+        if self.world > 1:
+            dist.all_reduce(fine, dist.ReduceOp.MIN)
+        if not fine.item():
+            saved = checkpoints.newest(self.settings.out) or "none"
+            raise NotFinite(f"the weights are not finite after step {self.step}; the last good checkpoint: {saved}")
+
     def _note_skipped(self, batch: Batch) -> None:
-        """Say once of each image that it cannot be read; another took its place."""
-        for index, reason in batch.bad:
-            name = self.training.name(index)
-            if name not in self._skipped:
-                self._skipped.add(name)
-                note(f"skipped {reason}")
-                with open(self.settings.out / "skipped.txt", "a", errors="surrogateescape") as file:
-                    file.write(f"{reason}\n")
+        for _, reason in batch.bad:
+            self._skip(reason)
+
+    def _skip(self, reason: str) -> None:
+        """Say once of an image that it cannot be read."""
+        if reason not in self._skipped:
+            self._skipped.add(reason)
+            note(f"skipped {reason}")
+            with open(self.settings.out / "skipped.txt", "a", errors="surrogateescape") as file:
+                file.write(f"{reason}\n")
 
     # Epochs and checkpoints
 
@@ -443,13 +502,8 @@ class Trainer:
         )
         model.eval()
         with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
-            found = accuracy(model, loader, self.device, len(self.validation), self._note_skipped_validation)
+            found = accuracy(model, loader, self.device, len(self.validation), self._skip)
         return found["top1"], found["top5"]
-
-    def _note_skipped_validation(self, reason: str) -> None:
-        if reason not in self._skipped:
-            self._skipped.add(reason)
-            note(f"skipped {reason}")
 
     def _write_model(self, row: dict) -> None:
         """model.safetensors: the weights that did best in validation, averaged or not; without one, the last."""
@@ -476,18 +530,17 @@ class Trainer:
         if self._log is not None:
             self._log.flush()
         state = {"facts": self.facts, "best": self.best, "scaler": self._scaler.state_dict(), "losses": self._losses}
-        checkpoints.save(
-            self.settings.out, self.step, self._models(), self.optimizer, state, self.settings.keep
-        )  # fmt: skip
+        state["world"] = self.world
+        checkpoints.save(self.settings.out, self.step, self._models(), self.optimizer, state, self.settings.keep)
 
     @contextlib.contextmanager
     def _told_to_stop(self) -> Iterator[None]:
         """A first Ctrl-C or polite kill ends the run after a checkpoint, a second at once."""
 
         def stop(number, frame) -> None:
-            if self._told:
+            if self._told and time.monotonic() - self._told > _AT_ONCE:
                 raise KeyboardInterrupt
-            self._told = True
+            self._told = self._told or time.monotonic()
 
         here = threading.current_thread() is threading.main_thread()
         before = {n: signal.signal(n, stop) for n in (signal.SIGINT, signal.SIGTERM) if here}
@@ -552,5 +605,14 @@ def _flat(facts: dict) -> dict:
     return {**{name: value for name, value in facts.items() if name != "recipe"}, **recipe}
 
 
-def _as_json(value: object) -> object:
-    return list(value) if isinstance(value, tuple) else value
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 80 else f"{text[:60]}...{text[-17:]}"
+
+
+def _digest(source: Source) -> str:
+    """What tells labelled images from others, by their names and labels."""
+    found = hashlib.sha256()
+    for index in range(len(source)):
+        found.update(f"{Path(source.name(index)).name}\0{source.label(index)}\n".encode(errors="surrogateescape"))
+    return f"{len(source)}, {found.hexdigest()[:16]}"

@@ -7,6 +7,7 @@ epoch; here it moves at every step, on the same curve.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields, replace
 
 PRECISIONS = ("float32", "amp-bfloat16", "bfloat16", "amp-float16")
@@ -14,13 +15,13 @@ LOSSES = ("cross-entropy", "binary-cross-entropy")
 DISTILLATIONS = ("hard", "soft")
 
 
-def _value(default, help: str, least: float | None = 0, below: float | None = None, among: tuple[str, ...] = ()):
-    return field(default=default, metadata={"help": help, "least": least, "below": below, "among": among})
+def _value(default, help: str, least: float = 0, most: float = math.inf, among: tuple[str, ...] = ()):
+    return field(default=default, metadata={"help": help, "least": least, "most": most, "among": among})
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Every value of a training run. Images and rates are per optimizer step over all processes, not per process.
+    """Every value of a training run. Images are those of an optimizer step over all processes, not of each.
 
     Raises ValueError or TypeError naming the field, what came and what was expected.
     """
@@ -37,28 +38,28 @@ class Recipe:
     warmup_epochs: float = _value(5.0, "of a linear rise from warmup_lr")
     warmup_lr: float = _value(1e-6, "where the rise begins")
     weight_decay: float = _value(0.05, "of weights; biases, norms, tokens and positions have none")
-    layer_decay: float = _value(1.0, "factor of the learning rate from each layer to the one below; 1: none")
+    layer_decay: float = _value(1.0, "factor of the learning rate from each layer to the one below; 1: none", 0.01, 1)
     clip_grad: float = _value(0.0, "largest norm of all gradients; 0: not clipped")
     # Regularisation
-    drop_path: float = _value(0.1, "rate of stochastic depth in the last block; it grows from 0 linearly", 0, 1)
-    dropout: float = _value(0.0, "rate before the classifier", 0, 1)
-    ema: float = _value(0.99996, "decay of the averaged weights a step; 0: none are kept", 0, 1)
+    drop_path: float = _value(0.1, "rate of stochastic depth in the last block; it grows from 0 linearly", 0, 0.99)
+    dropout: float = _value(0.0, "rate before the classifier", 0, 0.99)
+    ema: float = _value(0.99996, "decay of the averaged weights a step; 0: none are kept", 0, 0.9999999)
     # The loss
     loss: str = _value("cross-entropy", "or a binary one for each class", among=LOSSES)
-    smoothing: float = _value(0.1, "label smoothing", 0, 1)
+    smoothing: float = _value(0.1, "label smoothing", 0, 0.99)
     mixup: float = _value(0.8, "alpha of the Beta distribution that mixes pairs of images; 0: off")
     cutmix: float = _value(1.0, "alpha for pasting a part of another image; 0: off")
-    mixup_prob: float = _value(1.0, "of a batch to be mixed or pasted at all", 0)
-    mixup_switch_prob: float = _value(0.5, "of pasting rather than mixing where both are on", 0)
+    mixup_prob: float = _value(1.0, "of a batch to be mixed or pasted at all", 0, 1)
+    mixup_switch_prob: float = _value(0.5, "of pasting rather than mixing where both are on", 0, 1)
     distillation: str = _value("hard", "the teacher's choice as a label, or its distribution", among=DISTILLATIONS)
-    distillation_alpha: float = _value(0.5, "the teacher's share of the loss", 0)
-    distillation_temperature: float = _value(3.0, "of soft distillation")
+    distillation_alpha: float = _value(0.5, "the teacher's share of the loss", 0, 1)
+    distillation_temperature: float = _value(3.0, "of soft distillation", 0.01)
     # Augmentation of single images
-    crop_scale: float = _value(0.08, "smallest share of the area that a random crop takes")
-    hflip: float = _value(0.5, "probability of mirroring", 0)
+    crop_scale: float = _value(0.08, "smallest share of the area that a random crop takes", 0.001, 1)
+    hflip: float = _value(0.5, "probability of mirroring", 0, 1)
     auto_augment: str = _value("rand-m9-mstd0.5-inc1", "timm's name of a policy; none: off")
     color_jitter: float = _value(0.4, "strength; timm leaves it out beside RandAugment")
-    erase: float = _value(0.25, "probability of erasing a rectangle with noise", 0)
+    erase: float = _value(0.25, "probability of erasing a rectangle with noise", 0, 1)
     repeats: int = _value(3, "times an image comes in an epoch, each augmented anew, of the fewer that then come", 1)
 
     def __post_init__(self):
@@ -69,19 +70,15 @@ class Recipe:
             if kind is str:
                 if said["among"] and value not in said["among"]:
                     raise ValueError(f"{entry.name} is {value!r}, expected one of {said['among']}")
-            elif not value >= said["least"] or value == float("inf"):
-                raise ValueError(f"{entry.name} is {value}, expected at least {said['least']}")
-            elif said["below"] is not None and value >= said["below"]:
-                raise ValueError(f"{entry.name} is {value}, expected less than {said['below']}")
+            elif not (said["least"] <= value <= said["most"] and math.isfinite(value)):
+                most = "" if said["most"] == math.inf else f" and at most {said['most']}"
+                raise ValueError(f"{entry.name} is {value}, expected at least {said['least']}{most}")
         if self.batch_size % self.accumulate:
             raise ValueError(f"accumulate is {self.accumulate}, expected a divisor of batch_size, {self.batch_size}")
         if self.loss == "binary-cross-entropy" and self.smoothing:
             raise ValueError(
                 f"smoothing is {self.smoothing}, expected 0 for {self.loss}: every mixed class counts as 1"
             )
-        for name in ("mixup_prob", "mixup_switch_prob", "distillation_alpha", "hflip", "erase"):
-            if getattr(self, name) > 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected at most 1")
 
     @property
     def peak_lr(self) -> float:
