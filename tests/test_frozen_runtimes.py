@@ -421,3 +421,25 @@ def test_models_of_timm_as_they_must_not_be():
     timm = pytest.importorskip("timm")
     with pytest.raises(TypeError, match="ResNet, expected a fastvit.VisionTransformer, or one of timm"):
         freeze(timm.create_model("resnet10t").eval())
+
+
+def test_processes_that_share_a_machine_are_not_pinned_to_the_same_cores(monkeypatch):
+    """OpenVINO's threads, where a process has fewer than there are cores: its first ones would be everyone's."""
+    need("openvino")
+    import os
+
+    import openvino
+
+    asked, compile_model = [], openvino.Core.compile_model
+
+    def watched(core, model, device, properties):
+        asked.append(properties)
+        return compile_model(core, model, device, properties)
+
+    monkeypatch.setattr(openvino.Core, "compile_model", watched)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(torch.get_num_threads() + 1))
+    freeze(model_of(), runtime="openvino", batch_sizes=(1,))
+    assert asked[-1]["ENABLE_CPU_PINNING"] is False and asked[-1]["INFERENCE_NUM_THREADS"] == torch.get_num_threads()
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(torch.get_num_threads()))
+    freeze(model_of(), runtime="openvino", batch_sizes=(1,))
+    assert asked[-1]["ENABLE_CPU_PINNING"] is True
