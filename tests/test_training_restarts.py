@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 
 import pytest
@@ -46,6 +47,16 @@ def test_killed_and_started_again(data, tmp_path, undisturbed):
     again.resume()
     again.run()
     assert again.step == 3 and len(losses(tmp_path)) == 3  # nothing was left to do
+
+    # Checkpoints are gone: what was trained is not replaced by another run, unless one says so.
+    shutil.rmtree(tmp_path / "step-3")
+    weights = (tmp_path / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match=r"is of a run with lr 0.003 \(now 0.001\).*--no-resume starts anew"):
+        trainer(data, tmp_path, FULL | {"epochs": 1, "lr": 1e-3}).resume()
+    (tmp_path / "run.json").unlink()
+    with pytest.raises(ValueError, match="has a model.safetensors of no run; --no-resume replaces it"):
+        trainer(data, tmp_path, FULL | {"epochs": 1}).resume()
+    assert (tmp_path / "model.safetensors").read_bytes() == weights
 
 
 def test_asked_to_end_it_saves_first(data, tmp_path, undisturbed):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
+import json
 import math
 import os
 import random
@@ -262,20 +263,30 @@ class Trainer:
                 note(f"There were {state['world']} processes, now {self.world}: mixing, erasing and drop path differ.")
 
     def _found(self) -> tuple[Path | None, dict, str]:
-        """The newest checkpoint, its state without the optimizer's, and why it cannot be gone on from or ""."""
-        path = checkpoints.newest(self.settings.out)
-        if path is None:
-            return None, {}, ""
+        """The newest checkpoint, its state without the optimizer's, and why this run cannot go on there or ""."""
+        out = self.settings.out
+        path = checkpoints.newest(out)
         try:
-            state = checkpoints.read_state(path)
-            before, now = _flat(state["facts"]), _flat(self.facts)
-            differ = [name for name in {**before, **now} if before.get(name) != now.get(name)]
-        except (ValueError, KeyError, AttributeError) as error:
-            return path, {}, f"{path} is no checkpoint of this version of fastvit: {error}"
+            state = {} if path is None else checkpoints.read_state(path)
+            before = state["facts"] if path else self._facts_of_folder()
+        except (ValueError, KeyError) as error:
+            return path, {}, f"{path or out} is of no run of this version of fastvit: {error}; --no-resume starts anew"
+        if before is None:
+            foreign = (out / "model.safetensors").exists()
+            return None, {}, f"{out} has a model.safetensors of no run; --no-resume replaces it" if foreign else ""
+        before, now = _flat(before), _flat(self.facts)
+        differ = [name for name in {**before, **now} if before.get(name) != now.get(name)]
         if not differ:
             return path, {name: value for name, value in state.items() if name != "optimizer"}, ""
         changes = ", ".join(f"{name} {_short(before.get(name))} (now {_short(now.get(name))})" for name in differ)
-        return path, {}, f"{path} is of a run with {changes}; --no-resume starts anew"
+        return path, {}, f"{path or out} is of a run with {changes}; --no-resume starts anew"
+
+    def _facts_of_folder(self) -> dict | None:
+        """What is in run.json: None without one, nothing for one that cannot be read."""
+        path = self.settings.out / "run.json"
+        with contextlib.suppress(ValueError):
+            return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        return {}
 
     @property
     def _chance_per_process(self) -> bool:
@@ -308,6 +319,7 @@ class Trainer:
         out.mkdir(parents=True, exist_ok=True)
         if not self.step:
             checkpoints.remove_all(out)
+        if not self.step and self._facts_of_folder() != self.facts:  # the same run will write the same
             for name in _LEFT:
                 for path in out.glob(name):
                     path.unlink()
