@@ -6,6 +6,7 @@ import contextlib
 import functools
 
 import torch
+from torch.utils._device import _device_constructors
 
 
 @contextlib.contextmanager
@@ -28,6 +29,9 @@ def poison_empty():
 
         return wrapper
 
+    # `with torch.device("meta")` knows what makes tensors by a list that is made once: of the originals, not of ours,
+    # or every tensor on "meta" would be real, and filled.
+    _device_constructors()
     places = [(torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty")]
     originals = [(owner, name, getattr(owner, name)) for owner, name in places]
     for owner, name, original in originals:
