@@ -22,7 +22,8 @@ from . import examples, report, workers
 from .accuracy import FACTOR, excess, floor, limit, precise, relative_rms, results
 
 SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-CASE_SECONDS = 60.0  # what no case takes, with a process's start and all its compiling, on a busy machine
+# What no case takes on a busy machine, with a process's start and all its compiling; and, on a CPU, in the interpreter.
+CASE_SECONDS, INTERPRETED_SECONDS = 60.0, 600.0
 OUT_OF_MEMORY = "OutOfMemoryError"
 
 
@@ -140,16 +141,17 @@ def run_in_processes(
 
     Cases of one op and dtype, which share kernels, run in one process; whole models, which compile the most, begin. A
     case that takes the GPU from its process (an illegal access) or ends it has failed, and the rest go on. One that
-    found no memory left beside the others, or takes longer than `CASE_SECONDS`, runs again at the end, alone and with
+    found no memory left beside the others, or takes longer than any should, runs again at the end, alone and with
     its kernels in Triton's cache.
     """
     waiting = {case.name: case for case in cases}
+    seconds = CASE_SECONDS if device.startswith("cuda") else INTERPRETED_SECONDS
     deadline = None if time_limit is None else time.monotonic() + time_limit
     for processes in (count, 1):
         groups: dict[tuple, list[str]] = {}
         for case in sorted(waiting.values(), key=lambda case: case.op != "model"):  # which compile the most
             groups.setdefault((case.op, case.dtype), []).append(case.name)
-        for outcome in workers.run(groups.values(), Server(device), processes, CASE_SECONDS, deadline):
+        for outcome in workers.run(groups.values(), Server(device), processes, seconds, deadline):
             case = waiting[outcome.task]
             result = Result(case, "failed", [], outcome.died) if outcome.died else Result(case, *outcome.result)
             if processes > 1 and result.reason.startswith((OUT_OF_MEMORY, workers.TOO_LONG)):

@@ -323,3 +323,17 @@ def test_resume_needs_a_results_file_of_verify(tmp_path, capsys):
     (tmp_path / "v.json").write_text("[]")
     assert cli.main(["verify", "--device", "cpu", "--resume", "--json", str(tmp_path / "v.json")]) == 2
     assert "not a results file of fastvit verify" in capsys.readouterr().err
+
+
+def test_a_slow_machine_is_no_hanging_kernel(monkeypatch):
+    """In the interpreter a whole model in float32 takes over a minute on some."""
+    given = {}
+
+    def run(groups, server, processes, seconds, deadline):
+        given[server.device] = seconds
+        return iter(())
+
+    monkeypatch.setattr(verify.workers, "run", run)
+    for device in ("cpu", "cuda:0"):
+        list(verify.run_in_processes([], device, 2))
+    assert given["cpu"] >= 10 * given["cuda:0"] > 0
