@@ -316,3 +316,17 @@ def test_a_photograph_run_that_is_done_is_not_done_again(quick, monkeypatch, tmp
     run.extra["interpreted"]["ok"] = False
     bench.record(settings, tmp_path, run)
     assert len(done) == 2
+
+
+def test_triton_is_not_there_before_the_interpreter_is_asked_for(tmp_path):
+    """In a process of its own, without what the tests put into the environment: `make bench` on a CPU."""
+    script = (
+        "import sys\n"
+        "from fastvit import cli, verify\n"
+        "def asked():\n"
+        "    sys.exit(7 if 'triton' in sys.modules else 6)\n"
+        "verify.use_interpreter = asked\n"
+        f"cli.main(['bench', '--device', 'cpu', '--output', {str(tmp_path)!r}])\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    assert subprocess.run([sys.executable, "-c", script], env=environment).returncode == 6

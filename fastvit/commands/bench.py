@@ -71,13 +71,15 @@ def _add_compare(commands: argparse._SubParsersAction) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     device = _common.checked_device(arguments.device)
-    from ..benchmarks import baselines, suites
+    from ..benchmarks import suites
     from ..models.registry import model_entry
 
     axes = {name: getattr(arguments, name) for name in ("quick", "img_sizes", "ops", "modes", "batches", "peers")}
     axes |= {"models": _common.models_named(arguments.models), "dtypes": _common.torch_dtypes(arguments.dtypes)}
     kind = suites
     if arguments.baselines:
+        from ..benchmarks import baselines  # Triton comes with it, and that not before `use_interpreter` below
+
         kind = baselines
         axes["models"] = arguments.models
         for name in ("quick", "img_sizes", "ops", "peers"):
