@@ -41,11 +41,11 @@ MAX_PIXELS = 80_000_000  # of a file, and of a resized image: 240 MB as RGB. A s
 
 
 class ImageBytes(io.BytesIO):
-    """An image file in memory. name: the file's, whose ending tells its kind."""
+    """An image file in memory. name: the file's, whose ending tells its kind; id: another one for it."""
 
-    def __init__(self, data: bytes, name: str):
+    def __init__(self, data: bytes, name: str, id: str | None = None):
         super().__init__(data)
-        self.name = name
+        self.name, self.id = name, id or name
 
 
 class ImageError(ValueError):

@@ -14,8 +14,8 @@ from PIL import Image
 from training_runs import ROOT, finish, start
 
 import fastvit
+from fastvit.images import read as read_image
 from fastvit.training import find
-from fastvit.training.data import Evaluation
 from fastvit.training.log import read
 
 pytestmark = pytest.mark.slow
@@ -67,9 +67,9 @@ def test_a_student_of_a_regnet_is_no_worse(digits, alone, tmp_path):
     from safetensors.torch import save_file
 
     config = fastvit.create_model("deit_tiny_patch16_224", img_size=32, patch_size=8, device="meta").config
-    source, prepare = find(digits, "train"), Evaluation(config)
+    source = find(digits, "train")
     mean, std = (torch.tensor(timm.get_pretrained_cfg("regnety_002").to_dict()[name]) for name in ("mean", "std"))
-    images = torch.stack([prepare(source.load(i)) for i in range(len(source))]).permute(0, 2, 3, 1) / 255
+    images = torch.stack([read_image(source.open(i), config) for i in range(len(source))]).permute(0, 2, 3, 1) / 255
     images = ((images - mean) / std).permute(0, 3, 1, 2).contiguous()
     labels = torch.tensor([source.label(i) for i in range(len(source))])
     torch.manual_seed(0)

@@ -159,7 +159,9 @@ def test_a_killed_run_goes_on(cluster, weights, folder, tmp_path, capsys):
         with subprocess.Popen(command, cwd=ROOT, env={**os.environ, "RAY_TMPDIR": temporary}) as process:
             until(lambda: len(finished(output)) >= 2 and begun(output))
             process.kill()
-        until(lambda: not actors_of(temporary))  # they end by themselves
+            for actor in actors_of(temporary):  # which else do some more before they hear of it
+                os.kill(actor, signal.SIGKILL)
+        until(lambda: not actors_of(temporary))
         before = {path: path.stat().st_mtime_ns for path in finished(output)}
         assert 2 <= len(before) < 11
     (folder / "39.png").unlink()  # and its unit changes, which was not done

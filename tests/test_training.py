@@ -17,7 +17,8 @@ from torch import nn
 from training_runs import CLASSES, FULL, PLAIN, SIZE, losses, trainer, write_images
 
 import fastvit
-from fastvit.images import ImageError
+from fastvit.images import ImageError, load_image
+from fastvit.images import read as read_image
 from fastvit.training import RECIPES, NotFinite, Recipe, find
 from fastvit.training.data import Batches, augmentation, epoch_order, training_loader
 from fastvit.training.evaluate import knn, linear_probe
@@ -154,12 +155,11 @@ def test_augmentation_is_timms(data):
     from timm.data import create_transform
 
     config = fastvit.create_model("vit_tiny_patch16_224", device="meta", **SIZE).config
-    image = Image.open(next((data / "train" / "box").iterdir())).convert("RGB")
     ours, theirs = augmentation(config, RECIPES["deit3"]), str(create_transform(
         16, True, scale=(0.08, 1.0), color_jitter=0.3, auto_augment="3a", interpolation="bicubic", mean=config.mean,
         use_prefetcher=True))  # fmt: skip
     assert str(ours.transform) == theirs and "GaussianBlur" in theirs
-    assert ours(image).shape == (3, 16, 16)
+    assert ours(next((data / "train" / "box").iterdir())).shape == (3, 16, 16)
 
 
 def test_no_bits_left_are_black(data):
@@ -200,7 +200,7 @@ def test_shards_and_datasets_give_what_the_folder_does(data, tmp_path):
     assert shards.name(13).endswith("1.tar:some/013")
     for index in range(24):
         assert shards.label(index) == folder.label(index)
-        assert shards.load(index).tobytes() == folder.load(index).tobytes()
+        assert load_image(shards.open(index)).tobytes() == load_image(folder.open(index)).tobytes()
 
 
 def test_hugging_face_datasets(data, tmp_path):
@@ -215,7 +215,8 @@ def test_hugging_face_datasets(data, tmp_path):
     datasets.DatasetDict(train=table, validation=table.select(range(5))).save_to_disk(str(tmp_path))
     found = find(tmp_path, "train")
     assert found.classes == folder.classes and len(found) == 24 and len(find(tmp_path, "val", found.classes)) == 5
-    assert all(found.load(i).tobytes() == folder.load(i).tobytes() for i in range(24))
+    for i in range(24):
+        assert load_image(found.open(i)).tobytes() == load_image(folder.open(i)).tobytes()
 
 
 def test_what_is_no_set_of_images(data, tmp_path):
@@ -259,9 +260,7 @@ def test_a_run_learns_and_leaves_its_files(data, tmp_path):
     model = fastvit.load_checkpoint(None, out / "model.safetensors").eval()
     assert model.config.num_heads == 3 and model.config.img_size == (16, 16) and model.num_classes == 3
     images = find(data, "val", list(CLASSES))
-    from fastvit.training.data import Evaluation
-
-    pixels = torch.stack([Evaluation(model.config)(images.load(i)) for i in range(9)])
+    pixels = torch.stack([read_image(images.open(i), model.config) for i in range(9)])
     right = (model(pixels).argmax(1) == torch.tensor([images.label(i) for i in range(9)])).float().mean().item()
     assert right == pytest.approx(run.best)
 
@@ -429,7 +428,7 @@ def test_unreadable_images_are_named_and_others_take_their_place(tmp_path, capsy
     assert len(losses(tmp_path / "out")) == 9
     source = find(data, "train")
     with pytest.raises(ImageError, match=bad.name):
-        source.load(source._files.index((bad, 1)))
+        load_image(source.open(source._files.index((bad, 1))))
 
 
 def test_a_loss_that_is_no_number_stops_the_run(data, tmp_path):

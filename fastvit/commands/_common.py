@@ -166,6 +166,13 @@ def check_writable(path: Path, what: str) -> Path:
     return path
 
 
+def stamp(path: Path) -> str:
+    """What tells the file at `path` from one that took its place."""
+    with as_usage_error(OSError):
+        status = path.stat()
+    return f"{path.resolve()}, {status.st_size} bytes, modified {status.st_mtime_ns} ns"
+
+
 def make_folder(path: Path, what: str) -> None:
     """Make a folder for results, with those above it."""
     try:

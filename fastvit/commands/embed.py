@@ -153,12 +153,10 @@ def _weights(arguments: argparse.Namespace) -> str:
         return "pretrained"
     from ..models.reading import weights_file
 
-    path = Path(weights_file(arguments.checkpoint)).resolve()
-    try:
-        status = path.stat()
-    except OSError:
-        raise UsageError(f"no checkpoint at {arguments.checkpoint}") from None
-    return f"{path}, {status.st_size} bytes, modified {status.st_mtime_ns} ns"
+    path = Path(weights_file(arguments.checkpoint))
+    if not path.exists():
+        raise UsageError(f"no checkpoint at {arguments.checkpoint}")
+    return _common.stamp(path)
 
 
 @contextlib.contextmanager

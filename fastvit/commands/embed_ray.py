@@ -24,23 +24,19 @@ import tarfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..report import first_line, note, progress, replacing, write_atomically, write_json
 from ._common import DONE, FAILED, UsageError, make_folder
 from ._model import MANY, SHARDS, Skipped, build, config_of, quiet_about_large_images, served, why_not_finite
 
+if TYPE_CHECKING:
+    from .. import images
+
 UNIT = 512  # images: what a killed actor costs, and the rows of a file
 TASKS = 4096  # at most, each of one unit or more: Ray's driver keeps some 10 kB for each
 ATTEMPTS = 4  # at a unit with which the process dies
 SAMPLE = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)")  # WebDataset's key and extension
-
-
-class ImageBytes(io.BytesIO):
-    """An image file in memory. id: its row's; name: the file's, whose ending tells its kind."""
-
-    def __init__(self, data: bytes, id: str, name: str):
-        super().__init__(data)
-        self.id, self.name = id, name
 
 
 def run(arguments: argparse.Namespace, facts: dict) -> int:
@@ -326,11 +322,11 @@ class Embed:
         root = Path(unit["root"])
         ids, rows, bad = [], [], []
 
-        def id_of(source: Path | ImageBytes) -> str:
-            return _text(source.id if isinstance(source, ImageBytes) else source.relative_to(root).as_posix())
+        def id_of(source: Path | images.ImageBytes) -> str:
+            return _text(source.id if isinstance(source, images.ImageBytes) else source.relative_to(root).as_posix())
 
         def skip(error: images.ImageError) -> None:
-            name = error.source.name if isinstance(error.source, ImageBytes) else error.source
+            name = error.source.name if isinstance(error.source, images.ImageBytes) else error.source
             bad.append((id_of(error.source), _text(str(error).removeprefix(f"{name}: "))))
 
         schema = pa.schema({"id": pa.string(), "features": pa.list_(pa.float32(), self.config.embed_dim)})
@@ -361,7 +357,7 @@ class Embed:
                 write()
             _write_bad(self.output / "bad" / path.name, bad)
 
-    def sources(self, unit: dict, root: Path, bad: list[tuple[str, str]]) -> Iterator[Path | ImageBytes]:
+    def sources(self, unit: dict, root: Path, bad: list[tuple[str, str]]) -> Iterator[Path | images.ImageBytes]:
         """The unit's images; what is none, and a file that breaks off, goes to `bad`."""
         name = unit["files"][0][0]
         if Path(name).suffix.lower() not in SHARDS:
@@ -371,9 +367,11 @@ class Embed:
             yield from (_rows(root / name, name, unit, bad) if "groups" in unit else _members(root / name, name))
 
 
-def _rows(path: Path, name: str, unit: dict, bad: list[tuple[str, str]]) -> Iterator[ImageBytes]:
+def _rows(path: Path, name: str, unit: dict, bad: list[tuple[str, str]]) -> Iterator[images.ImageBytes]:
     """The images in the unit's row groups of a Parquet file, by its column "id" or as "name:row"."""
     import pyarrow.parquet
+
+    from .. import images
 
     row = unit["row"]
     with pyarrow.parquet.ParquetFile(path) as file:
@@ -386,12 +384,12 @@ def _rows(path: Path, name: str, unit: dict, bad: list[tuple[str, str]]) -> Iter
                 if isinstance(image, dict):  # of the Hugging Face's datasets
                     image, kind = image.get("bytes"), image.get("path") or id
                 if isinstance(image, bytes):
-                    yield ImageBytes(image, id, kind)
+                    yield images.ImageBytes(image, kind, id)
                 else:
                     bad.append((_text(id), "no bytes of an image file in the column 'image'"))
 
 
-def _members(path: Path, name: str) -> Iterator[ImageBytes]:
+def _members(path: Path, name: str) -> Iterator[images.ImageBytes]:
     """The images in a .tar file, as "name:key", after a sample's first one with the extension."""
     from .. import images
 
@@ -402,7 +400,7 @@ def _members(path: Path, name: str) -> Iterator[ImageBytes]:
             if match and member.isfile() and Path(member.name).suffix.lower() in images.EXTENSIONS:
                 key = match[1] if match[1] != last else member.name
                 last = match[1]
-                yield ImageBytes(tar.extractfile(member).read(), f"{name}:{key}", member.name)
+                yield images.ImageBytes(tar.extractfile(member).read(), member.name, f"{name}:{key}")
 
 
 def _write_bad(path: Path, bad: list[tuple[str, str]]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import importlib.util
 import os
 from pathlib import Path
 
@@ -40,7 +41,9 @@ def add(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--eval-every", type=positive(int), default=1, metavar="EPOCHS")
     parser.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True,
                         help="go on from OUT's newest checkpoint, or start anew; it goes on if not said")  # fmt: skip
-    parser.add_argument("--profile", action="store_true", help="write a trace of three steps to OUT/trace.json")
+    parser.add_argument(
+        "--profile", action="store_true", help="write a trace of three steps, after five others, to OUT/trace.json"
+    )
     _add_recipe(parser)
 
 
@@ -51,7 +54,7 @@ def _seed(text: str) -> int:
 
 
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
-    """--recipe, and an option for every field of a recipe; torch is imported only once one of them is used."""
+    """--recipe, and an option for every field of a recipe."""
     group = parser.add_argument_group("recipe", "a preset, and values to change in it; all are shown at the start")
     group.add_argument("--recipe", default="deit", help="deit, deit-finetune, deit3 or deit3-finetune")
     from dataclasses import fields
@@ -85,11 +88,9 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError("--teacher needs --teacher-pretrained or --teacher-checkpoint FILE")
     from .. import torchvision_shim
 
+    if importlib.util.find_spec("timm") is None:
+        raise UsageError("training needs timm: pip install 'fastvit[train]'")
     torchvision_shim.install()
-    try:
-        import timm  # noqa: F401
-    except ImportError:
-        raise UsageError("training needs timm: pip install 'fastvit[train]'") from None
     from .. import training
 
     with _common.as_usage_error(ValueError, NotADirectoryError):
@@ -111,8 +112,8 @@ def run(arguments: argparse.Namespace) -> int:
             save_every=arguments.save_every or 0,
         )
         facts = {"data": str(arguments.data.resolve()), "model": arguments.model, "teacher": arguments.teacher}
-        with _common.as_usage_error(OSError):
-            facts |= {name: _file(getattr(arguments, name)) for name in ("checkpoint", "teacher_checkpoint")}
+        files = {name: getattr(arguments, name) for name in ("checkpoint", "teacher_checkpoint")}
+        facts |= {name: path and _common.stamp(path) for name, path in files.items()}
         facts |= {"img_size": list(model.config.img_size), "model_kwargs": " ".join(sorted(arguments.model_kwargs))}
         teacher, how = _teacher(arguments, len(images.classes), place)
         with _common.as_usage_error(ValueError):
@@ -178,14 +179,6 @@ def _teacher(arguments: argparse.Namespace, classes: int, device) -> tuple:
         )
     how = {f"teacher_{name}": tuple(teacher.pretrained_cfg[name]) for name in ("mean", "std")}
     return teacher.to(device).eval().requires_grad_(False), how
-
-
-def _file(path: Path | None) -> str | None:
-    """What tells a file from one that took its place."""
-    if path is None:
-        return None
-    status = path.stat()
-    return f"{path.resolve()}, {status.st_size} bytes, modified {status.st_mtime_ns} ns"
 
 
 def _show(arguments, recipe, preset, trainer, images, validation, precision) -> None:

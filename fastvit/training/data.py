@@ -7,6 +7,7 @@ many processes load them.
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import json
 import random
@@ -14,6 +15,7 @@ import signal
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,35 +30,31 @@ _SPLITS = {"train": ("train", "training"), "val": ("val", "validation", "valid",
 _MANY_BAD = 100  # images in a row that cannot be read: then it is not the images
 
 
-class Source:
-    """Labelled images: `classes`, the names of the classes; `label(i)`, `name(i)` and `open(i)`, what
-    `images.load_image` takes."""
+class Source(abc.ABC):
+    """Labelled images, by their index. classes: the names of the classes. numbered: whether labels are the model's own
+    numbers, of which not all have to be there."""
 
     classes: list[str]
-    numbered = False  # whether labels are the model's numbers, of which not all have to be there
+    numbered = False
 
-    def __len__(self) -> int:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def __len__(self) -> int: ...
 
-    def label(self, index: int) -> int:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def label(self, index: int) -> int: ...
 
-    def name(self, index: int) -> str:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def name(self, index: int) -> str: ...
 
+    @abc.abstractmethod
     def open(self, index: int) -> Path | images.ImageBytes:
-        raise NotImplementedError
-
-    def load(self, index: int):
-        """The image as Pillow's, RGB. Raises ImageError with its name."""
-        return images.load_image(self.open(index))
+        """What `images.load_image` takes."""
 
 
 class Folder(Source):
     """A folder with one folder of images, at any depth, for each class."""
 
     def __init__(self, folder: Path, classes: list[str] | None = None):
-        self.folder = folder
         found = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
         self.classes = found if classes is None else classes
         if unknown := sorted(set(found) - set(self.classes)):
@@ -274,7 +272,8 @@ class Batches:
 
 @dataclass
 class Batch:
-    """images, uint8 (B, 3, H, W); labels (B,); which images they are (B,); and why others of them could not be read."""
+    """images, uint8 (B, 3, H, W), their labels (B,) and indices, and the indices of those that could not be read, with
+    the reason."""
 
     images: torch.Tensor
     labels: torch.Tensor
@@ -286,15 +285,12 @@ class Batch:
         return self
 
 
-class Prepared(Dataset):
-    """Images of a source as uint8 tensors (3, H, W), by a pair (index, seed). In the place of one that cannot be read
-    comes the next that can."""
+class Read(Dataset):
+    """Images of a source as uint8 tensors (3, H, W), by a pair (index, seed), as `read` makes them of what
+    `images.load_image` takes. In the place of one that cannot be read comes the next that can."""
 
-    def __init__(self, source: Source, prepare: Callable):
-        self.source, self.prepare = source, prepare
-
-    def __len__(self) -> int:
-        return len(self.source)
+    def __init__(self, source: Source, read: Callable[[Path | images.ImageBytes], torch.Tensor]):
+        self.source, self.read = source, read
 
     def __getitem__(self, item: tuple[int, int]) -> tuple[torch.Tensor, int, int, list[tuple[int, str]]]:
         index, seed = item
@@ -304,7 +300,7 @@ class Prepared(Dataset):
             np.random.seed(seed & 0xFFFFFFFF)
             torch.manual_seed(seed)
             try:
-                return self.prepare(self.source.load(index)), self.source.label(index), index, bad
+                return self.read(self.source.open(index)), self.source.label(index), index, bad
             except images.ImageError as error:
                 bad.append((index, str(error)))
                 if len(bad) == min(_MANY_BAD, len(self.source)):
@@ -317,11 +313,11 @@ def _collate(samples: list[tuple]) -> Batch:
     return Batch(torch.stack(pixels), torch.tensor(labels), list(indices), [entry for some in bad for entry in some])
 
 
-def augmentation(config, recipe: Recipe) -> Callable:
-    """timm's augmentation of a recipe for a model of `config`, from a Pillow image to uint8 (3, H, W)."""
+def augmentation(config, recipe: Recipe) -> Augmented:
+    """timm's augmentation of a recipe for a model of `config`. Raises AssertionError for a policy it does not know."""
     from timm.data import create_transform
 
-    return _Augmentation(
+    return Augmented(
         create_transform(
             (3, *config.img_size),
             is_training=True,
@@ -336,8 +332,8 @@ def augmentation(config, recipe: Recipe) -> Callable:
     )
 
 
-class _Augmentation:
-    """timm's transform, whose pixels come as an array."""
+class Augmented:
+    """What `images.load_image` takes, through timm's transform, as uint8 (3, H, W)."""
 
     def __init__(self, transform: Callable):
         self.transform = transform
@@ -346,8 +342,8 @@ class _Augmentation:
                 if getattr(op, "name", "").startswith("Posterize"):
                     op.aug_fn = _posterize
 
-    def __call__(self, image) -> torch.Tensor:
-        return torch.as_tensor(np.ascontiguousarray(self.transform(image)))
+    def __call__(self, source: Path | images.ImageBytes) -> torch.Tensor:
+        return torch.as_tensor(np.ascontiguousarray(self.transform(images.load_image(source))))
 
 
 def _posterize(image, bits: int, **_):
@@ -356,35 +352,22 @@ def _posterize(image, bits: int, **_):
     return ImageOps.posterize(image, bits) if bits else Image.new(image.mode, image.size)
 
 
-class Evaluation:
-    """How images are prepared for a model of `config` without chance: as `fastvit embed` and `classify` do."""
-
-    def __init__(self, config):
-        self.config = config
-
-    def __call__(self, image) -> torch.Tensor:
-        config = self.config
-        return images.to_tensor(
-            images.resize_and_crop(image, config.img_size, config.crop_pct, config.interpolation, config.crop_mode)
-        )
-
-
 def training_loader(source: Source, config, batches: Batches, workers: int, pin: bool) -> DataLoader:
-    return _loader(Prepared(source, augmentation(config, batches.recipe)), batches, workers, pin)
+    return _loader(Read(source, augmentation(config, batches.recipe)), batches, workers, pin)
 
 
 def evaluation_loader(
     source: Source, config, batch_size: int, workers: int, pin: bool, rank: int = 0, world: int = 1
 ) -> DataLoader:
-    """Every image once; in process `rank` of `world` every world-th, and some of the first again at the end, so that
-    all have as many: `Batch.indices` tells them."""
+    """Every image once, prepared as `fastvit embed` and `classify` do; in process `rank` of `world` every world-th, and
+    some of the first again at the end, so that all have as many: `Batch.indices` tells them."""
     count = -(-len(source) // world)
     mine = [((rank + i * world) % len(source), 0) for i in range(count)]
     batches = [mine[i : i + batch_size] for i in range(0, count, batch_size)]
-    return _loader(Prepared(source, Evaluation(config)), batches, workers, pin)
+    return _loader(Read(source, partial(images.read, config=config)), batches, workers, pin)
 
 
-def _loader(dataset: Prepared, batches, workers: int, pin: bool) -> DataLoader:
+def _loader(dataset: Read, batches, workers: int, pin: bool) -> DataLoader:
     return DataLoader(
         dataset,
         batch_sampler=batches,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -19,9 +19,7 @@ def accuracy(
     processes all call it, each for its own images. Raises ValueError where no image can be read, and for an output that
     is not finite."""
     hits = torch.zeros(3, count)  # seen, top-1, top-5
-    for batch in loader:
-        for _, reason in batch.bad:
-            skip(reason)
+    for batch in _telling(loader, skip):
         logits = model(batch.images.to(device, non_blocking=True)).float()
         if not logits.isfinite().all():
             raise ValueError("the model's output is not finite")
@@ -44,13 +42,22 @@ def features(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Features (N, D), float32 on the CPU, and labels (N,) of the images that can be read."""
     rows, labels, seen = [], [], set()
-    for batch in loader:
-        for _, reason in batch.bad:
-            skip(reason)
+    for batch in _telling(loader, skip):
         fresh = [i for i, index in enumerate(batch.indices) if not (index in seen or seen.add(index))]
         rows.append(extract(batch.images.to(device, non_blocking=True)).float().cpu()[fresh])
         labels.append(batch.labels[fresh])
     return torch.cat(rows), torch.cat(labels)
+
+
+def _telling(loader: Iterable[Batch], skip: Callable[[str], None]) -> Iterator[Batch]:
+    """The batches, each image that cannot be read told once: a neighbour that cannot either meets it again."""
+    told = set()
+    for batch in loader:
+        for index, reason in batch.bad:
+            if index not in told:
+                told.add(index)
+                skip(reason)
+        yield batch
 
 
 def knn(

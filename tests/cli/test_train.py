@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from command_line import one_line, run
+from training_runs import CLASSES, PLAIN, SIZE, write_images
 
 import fastvit
-
-pytest.importorskip("timm")
-from training_runs import CLASSES, PLAIN, SIZE, write_images  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -87,9 +86,20 @@ def test_wrong_model_arguments(data, tmp_path, capsys):
 
 
 def test_validation_needs_the_models_classes(data, tmp_path, capsys):
-    import torch
-
     model = fastvit.create_model("vit_tiny_patch16_224", num_classes=10, depth=1, img_size=32)
     torch.save(model.state_dict(), tmp_path / "ten.pth")
     assert run("validate", data, "--checkpoint", tmp_path / "ten.pth", "--device", "cpu") == 2
     assert "has 10 classes" in one_line(capsys)
+
+
+def test_unreadable_images_are_named_once_and_left_out(tmp_path, capsys):
+    data = write_images(tmp_path / "data")
+    bad = sorted((data / "val" / "box").iterdir())[:2]  # neighbours
+    for path in bad:
+        path.write_text("no image")
+    model = fastvit.create_model("vit_tiny_patch16_224", num_classes=3, depth=1, img_size=32)
+    torch.save(model.state_dict(), tmp_path / "w.pth")
+    assert run("validate", data, "--checkpoint", tmp_path / "w.pth", "--device", "cpu", "--workers", "0", "--json") == 1
+    out, said = capsys.readouterr()
+    assert json.loads(out)["images"] == 7
+    assert [said.count(f"skipped {path}: not an image") for path in bad] == [1, 1]
