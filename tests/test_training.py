@@ -250,6 +250,11 @@ def test_a_run_learns_and_leaves_its_files(data, tmp_path):
     assert run.best > 0.6 and [row["epoch"] for row in epochs if row["top1"]] == ["10", "20", "30"]
     assert sorted(path.name for path in out.glob("step-*")) == ["step-84", "step-87", "step-90"]
     assert Image.open(out / "curves.png").size[0] > 800
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(out / "tensorboard")).Reload()
+    assert [event.value for event in board.Scalars("log/loss")] == pytest.approx(losses(out), rel=1e-6)
+    assert len(board.Scalars("epochs/top1")) == 3
 
     # The rate of every step is the cosine's after the warm-up, which is of 1.5 steps.
     for row in rows:
@@ -313,6 +318,24 @@ def test_averaged_weights(data, tmp_path):
 def test_parts_of_a_batch_add_up(data, tmp_path, short_losses):
     trainer(data, tmp_path, PLAIN | {"epochs": 1, "accumulate": 4}).run()
     assert losses(tmp_path) == pytest.approx(short_losses, rel=1e-5) and len(short_losses) == 3
+
+
+def test_pixels_are_normalised_in_the_model_or_before_mixing(data, tmp_path):
+    """As uint8 where nothing on the device changes them, else as floats, with the same mean and std."""
+    for name, recipe, kind in (("plain", {}, torch.uint8), ("mixed", {"mixup": 0.8, "mixup_prob": 0.0}, torch.float32)):
+        deit = {"name": "deit_tiny_patch16_224"}  # ImageNet's mean and std, another one for each channel
+        run, given = trainer(data, tmp_path / name, PLAIN | {"epochs": 1} | recipe, model=deit), []
+        run.model.register_forward_pre_hook(lambda module, args, given=given: given.append((module.training, args[0])))
+        run.run()
+        assert {images.dtype for training, images in given if training} == {kind}
+    assert run.config.mean != run.config.std != (0.5, 0.5, 0.5)
+    assert losses(tmp_path / "mixed") == pytest.approx(losses(tmp_path / "plain"), rel=1e-5)
+
+
+def test_a_trace_of_three_steps(data, tmp_path):
+    trainer(data, tmp_path, PLAIN, profile=True).run()
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert sum(event.get("name") == "Optimizer.step#AdamW.step" for event in events) == 3
 
 
 class Teacher(nn.Module):
