@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 import json
 import math
+import random
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -324,7 +326,7 @@ def test_pixels_are_normalised_in_the_model_or_before_mixing(data, tmp_path):
     """As uint8 where nothing on the device changes them, else as floats, with the same mean and std."""
     for name, recipe, kind in (("plain", {}, torch.uint8), ("mixed", {"mixup": 0.8, "mixup_prob": 0.0}, torch.float32)):
         deit = {"name": "deit_tiny_patch16_224"}  # ImageNet's mean and std, another one for each channel
-        run, given = trainer(data, tmp_path / name, PLAIN | {"epochs": 1} | recipe, model=deit), []
+        run, given = trainer(data, tmp_path / name, PLAIN | {"epochs": 1, "smoothing": 0.2} | recipe, model=deit), []
         run.model.register_forward_pre_hook(lambda module, args, given=given: given.append((module.training, args[0])))
         run.run()
         assert {images.dtype for training, images in given if training} == {kind}
@@ -375,6 +377,7 @@ class Stopped(Exception):
         ({"optimizer": "muon", "accumulate": 2}, {}),
         ({"dropout": 0.2}, {"precision": "bfloat16"}),
         ({"erase": 0.5, "mixup": 0.8}, {"precision": "amp-float16"}),
+        ({"erase": 0.5, "mixup": 0.8}, {"workers": 1}),  # images are then seeded in another process
     ],
 )
 def test_every_kind_of_run_goes_on_to_the_bit(data, tmp_path, recipe, settings):
@@ -400,14 +403,29 @@ def test_every_kind_of_run_goes_on_to_the_bit(data, tmp_path, recipe, settings):
     for file in ("model", "ema", "optimizer"):
         name = f"step-6/{file}.safetensors"
         assert (other / name).read_bytes() == (whole / name).read_bytes()
+    scalers = [json.loads((out / "step-6" / "state.json").read_text())["scaler"] for out in (whole, other)]
+    assert scalers[0] == scalers[1]
     best = [load_file(out / "model.safetensors") for out in (whole, other)]  # its head has its words in any order
     assert best[0].keys() == best[1].keys() and all(torch.equal(best[0][name], best[1][name]) for name in best[0])
     without_times = [[{**row, "seconds": ""} for row in read(out / "epochs.csv")] for out in (whole, other)]
     assert without_times[0] == without_times[1]
 
 
-def test_clipping_and_layer_decay(data, tmp_path):
-    run = trainer(data, tmp_path, PLAIN | {"clip_grad": 0.01, "layer_decay": 0.5, "epochs": 1})
+def test_no_two_steps_draw_the_same_numbers(data, tmp_path):
+    run, drawn = trainer(data, tmp_path, PLAIN | {"accumulate": 2}), set()
+    run.model.register_forward_pre_hook(
+        lambda module, args: (
+            drawn.add((torch.rand(()).item(), np.random.rand(), random.random())) if module.training else None
+        )
+    )
+    run.run()
+    assert len(drawn) == 18 and all(len(set(numbers)) == 18 for numbers in zip(*drawn, strict=True))
+
+
+@pytest.mark.parametrize("precision", ["float32", "amp-float16"])
+def test_clipping_and_layer_decay(data, tmp_path, precision):
+    recipe = PLAIN | {"clip_grad": 0.01, "layer_decay": 0.5, "epochs": 1}
+    run = trainer(data, tmp_path, recipe, precision=precision)
     scales = {group["lr_scale"] for group in run.optimizer.param_groups}
     assert scales == {0.125, 0.25, 0.5, 1.0}  # the patches, two blocks, the classifier
     step, norms = run.optimizer.step, []

@@ -49,12 +49,15 @@ def test_from_images_to_classes(data, tmp_path, capsys):
     frozen.save(tmp_path / "frozen.safetensors")
     fastvit.load_frozen(tmp_path / "frozen.safetensors")
 
-    # A larger size, from there: positions are resampled.
-    more = ("--checkpoint", weights)
-    again = arguments(data, tmp_path / "larger", *more, epochs=1)
+    # A larger size, from there, and to nowhere with a learning rate of 0: positions are resampled.
+    still = {"epochs": 1, "lr": 0.0, "min_lr": 0.0, "warmup_lr": 0.0}
+    again = arguments(data, tmp_path / "larger", "--checkpoint", weights, **still)
     again[again.index("--img-size") + 1] = "24"
     assert run(*again) == 0
-    assert fastvit.load_checkpoint(None, tmp_path / "larger" / "model.safetensors").config.img_size == (24, 24)
+    larger = fastvit.load_checkpoint(None, tmp_path / "larger" / "model.safetensors")
+    assert larger.config.img_size == (24, 24)
+    before = fastvit.load_checkpoint(None, weights)
+    torch.testing.assert_close(larger.blocks.state_dict(), before.blocks.state_dict(), rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize(
