@@ -422,9 +422,9 @@ def test_no_two_steps_draw_the_same_numbers(data, tmp_path):
     assert len(drawn) == 18 and all(len(set(numbers)) == 18 for numbers in zip(*drawn, strict=True))
 
 
-@pytest.mark.parametrize("precision", ["float32", "amp-float16"])
-def test_clipping_and_layer_decay(data, tmp_path, precision):
-    recipe = PLAIN | {"clip_grad": 0.01, "layer_decay": 0.5, "epochs": 1}
+@pytest.mark.parametrize("precision, optimizer", [("float32", "adamw"), ("amp-float16", "lamb")])
+def test_clipping_and_layer_decay(data, tmp_path, precision, optimizer):
+    recipe = PLAIN | {"clip_grad": 0.01, "layer_decay": 0.5, "epochs": 1, "optimizer": optimizer}
     run = trainer(data, tmp_path, recipe, precision=precision)
     scales = {group["lr_scale"] for group in run.optimizer.param_groups}
     assert scales == {0.125, 0.25, 0.5, 1.0}  # the patches, two blocks, the classifier
