@@ -4,6 +4,8 @@ VENV := .venv
 # The oldest Triton that is supported, and the newest release: each alone in a folder that goes before $(VENV)'s own on
 # the path.
 TRITONS := 3.6.0 3.9.0
+# Of timm and transformers the oldest whose blocks `fastvit.accelerate` knows; in $(VENV)-newest whatever is newest.
+OLDEST := timm==1.0.15 transformers==4.57.6 tokenizers==0.22.2 huggingface-hub==0.36.2
 # numpy's and torch's threads would fight the test processes, and the interpreter's small arrays gain nothing by them.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 
@@ -36,10 +38,12 @@ verify: $(VENV)/.bench
 	@mkdir -p results
 	@$(VENV)/bin/fastvit verify --json results/verify.json
 
-test: $(VENV)/.test $(VENV)-static-$(firstword $(TRITONS))/.installed
+test: $(VENV)/.test $(VENV)-static-$(firstword $(TRITONS))/.installed $(VENV)-oldest/.installed
 	@$(ONE_THREAD) $(VENV)/bin/pytest -n 2 -q
 
-test-all: $(VENV)/.test $(VENV)-static-$(firstword $(TRITONS))/.installed
+test-all: $(VENV)/.test $(VENV)-static-$(firstword $(TRITONS))/.installed $(VENV)-oldest/.installed
+	@$(INTO) $(VENV)-newest timm transformers tokenizers huggingface-hub
+	@touch $(VENV)-newest/.installed
 	@$(ONE_THREAD) $(VENV)/bin/pytest -n 2 -q --slow
 
 # The stamps: made anew when what they install changes. Tests need all that the benchmark needs.
@@ -69,9 +73,16 @@ static: $(TRITONS:%=$(VENV)-static-%/.installed) $(PLACE)/fastvit
 	cd $(PLACE) && $(abspath $(VENV))/bin/python -m fastvit.benchmarks.static.pages \
 		$(CURDIR)/docs/static $(TRITONS:%=$(CURDIR)/results/static/%.json) && exit $$status
 
+INTO := $(VENV)/bin/python -m pip install -qq --disable-pip-version-check --no-deps --upgrade --target
+
 $(VENV)-static-%/.installed: $(VENV)/.bench
 	@echo "installing Triton $* in $(@D)"
-	@$(VENV)/bin/python -m pip install -qq --disable-pip-version-check --no-deps --upgrade --target $(@D) triton==$*
+	@$(INTO) $(@D) triton==$*
+	@touch $@
+
+$(VENV)-oldest/.installed: $(VENV)/.bench
+	@echo "installing $(OLDEST) in $(@D)"
+	@$(INTO) $(@D) $(OLDEST)
 	@touch $@
 
 # Under nine minutes, with what it takes to stop a step that hangs. A second call goes on from there.
@@ -99,4 +110,4 @@ pages: $(VENV)/.bench
 	@$(VENV)/bin/python -m fastvit.benchmarks.report.summary
 
 clean:
-	rm -rf $(VENV) $(TRITONS:%=$(VENV)-static-%) build dist results *.egg-info .pytest_cache .benchmarks
+	rm -rf $(VENV) $(TRITONS:%=$(VENV)-static-%) $(VENV)-oldest $(VENV)-newest build dist results *.egg-info .pytest_cache .benchmarks

@@ -9,10 +9,10 @@ from contextlib import ExitStack
 import torch
 from torch import nn
 
+from .dropin.forwards import known_forward
 from .dropin.swap import original_class
 from .nn.attention import Attention, masks
 from .nn.block import block_indices
-from .nn.layers import timm_layer
 from .reference.ops import attention_probabilities, rotate
 
 
@@ -32,10 +32,9 @@ def attention_maps(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}, expected a torch.nn.Module")
-    known = (Attention, timm_layer("Attention"))
-    layers = [module for module in model.modules() if (original_class(module) or type(module)) in known]
+    layers = [module for module in model.modules() if _is_known(original_class(module) or type(module))]
     if not layers:
-        raise ValueError(f"model, a {type(model).__name__}, has no fastvit.nn.Attention and no timm.layers.Attention")
+        raise ValueError(f"model, a {type(model).__name__}, has no attention layers of fastvit's or timm's")
     chosen = [layers[index] for index in sorted(set(block_indices(indices, len(layers))))]
 
     given, maps = {}, []
@@ -61,6 +60,10 @@ def attention_maps(
     if len(maps) != len(chosen):
         raise ValueError(f"model ran {len(maps)} attention layers, expected each of the {len(chosen)} chosen ones once")
     return maps
+
+
+def _is_known(cls: type[nn.Module]) -> bool:
+    return cls is Attention or known_forward(cls) == "timm attention"
 
 
 def _options_given(attn_mask=None, is_causal=False, rope=None, **_):

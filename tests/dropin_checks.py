@@ -44,10 +44,10 @@ def errors(family: Family, dtype: torch.dtype, model=None) -> dict[str, tuple[fl
     assert [value.dtype for value in after.values()] == [value.dtype for value in before.values()]
 
     def error(found, name):
-        if not name.endswith("k_proj.bias"):
+        if not name.endswith(("k_proj.bias", "attention.key.bias")):
             return relative_rms(found[name], truth[name])
         # Softmax cannot see it: its gradient is zero, and what is left of it is judged beside its like of the queries.
-        size = truth[name.replace("k_proj", "q_proj")].norm()
+        size = truth[name.replace("k_proj", "q_proj").replace("key", "query")].norm()
         return (found[name].double().norm() / size).item()
 
     return {name: (error(after, name), error(before, name)) for name in truth}

@@ -298,6 +298,31 @@ def test_recorded_outputs_of_transformers(name):
 
 
 @torch.no_grad()
+def test_a_forward_of_its_own():
+    """A block's that somebody put there is the one that runs; its class's, which transformers 4 leaves there, is not in
+    the way of the ops, nor of the way back."""
+    model, other = VIT.model(), VIT.model()
+    for which in (model, other):
+        which.blocks[0].forward = lambda x, **_: 2 * x
+    entries = fastvit.accelerate(model, modules=("block",)).left_alone
+    assert [(entry.name, entry.reason) for entry in entries] == [("blocks.0", "it has a forward of its own")]
+    with fastvit.use_backend("triton"):
+        got = VIT.run(model, images())
+    torch.testing.assert_close(got, VIT.run(other, images()), rtol=1e-4, atol=1e-4)
+
+    model, other = pair(DINOV2)
+    for block in model.encoder.layer:
+        block.attention.forward, block.forward = block.attention.forward, block.forward
+    assert ops_of(lambda: DINOV2.run(model, images())) == BLOCKS
+    assert ops_of(lambda: DINOV2.run(fastvit.restore(model), images())) == []
+    for block in other.encoder.layer:
+        block.forward = block.forward
+    fastvit.accelerate(other, modules=("block",))
+    assert ops_of(lambda: DINOV2.run(other, images())) == BLOCKS
+    assert ops_of(lambda: DINOV2.run(copy.deepcopy(other), images())) == BLOCKS
+
+
+@torch.no_grad()
 def test_what_else_transformers_layers_are_asked_for():
     """Causal attention by an argument that goes on to it; probabilities of attention that is swapped alone."""
     model, other = pair(DINOV2)

@@ -180,7 +180,7 @@ class Unused(nn.Module):
     "call, error, text",
     [
         (lambda m, x: attention_maps("vit", x), TypeError, "model is a str, expected a torch.nn.Module"),
-        (lambda m, x: attention_maps(nn.Linear(3, 3), x), ValueError, "model, a Linear, has no fastvit.nn.Attention"),
+        (lambda m, x: attention_maps(nn.Linear(3, 3), x), ValueError, "model, a Linear, has no attention layers of"),
         (lambda m, x: attention_maps(m, x, 4), ValueError, "indices is 4, expected a number of blocks from 1 to 3"),
         (lambda m, x: attention_maps(m, x, 0), ValueError, "indices is 0, expected a number of blocks from 1 to 3"),
         (lambda m, x: attention_maps(m, x, [3]), ValueError, r"indices is \[3\], expected block numbers from -3 to 2"),

@@ -6,13 +6,15 @@ import copy
 import inspect
 import io
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
 
+from fastvit.nn.layers import forward_is_its_classes, submodules
 from fastvit.report import Table
 
+from .forwards import known_forward
 from .layouts import (
     ATTENTIONS,
     BLOCKS,
@@ -32,7 +34,7 @@ from .layouts import (
     known_layout,
 )
 from .plans import AttentionPlan, BlockPlan, Branch, MlpPlan, PatchPlan, Plan, SequencePlan, is_patch_projection, plain
-from .swap import is_wrapped, original_class, swapped_class, swapped_kind
+from .swap import is_wrapped, original_class, swap, swapped_class, swapped_kind
 
 _NOTHING = "it has no module that fastvit knows"
 KINDS = ("patch_embed", "attention", "mlp", "block")
@@ -131,7 +133,7 @@ def accelerate(
     for _, name, plan in found:
         if plan is not None:
             module = model.get_submodule(name)
-            module.__class__ = swapped_class(type(module), plan)
+            swap(module, swapped_class(type(module), plan))
     return summary
 
 
@@ -150,7 +152,7 @@ def restore(model: nn.Module) -> nn.Module:
             raise ValueError(f"{where} is a {type(module).__name__} now, which no longer can be restored")
     for module in model.modules():
         if (original := original_class(module)) is not None:
-            module.__class__ = original
+            swap(module, original)
     return model
 
 
@@ -176,7 +178,7 @@ def _find(model: nn.Module, kinds: list[str]) -> Iterator[tuple[Entry | None, st
             widths |= _widths(module)
             selves.add(module._modules.get(block.attention))
             for kind in [kind for kind in ("block", "mlp") if kind in kinds]:
-                part = where if kind == "block" else f"{where}.{block.mlp}"
+                part = where if kind == "block" or not block.mlp else f"{where}.{block.mlp}"
                 entry, plan = _tried(part, kind, cls, _PLANNERS[kind], module)
                 yield entry, name, plan
                 if plan is None:
@@ -225,6 +227,8 @@ def _prefix(name: str) -> str:
 
 def _tried(where: str, kind: str, cls: str, planner: Callable, module: nn.Module) -> tuple[Entry, Plan | None]:
     try:
+        if not forward_is_its_classes(module):
+            raise NotTaken("it has a forward of its own")
         plan, options = planner(module)
     except NotTaken as reason:
         return Entry(where, kind, cls, False, reason=str(reason)), None
@@ -251,8 +255,16 @@ def _widths(block: nn.Module) -> set[int]:
     return {norm.normalized_shape[-1] for norm in block.children() if isinstance(norm, nn.LayerNorm)}
 
 
+def _has(module: nn.Module, name: str) -> nn.Module | None:
+    """The module inside, itself for ""; None where there is none."""
+    try:
+        return module.get_submodule(name)
+    except AttributeError:
+        return None
+
+
 def _part(module: nn.Module, name: str, test: Callable[[nn.Module], bool], expected: str) -> nn.Module:
-    part = module._modules.get(name)
+    part = _has(module, name)
     if part is None or not test(part):
         raise NotTaken(f"its {name} is a {type(part).__name__}, expected {expected}")
     return part
@@ -260,7 +272,7 @@ def _part(module: nn.Module, name: str, test: Callable[[nn.Module], bool], expec
 
 def _inner(block: nn.Module, name: str, layouts: dict):
     """The module `name` of a block, and its layout."""
-    inner = block._modules.get(name)
+    inner = _has(block, name)
     if inner is not None and swapped_kind(inner) is not None:
         raise NotTaken(f"its {name} is accelerated already")
     layout = None if inner is None else known_layout(layouts, inner)
@@ -271,61 +283,75 @@ def _inner(block: nn.Module, name: str, layouts: dict):
     return inner, layout
 
 
-def _layers(inner: nn.Module, linear: Iterable[str], dropouts: Iterable[str], nothing: Iterable[str]) -> None:
+def _layers(inner: nn.Module, linear: tuple[str, ...], layout: AttentionLayout | MlpLayout) -> tuple[str, ...]:
+    """Look at linear layers, and at what else a call goes through, of which the names are returned."""
     for name in linear:
         _part(inner, name, is_linear, "nn.Linear")
-    for name in dropouts:
+    # What a library's older version has not.
+    nothing = tuple(name for name in layout.nothing if hasattr(inner, name))
+    for name in layout.dropouts:
         _part(inner, name, is_dropout, "nn.Dropout")
     for name in nothing:
         _part(inner, name, is_nothing, "nn.Identity")
+    for name, known in layout.inside:
+        _part(inner, name, lambda part, known=known: known_forward(type(part)) == known, "one that is known")
+    return (*layout.dropouts, *nothing, *[name for name, _ in layout.inside])
+
+
+def _named(inner: str, names: Iterable[str]) -> tuple[str, ...]:
+    """The names of an inner module's parts in the module around it."""
+    return tuple(f"{_prefix(inner)}{name}" for name in names)
 
 
 def _after(block: nn.Module, layout: BlockLayout, number: int) -> dict:
     """The part of a `Branch` that comes after the module inside it."""
-    found: dict = {"after": layout.dropouts, "layer_scale": None, "drop_path": None}
-    _layers(block, (), layout.dropouts, ())
+    found: dict = {"others": layout.dropouts, "layer_scale": None, "drop_path": None}
+    for name in layout.dropouts:
+        _part(block, name, is_dropout, "nn.Dropout")
     if layout.layer_scales and layout.layer_scales[number] in block._parameters:
         found["layer_scale"] = ("", layout.layer_scales[number])
     elif layout.layer_scales and getattr(block, layout.layer_scales[number], block) is not None:
         name = layout.layer_scales[number]
         module = _part(block, name, is_layer_scale, "a layer-scale")
-        found["after"] += (name,)
+        found["others"] += (name,)
         found["layer_scale"] = None if is_nothing(module) else (name, gamma_name(module))
     if layout.drop_paths:
         name = layout.drop_paths[number]
         module = _part(block, name, is_drop_path, "drop path")
-        found["after"] += (name,)
+        found["others"] += (name,)
         found["drop_path"] = None if is_nothing(module) else (name, draw_of(module))
     return found
 
 
-def _branch(block: nn.Module, norm: str, inner: str, layers: tuple[str, ...], after: dict) -> Branch:
+def _branch(block: nn.Module, norm: str, inner: str, layers, others, after: dict) -> Branch:
+    """layers and others as in `Branch`, of the module `inner`."""
     _part(block, norm, is_norm, "a LayerNorm with weight and bias")
-    branch = Branch(norm, inner, layers, **after)
+    others = (*((inner,) if inner else ()), *_named(inner, others), *after["others"])
+    branch = Branch(norm, _named(inner, layers), **{**after, "others": others})
     modules = branch.modules(block)
     for module in modules:
         if not plain(module._parameters.values()):
             kinds = sorted({type(p).__name__ for p in module._parameters.values() if not plain([p])})
             raise NotTaken(f"it holds {', '.join(kinds)}, quantised or distributed")
-    return Branch(norm, inner, layers, **after, roles=tuple((type(module),) for module in modules))
+    return replace(branch, roles=tuple((type(module),) for module in modules))
 
 
 def _first(block: nn.Module, layout: BlockLayout, attention: nn.Module, inside: AttentionLayout) -> Branch:
     names = (*inside.qkv, inside.proj)
-    _layers(attention, names, inside.dropouts, inside.nothing)
-    layers = (*names, *inside.dropouts, *inside.nothing)
-    return _branch(block, layout.norm1, layout.attention, layers, _after(block, layout, 0))
+    others = _layers(attention, names, inside)
+    return _branch(block, layout.norm1, layout.attention, names, others, _after(block, layout, 0))
 
 
 def _second(block: nn.Module, layout: BlockLayout) -> tuple[Branch, MlpLayout, str]:
     mlp, inside = _inner(block, layout.mlp, MLPS)
-    _layers(mlp, (*inside.fc1, inside.fc2), inside.dropouts, inside.nothing)
+    others = _layers(mlp, (*inside.fc1, inside.fc2), inside)
     acts = (inside.act,) if inside.act else ()
-    activation = activation_of(_part(mlp, inside.act, lambda act: True, "an activation")) if acts else "silu"
+    act = _part(mlp, inside.act, lambda act: True, "an activation") if acts else None
+    activation = activation_of(act) if acts else "silu"
     if activation is None:
-        raise NotTaken(f"its activation is a {type(mlp._modules[inside.act]).__name__}, which the ops have not")
-    layers = (*inside.fc1, *acts, inside.fc2, *inside.dropouts, *inside.nothing)
-    branch = _branch(block, layout.norm2, layout.mlp, layers, _after(block, layout, 1))
+        raise NotTaken(f"its activation is a {type(act).__name__}, which the ops have not")
+    layers = (*inside.fc1, *acts, inside.fc2)
+    branch = _branch(block, layout.norm2, layout.mlp, layers, others, _after(block, layout, 1))
     return branch, inside, activation
 
 
@@ -334,9 +360,9 @@ def _block_plan(block: nn.Module) -> tuple[BlockPlan, str]:
     attention, inside = _inner(block, layout.attention, ATTENTIONS)
     first = _first(block, layout, attention, inside)
     second, mlp, activation = _second(block, layout)
-    dim, heads = block._modules[layout.norm1].normalized_shape, getattr(attention, inside.heads)
-    rows = [attention.in_proj_weight] if not inside.qkv else [attention._modules[name].weight for name in inside.qkv]
-    proj = attention._modules[inside.proj].weight
+    dim, heads = block._modules[layout.norm1].normalized_shape, inside.num_heads(attention)
+    rows = [layer.weight for layer in submodules(attention, inside.qkv)] or [attention.in_proj_weight]
+    proj = attention.get_submodule(inside.proj).weight
     if len(dim) != 1 or sum(w.shape[0] for w in rows) != 3 * dim[0] or tuple(proj.shape) != dim * 2 or dim[0] % heads:
         raise NotTaken("its attention's width is not its own")
     plan = BlockPlan(layout, inside, mlp, first, second, activation)
@@ -348,14 +374,13 @@ def _block_plan(block: nn.Module) -> tuple[BlockPlan, str]:
 def _mlp_plan(block: nn.Module) -> tuple[MlpPlan, str]:
     layout = known_layout(BLOCKS, block)
     second, mlp, activation = _second(block, layout)
-    inner = block._modules[layout.mlp]
-    if len(mlp.fc1) > 1 or inner._modules[mlp.fc1[0]].out_features != inner._modules[mlp.fc2].in_features:
+    fc1, fc2 = submodules(block.get_submodule(layout.mlp), (mlp.fc1[0], mlp.fc2))
+    if len(mlp.fc1) > 1 or fc1.out_features != fc2.in_features:
         raise NotTaken("it is gated, which only whole blocks may be")
     first = _after(block, layout, 0)
     if first["layer_scale"] and not first["layer_scale"][0]:
         raise NotTaken("its layer-scale is no module, which only whole blocks may have")
-    before = first["after"]
-    plan = MlpPlan(layout, mlp, second, before, activation)
+    plan = MlpPlan(layout, mlp, second, first["others"], activation)
     return plan, ", ".join([_eps(block, layout.norm2), activation, *_branch_options(block, second)])
 
 
@@ -364,16 +389,15 @@ def _attention_plan(attention: nn.Module) -> tuple[AttentionPlan, str]:
     if reason := layout.refuse(attention):
         raise NotTaken(reason)
     names = (*layout.qkv, layout.proj)
-    _layers(attention, names, layout.dropouts, layout.nothing)
-    layers = (*names, *layout.dropouts, *layout.nothing)
-    rows = {attention._modules[name].out_features for name in layout.qkv}
-    if len(rows) > 1 or sum(rows) % getattr(attention, layout.heads):
+    names += _layers(attention, names, layout)
+    rows, heads = {layer.out_features for layer in submodules(attention, layout.qkv)}, layout.num_heads(attention)
+    if len(rows) > 1 or sum(rows) % heads:
         raise NotTaken("its queries, keys and values have not all as many heads")
     if not plain(attention.parameters()):
         raise NotTaken("its weights are quantised or distributed")
-    roles = tuple((type(attention._modules[name]),) for name in layers)
-    options = f"{getattr(attention, layout.heads)} heads, {_bias('qkv bias', _qkv_biases(attention, layout))}"
-    return AttentionPlan(layout, layers, roles), options
+    roles = tuple((type(module),) for module in submodules(attention, names))
+    options = f"{heads} heads, {_bias('qkv bias', _qkv_biases(attention, layout))}"
+    return AttentionPlan(layout, names, roles), options
 
 
 _PLANNERS = {"block": _block_plan, "mlp": _mlp_plan}
@@ -391,7 +415,7 @@ def _eps(block: nn.Module, *norms: str) -> str:
 def _qkv_biases(attention: nn.Module, layout: AttentionLayout) -> list[torch.Tensor | None]:
     if layout.biases is not None:
         return layout.biases(attention)
-    return [attention._modules[name].bias for name in layout.qkv] or [attention.in_proj_bias]
+    return [layer.bias for layer in submodules(attention, layout.qkv)] or [attention.in_proj_bias]
 
 
 def _bias(what: str, bias) -> str:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import attrgetter
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,9 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from fastvit.nn.layers import FUSED_ACTIVATION, activation_name, sample_scale
 
 from .forwards import known_forward
+
+# Names of modules and attributes are those in the module that a layout is of, deeper ones by dots, "" itself. inside:
+# modules between it and its layers, and the names in KNOWN that their forward passes must have.
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,15 @@ class AttentionLayout:
     dropouts: tuple[str, ...] = ()
     nothing: tuple[str, ...] = ()
     biases: Callable[[nn.Module], list[torch.Tensor | None]] | None = None
+    inside: tuple[tuple[str, str], ...] = ()
+
+    def num_heads(self, attention: nn.Module) -> int:
+        """How many heads a module has."""
+        return attrgetter(self.heads)(attention)
+
+    def dropping(self, attention: nn.Module) -> bool:
+        """Whether its rate of dropout is at work."""
+        return self.rate is not None and attention.training and attrgetter(self.rate)(attention) > 0
 
 
 @dataclass(frozen=True)
@@ -56,14 +69,16 @@ class MlpLayout:
     dropouts: tuple[str, ...] = ()
     nothing: tuple[str, ...] = ()
     refuse: Callable[[nn.Module], str | None] = lambda module: None
+    inside: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
 class BlockLayout:
     """A pre-norm block: x + after(attention(norm1(x))), then x + after(mlp(norm2(x))), where after is dropout,
     layer-scale and drop path, those that there are, in this order. layer_scales: modules, or parameters of the block
-    itself. arguments(attention, x, ...) as in `AttentionLayout`; attend(attention, x, args, kwargs) calls the attention
-    as the block does; own_way(block) says whether it computes something else now."""
+    itself. mlp: "" where its layers are in several modules of the block. arguments(attention, x, ...) as in
+    `AttentionLayout`; attend(attention, x, args, kwargs) calls the attention as the block does; own_way(block) says
+    whether it computes something else now. in_tuple: it returns (output,)."""
 
     norm1: str
     attention: str
@@ -75,6 +90,7 @@ class BlockLayout:
     dropouts: tuple[str, ...] = ()
     attend: Callable[..., torch.Tensor] = lambda attention, x, args, kwargs: attention(x, *args, **kwargs)
     own_way: Callable[[nn.Module], bool] = lambda block: False
+    in_tuple: bool = False
 
 
 def _timm_arguments(attention, x, attn_mask=None, is_causal=False):
@@ -92,6 +108,8 @@ def asks_for_more(others: dict) -> bool:
 
 
 def _eva_arguments(attention, x, rope=None, attn_mask=None, is_causal=False):
+    if attn_mask is not None and not attention.fused_attn:
+        return None  # up to 1.0.19 it meant something else there
     if rope is None:
         return attn_mask, is_causal
     if rope.dim() != 2 or rope.shape[0] != x.shape[1] - attention.num_prefix_tokens:
@@ -106,6 +124,8 @@ def _rotary_arguments(attention, hidden_states, attention_mask=None, position_em
     given = _transformers_arguments(attention, hidden_states, attention_mask, **others)
     if given is None or position_embeddings is None:
         return None
+    if attention_mask is not None and attention.config._attn_implementation == "eager":
+        return None  # of which 4.57 makes factors
     cos, sin = position_embeddings
     if cos.dim() != 2:
         return None
@@ -126,6 +146,18 @@ def _transformers_arguments(attention, hidden_states, attention_mask=None, **oth
     return attention_mask, False
 
 
+def _parts_arguments(attention, hidden_states, head_mask=None, **others):
+    return None if head_mask is not None or asks_for_more(others) else (None, False)
+
+
+def _two_masks_arguments(
+    attention, hidden_states, attention_mask=None, causal_attention_mask=None, output_attentions=False
+):
+    if causal_attention_mask is not None or output_attentions:
+        return None
+    return _transformers_arguments(attention, hidden_states, attention_mask)
+
+
 def _multihead_arguments(
     attention,
     query,
@@ -143,15 +175,11 @@ def _multihead_arguments(
 
 def _timm_scale(attention):
     # Its fused path, SDPA's, goes by the width of a head.
-    return attention.head_dim**-0.5 if attention.fused_attn else attention.scale
+    return (attention.proj.in_features // attention.num_heads) ** -0.5 if attention.fused_attn else attention.scale
 
 
 def _timm_refuse(attention):
     return None if getattr(attention, "gate", None) is None else "its output is gated"
-
-
-def _eva_refuse(attention):
-    return "its output is gated" if attention.gate is not None else None
 
 
 def _eva_biases(attention):
@@ -196,12 +224,19 @@ _TRANSFORMERS = {
     "alone": _not_eager,
     "paired": True,
 }
+_TOWER = {
+    **_TRANSFORMERS,
+    "proj": "out_proj",
+    "heads": "num_heads",
+    "scale": lambda attention: attention.scale,
+    "rate": "dropout",
+}
 _EVA = {
     "proj": "proj",
     "heads": "num_heads",
     "arguments": _eva_arguments,
     "scale": _timm_scale,
-    "refuse": _eva_refuse,
+    "refuse": _timm_refuse,
     "dropouts": ("attn_drop", "proj_drop"),
     "nothing": ("q_norm", "k_norm", "norm"),
 }
@@ -252,9 +287,19 @@ ATTENTIONS = {
         rate="dropout",
         **{**_TRANSFORMERS, "arguments": _rotary_arguments},
     ),
-    "transformers tower attention": AttentionLayout(
-        proj="out_proj", heads="num_heads", scale=lambda attention: attention.scale, rate="dropout", **_TRANSFORMERS
+    "transformers attention in parts": AttentionLayout(
+        ("attention.query", "attention.key", "attention.value"),
+        "output.dense",
+        "attention.num_attention_heads",
+        _parts_arguments,
+        lambda attention: attention.attention.scaling,
+        lambda attention: _transformers_refuse(attention.attention),
+        rate="attention.dropout_prob",
+        dropouts=("output.dropout",),
+        inside=(("attention", "transformers inner attention"), ("output", "dense and dropout")),
     ),
+    "transformers tower attention": AttentionLayout(**_TOWER),
+    "transformers tower attention, two masks": AttentionLayout(**{**_TOWER, "arguments": _two_masks_arguments}),
 }
 MLPS = {
     "timm mlp": MlpLayout(("fc1",), "act", "fc2", ("drop1", "drop2"), ("norm",)),
@@ -271,7 +316,24 @@ MLPS = {
     ),
     "transformers mlp, up and down": MlpLayout(("up_proj",), "act_fn", "down_proj"),
     "transformers mlp": MlpLayout(("fc1",), "activation_fn", "fc2"),
+    "transformers mlp by activation": MlpLayout(("fc1",), "activation", "fc2"),
+    "transformers packed glu": MlpLayout(("weights_in",), "", "weights_out"),
+    "transformers block in parts": MlpLayout(  # of which the block's own layers are its MLP
+        ("intermediate.dense",),
+        "intermediate.intermediate_act_fn",
+        "output.dense",
+        ("output.dropout",),
+        inside=(("intermediate", "dense and activation"), ("output", "dense, dropout and residual")),
+    ),
     "transformers swiglu": MlpLayout(("gate_proj", "up_proj"), "act_fn", "down_proj"),
+}
+_SCALED = {
+    "norm1": "norm1",
+    "attention": "attention",
+    "norm2": "norm2",
+    "mlp": "mlp",
+    "layer_scales": ("layer_scale1", "layer_scale2"),
+    "drop_paths": ("drop_path", "drop_path"),
 }
 BLOCKS = {
     "timm block": BlockLayout(
@@ -299,25 +361,16 @@ BLOCKS = {
     "transformers block": BlockLayout(
         "layernorm_before", "attention", "layernorm_after", "mlp", _transformers_arguments, dropouts=("dropout",)
     ),
-    "transformers scaled block": BlockLayout(
-        "norm1",
-        "attention",
-        "norm2",
-        "mlp",
-        _transformers_arguments,
-        ("layer_scale1", "layer_scale2"),
-        ("drop_path", "drop_path"),
+    "transformers block in parts": BlockLayout(
+        "layernorm_before", "attention", "layernorm_after", "", _parts_arguments
     ),
-    "transformers rotary block": BlockLayout(
-        "norm1",
-        "attention",
-        "norm2",
-        "mlp",
-        _rotary_arguments,
-        ("layer_scale1", "layer_scale2"),
-        ("drop_path", "drop_path"),
-    ),
+    "transformers scaled block": BlockLayout(arguments=_transformers_arguments, **_SCALED),
+    "transformers scaled block in parts": BlockLayout(arguments=_parts_arguments, **_SCALED),
+    "transformers rotary block": BlockLayout(arguments=_rotary_arguments, **_SCALED),
     "transformers tower block": BlockLayout("layer_norm1", "self_attn", "layer_norm2", "mlp", _transformers_arguments),
+    "transformers tower block in a tuple": BlockLayout(
+        "layer_norm1", "self_attn", "layer_norm2", "mlp", _two_masks_arguments, in_tuple=True
+    ),
 }
 
 

@@ -21,6 +21,7 @@ from fastvit.nn.layers import (
     activation_name,
     can_fuse,
     dropout_active,
+    forward_is_its_classes,
     norm_complete,
     submodules,
     weights,
@@ -95,13 +96,9 @@ def _unseen(modules: list[nn.Module], roles: tuple[tuple[type, ...], ...]) -> bo
         return True
     quiet = {module for module in modules if module._forward_hooks and _records_nothing(module)}
     pairs = list(zip(modules, roles, strict=True))
-    if not quiet or any([type(m) not in types or "forward" in m.__dict__ for m, types in pairs if m in quiet]):
+    if not quiet or any([type(m) not in types or not forward_is_its_classes(m) for m, types in pairs if m in quiet]):
         return False
     return can_fuse(*zip(*[pair for pair in pairs if pair[0] not in quiet], strict=True))
-
-
-def _dropping(attention: nn.Module, layout: AttentionLayout) -> bool:
-    return layout.rate is not None and attention.training and getattr(attention, layout.rate) > 0
 
 
 def _masks(given: tuple, x: torch.Tensor, heads: int) -> tuple | None:
@@ -115,22 +112,20 @@ def _masks(given: tuple, x: torch.Tensor, heads: int) -> tuple | None:
 
 @dataclass(frozen=True)
 class Branch:
-    """One residual branch of a block: the names of its norm, of the module inside, of the layers in that, and of what
-    comes after it; the types that all of these have; layer-scale's module ("" for the block) and attribute, and what
-    draws for drop path, if any."""
+    """One residual branch of a block: the names of its norm, of the linear layers and the activation, and of what else
+    a call would go through; the types that all of these have; layer-scale's module ("" for the block) and attribute,
+    and what draws for drop path, if any."""
 
     norm: str
-    inner: str
     layers: tuple[str, ...]
-    after: tuple[str, ...]
+    others: tuple[str, ...]
     roles: tuple[tuple[type, ...], ...] = ()
     layer_scale: tuple[str, str] | None = None
     drop_path: tuple[str, Callable] | None = None
 
     def modules(self, block: nn.Module) -> list[nn.Module]:
-        """Those of the branch: the norm, the module inside, its layers, what comes after."""
-        norm, inner = submodules(block, (self.norm, self.inner))
-        return [norm, inner, *submodules(inner, self.layers), *submodules(block, self.after)]
+        """Those of the branch: the norm, the layers, the others."""
+        return submodules(block, (self.norm, *self.layers, *self.others))
 
     def unseen(self, modules: list[nn.Module]) -> bool:
         """Whether nobody can tell that the branch's modules are not called."""
@@ -166,10 +161,11 @@ class BlockPlan:
     def run(self, block: nn.Module, otherwise: Otherwise, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         """The block's output for x (B, N, D)."""
         first, second = self.first.modules(block), self.second.modules(block)
-        norm1, attention, *layers = first
-        norm2, mlp, *mlp_layers = second
+        norm1, *layers = first
+        norm2, *mlp_layers = second
+        attention, mlp = submodules(block, (self.layout.attention, self.layout.mlp))
         given = None if self.layout.own_way(block) else self.layout.arguments(attention, x, *args, **kwargs)
-        heads = getattr(attention, self.attention.heads)
+        heads = self.attention.num_heads(attention)
         dim = norm1.normalized_shape[0]
         if (
             given is None
@@ -179,7 +175,7 @@ class BlockPlan:
             or not self.first.unseen(first)
             or not self.second.unseen(second)
             or not plain(block._parameters.values())
-            or _dropping(attention, self.attention)
+            or self.attention.dropping(attention)
             or self.attention.refuse(attention) is not None
             or self.mlp.refuse(mlp) is not None
             or (found := _masks(given, x, heads)) is None
@@ -200,9 +196,10 @@ class BlockPlan:
         (scale1, drawn1), (scale2, drawn2) = self.first.scales(block, x), self.second.scales(block, x)
         activation = _activation(mlp_layers[split], self.activation) if self.mlp.act else self.activation
         how = (heads, self.attention.scale(attention), norm1.eps, norm2.eps, activation)
-        return ops.run_transformer_block(
-            (x, *parameters, *how, scale1, scale2, drawn1, drawn2, *found, *(given[2:] or _NO_ROPE), False), otherwise
-        )
+        given = (x, *parameters, *how, scale1, scale2, drawn1, drawn2, *found, *(given[2:] or _NO_ROPE), False)
+        if self.layout.in_tuple:
+            return (ops.run_transformer_block(given, lambda: otherwise()[0]),)
+        return ops.run_transformer_block(given, otherwise)
 
 
 @dataclass(frozen=True)
@@ -220,10 +217,15 @@ class MlpPlan:
     def run(self, block: nn.Module, otherwise: Otherwise, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         """The block's output for x (B, N, D)."""
         modules = self.second.modules(block)
-        norm, mlp, *layers = modules
-        if self.layout.own_way(block) or not self.second.unseen(modules) or self.mlp.refuse(mlp) is not None:
+        norm, *layers = modules
+        norm1, attention, mlp = submodules(block, (self.layout.norm1, self.layout.attention, self.layout.mlp))
+        if (
+            self.layout.own_way(block)
+            or (self.layout.in_tuple and self.layout.arguments(attention, x, *args, **kwargs) is None)
+            or not self.second.unseen(modules)
+            or self.mlp.refuse(mlp) is not None
+        ):
             return otherwise()
-        norm1, attention = submodules(block, (self.layout.norm1, self.layout.attention))
         y = self.layout.attend(attention, norm1(x), args, kwargs)
         y = y[0] if isinstance(y, tuple) else y
         for module in submodules(block, self.before):
@@ -231,7 +233,7 @@ class MlpPlan:
         x = x + y
         scale, drawn = self.second.scales(block, x)
         fc1, act, fc2 = layers[:3]
-        return ops.layer_norm_mlp(
+        out = ops.layer_norm_mlp(
             x,
             *weights(norm, fc1, fc2),
             eps=norm.eps,
@@ -240,6 +242,7 @@ class MlpPlan:
             layer_scale=scale,
             drop_path_scale=drawn,
         )
+        return (out,) if self.layout.in_tuple else out
 
 
 @dataclass(frozen=True)
@@ -257,12 +260,12 @@ class AttentionPlan:
         layout = self.layout
         given = layout.arguments(attention, x, *args, **kwargs)
         layers = submodules(attention, self.layers)
-        heads = getattr(attention, layout.heads)
+        heads = layout.num_heads(attention)
         if (
             given is None
             or x.dim() != 3
             or not _unseen(layers, self.roles)
-            or _dropping(attention, layout)
+            or layout.dropping(attention)
             or layout.refuse(attention) is not None
             or not layout.alone(attention)
             or not plain(attention._parameters.values())

@@ -8,6 +8,8 @@ import inspect
 
 from torch import nn
 
+from fastvit.nn.layers import forward_is_its_classes
+
 from .plans import Plan, may_run
 
 _ORIGINAL, _KIND = "_fastvit_original", "_fastvit_kind"  # in a made class, what it was made of, and its plan's kind
@@ -61,6 +63,13 @@ def swapped_class(original: type[nn.Module], plan: Plan) -> type[nn.Module]:
             _KIND: plan.kind,
         },
     )
+
+
+def swap(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Give a module another class."""
+    if forward_is_its_classes(module):
+        module.__dict__.pop("forward", None)  # which would still be the old class's
+    module.__class__ = cls
 
 
 def original_class(module: nn.Module) -> type[nn.Module] | None:

@@ -68,12 +68,12 @@ def _facts(model: nn.Module, blocks: list) -> dict[str, object]:
     """What the model and its blocks say that shapes do not. Raises ValueError where they do not agree."""
     found = []
     for block, layout in blocks:
-        attention, mlp = block._modules[layout.attention], block._modules[layout.mlp]
+        attention, mlp = block._modules[layout.attention], block.get_submodule(layout.mlp)
         inside = _layout(ATTENTIONS, attention)
         if inside is None:
             raise ValueError(f"its attention, a {type(attention).__name__}, is not known")
         acts = [name for module in mlp.modules() if (name := activation_of(module)) is not None]
-        eps, heads = block._modules[layout.norm1].eps, getattr(attention, inside.heads)
+        eps, heads = block._modules[layout.norm1].eps, inside.num_heads(attention)
         found.append({"norm_eps": eps, "num_heads": heads, "activation": acts[0] if acts else "silu"})
     if any(facts != found[0] for facts in found):
         raise ValueError("its blocks differ")

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from fastvit.nn.layers import dropout_active
+from fastvit.nn.layers import dropout_active, forward_is_its_classes
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # Whose hooks transformers leaves behind once it was asked for hidden states: they change nothing.
@@ -25,7 +25,7 @@ def check_serves(model: nn.Module) -> None:
         hooks = [hook for kind in _HOOKS for hook in getattr(module, kind).values()]
         if any(getattr(hook, "__module__", None) != _RECORDERS for hook in hooks):
             raise ValueError(f"{where} has hooks, which a frozen model would not call; remove them first")
-        if "forward" in module.__dict__:
+        if not forward_is_its_classes(module):
             raise ValueError(f"{where} has a forward of its own, which a frozen model would not call")
         if isinstance(module, nn.modules.dropout._DropoutNd) and dropout_active(module):
             raise ValueError(f"{where} is active dropout, expected model.eval()")

@@ -15,10 +15,16 @@ from torch.nn.modules.module import _has_any_global_hook
 
 
 def submodules(module: nn.Module, names: Iterable[str]) -> list[nn.Module]:
-    """A module's submodules of these names, which it has: as many of nn.Module's own attribute accesses would cost more
-    than the checks that they are for."""
+    """A module's submodules of these names, which it has, deeper ones by dots, itself for "": as many of nn.Module's
+    own attribute accesses would cost more than the checks that they are for."""
     own = module._modules
-    return [own[name] for name in names]
+    return [own[name] if name in own else _deeper(module, name) for name in names]
+
+
+def _deeper(module: nn.Module, name: str) -> nn.Module:
+    for part in name.split(".") if name else ():
+        module = module._modules[part]
+    return module
 
 
 def can_fuse(modules: Iterable[nn.Module], roles: Iterable[tuple[type, ...]]) -> bool:
@@ -39,10 +45,17 @@ def can_fuse(modules: Iterable[nn.Module], roles: Iterable[tuple[type, ...]]) ->
             or own["_forward_pre_hooks"]
             or own["_backward_hooks"]
             or own["_backward_pre_hooks"]
-            or "forward" in own
+            or ("forward" in own and not forward_is_its_classes(module))
         ):
             return False
     return True
+
+
+def forward_is_its_classes(module: nn.Module) -> bool:
+    """Whether a call of the module runs its class's `forward`, and not another that was put into the module itself.
+    What transformers 4 puts back there once it has recorded a layer's outputs is the class's."""
+    own = module.__dict__.get("forward")
+    return own is None or (getattr(own, "__self__", None) is module and own.__func__ is type(module).forward)
 
 
 def traced(x) -> bool:

@@ -56,6 +56,8 @@ def layers_of(model: nn.Module) -> list[Layer]:
                 (layout.norm2, "norm"),
                 (layout.mlp, "mlp"),
             ):
+                if not part:
+                    continue  # its layers are the block's own
                 which = {layout.norm1: " norm1", layout.norm2: " norm2"}.get(part, f" {kind}")
                 layers.append(Layer(name + which, block._modules[part], kind, layout))
         layers.append(Layer(name, block, "block", layout))

@@ -23,7 +23,7 @@ from fastvit.dropin.swap import original_class
 from fastvit.models.config import POS_RESAMPLING
 from fastvit.models.weights import resample_position_table
 from fastvit.nn import Attention
-from fastvit.nn.layers import ACTIVATION_LAYERS
+from fastvit.nn.layers import ACTIVATION_LAYERS, submodules
 from fastvit.nn.mlp import Mlp, SwiGLU
 
 from .trace import Layer, Trace, run
@@ -142,10 +142,10 @@ def _packed(attention: nn.Module, layout: AttentionLayout) -> list[list[torch.Te
     if not layout.qkv:
         tensors = [attention.in_proj_weight, attention.in_proj_bias]
     elif len(layout.qkv) == 1:
-        qkv = attention._modules[layout.qkv[0]]
+        qkv = attention.get_submodule(layout.qkv[0])
         tensors = [qkv.weight, qkv.bias]
     else:
-        layers = [attention._modules[name] for name in layout.qkv]
+        layers = submodules(attention, layout.qkv)
         return [[t.data for t in (layer.weight, layer.bias) if t is not None] for layer in layers]
     parts = [tensor.data.chunk(3) for tensor in tensors if tensor is not None]
     biases = [None] * 3 if layout.biases is None else layout.biases(attention)
@@ -165,7 +165,7 @@ def _reorder(attention: nn.Module, layout: AttentionLayout, order: tuple[int, ..
 
 def _by_head(attention: nn.Module, layout: AttentionLayout) -> None:
     """As if the rows of q, k and v came head by head."""
-    heads, parts = getattr(attention, layout.heads), _packed(attention, layout)
+    heads, parts = layout.num_heads(attention), _packed(attention, layout)
     for tensors in zip(*parts, strict=False):
         rows = torch.cat(tensors)
         found = rows.unflatten(0, (heads, 3, -1)).transpose(0, 1).flatten(0, 2).chunk(3)
@@ -185,24 +185,26 @@ def _of_attention(mine: Layer, theirs: Layer, context: Context) -> Iterator[Tria
             yield f"rows in the order q, k, v against {named}", _trial(theirs, context, change)
         yield "q, k and v of all heads against head by head", _trial(theirs, context, lambda m: _by_head(m, layout))
         other = _attention_layout(mine.module)
-        heads = getattr(theirs.module, layout.heads), other and getattr(mine.module, other.heads)
+        heads = layout.num_heads(theirs.module), other and other.num_heads(mine.module)
         if heads[1] and heads[0] != heads[1]:
 
             def regroup(attention):
-                width = getattr(attention, layout.heads) * layout.scale(attention) ** -2
-                for names, value in _of_heads(layout, heads[1], width):
-                    for name in [name for name in names if hasattr(attention, name)]:
-                        setattr(attention, name, value)
+                width = layout.num_heads(attention) * layout.scale(attention) ** -2
+                where, _, own = layout.heads.rpartition(".")
+                module = attention.get_submodule(where)
+                for names, value in _of_heads(own, heads[1], width):
+                    for name in [name for name in names if hasattr(module, name)]:
+                        setattr(module, name, value)
 
             yield f"{heads[0]} heads against {heads[1]}", _trial(theirs, context, regroup)
     yield from _of_weights(mine, theirs, context)
 
 
-def _of_heads(layout: AttentionLayout, heads: int, width: float) -> list[tuple[tuple[str, ...], float]]:
+def _of_heads(own: str, heads: int, width: float) -> list[tuple[tuple[str, ...], float]]:
     """What depends on the number of heads, by the names that libraries have for it."""
     head_dim = round(width / heads)
     return [
-        ((layout.heads,), heads),
+        ((own,), heads),
         (("head_dim", "attention_head_size"), head_dim),
         (("scale", "scaling"), head_dim**-0.5),
     ]
@@ -217,7 +219,7 @@ def _named_parts(layer: Layer) -> dict[str, list[torch.Tensor]]:
         layout = _attention_layout(module)
         if layout is None:
             return {}
-        proj = module._modules[layout.proj]
+        proj = module.get_submodule(layout.proj)
         found = {f"of {'qkv'[i]}": part for i, part in enumerate(_packed(module, layout))}
         return found | {"of the projection": [t.data for t in (proj.weight, proj.bias) if t is not None]}
     if layer.kind == "mlp":
@@ -225,8 +227,7 @@ def _named_parts(layer: Layer) -> dict[str, list[torch.Tensor]]:
         layout = MLPS[ours] if ours else known_layout(MLPS, module, original_class(module))
         if layout is None:
             return {}
-        first = [module._modules[name] for name in layout.fc1]
-        second = module._modules[layout.fc2]
+        *first, second = submodules(module, (*layout.fc1, layout.fc2))
         tensors = [t for layer in first for t in (layer.weight, layer.bias)]
         found = {"of the first layer": [t.data for t in tensors if t is not None]}
         return found | {"of the second layer": [t.data for t in (second.weight, second.bias) if t is not None]}
@@ -258,7 +259,7 @@ def _of_weights(mine: Layer, theirs: Layer, context: Context) -> Iterator[Trial]
 
 def _of_block(mine: Layer, theirs: Layer, context: Context) -> Iterator[Trial]:
     """Its parts agree: what is around them does not."""
-    if mine.layout is None or theirs.layout is None:
+    if mine.layout is None or theirs.layout is None or not mine.layout.mlp:
         return
     x = context.a.calls[mine.name].read
     parts = [context.a.calls[f"{mine.name} {part}"].out for part in ("attention", "mlp")]
