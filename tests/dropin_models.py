@@ -168,7 +168,7 @@ FAMILIES = [
         "transformers ViTMAE", from_transformers("ViTMAEModel"), "eps 1e-12, gelu, qkv bias", {"noise": NOISE}
     ),
 ]  # fmt: skip
-# Other models of transformers, whose layers have to the letter the same forward passes, and the ops that they run on.
+# Other models, whose layers have to the letter the same forward passes, and the ops that they run on.
 MASK = torch.arange(16) < torch.tensor([[12], [16]])
 TWO_BLOCKS = ["patch_embed", "transformer_block", "transformer_block"]
 OTHERS = {
@@ -191,6 +191,13 @@ OTHERS = {
         None,
         ["patch_embed", *["attention"] * 2],
     ),
+    "timm NaFlexViT": (
+        from_timm("naflexvit_base_patch16_siglip", img_size=None, num_classes=0),
+        None,
+        TWO_BLOCKS[1:],
+    ),
+    "timm ViT with rotary positions": (from_timm("vit_base_patch16_rope_224"), None, TWO_BLOCKS),
+    "timm Perception Encoder": (from_timm("vit_pe_core_base_patch16_224", num_classes=0), None, TWO_BLOCKS),
     "AST": (
         from_transformers("ASTModel", frequency_stride=8, time_stride=8, max_length=32, num_mel_bins=32),
         lambda x: {"input_values": x[:, 0]},

@@ -61,7 +61,7 @@ def below() -> str:
         f"{library.__name__} {library.__version__}" for library in (torch, timm, torchvision, transformers)
     )
     return (
-        f"Other models of transformers whose layers are the same to the letter come with these; outputs were tried of "
+        f"Other models whose layers are the same to the letter come with these; outputs were tried of "
         f"{', '.join(blocks)}, and with attention alone {', '.join(attention)}. With {libraries}."
     )
 

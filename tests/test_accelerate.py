@@ -272,7 +272,14 @@ def test_masks_of_transformers():
             assert ops_of(lambda given=given: model(images(), attention_mask=given)) == ([] if added else BLOCKS)
 
 
-@pytest.mark.parametrize("name", [name for name in BY_NAME if name.startswith("transformers") and "SwiGLU" not in name])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name.endswith((" ViT", "Dinov2", "3ViT", "CLIP vision")) else pytest.mark.slow)
+        for name in BY_NAME
+        if name.startswith("transformers") and "SwiGLU" not in name
+    ],
+)
 @torch.no_grad()
 def test_recorded_outputs_of_transformers(name):
     """Hidden states beside the kernels; attention probabilities, which the kernels never hold, in their stead; and the
@@ -758,12 +765,23 @@ def test_code_that_was_copied(tmp_path, monkeypatch, factor, more, known):
                 torch.testing.assert_close(VIT.run(model, images()), want, rtol=1e-4, atol=1e-4)
 
 
+@torch.no_grad()
+def test_angles_of_each_head_are_left_to_the_library():
+    model, other = (
+        randomise(timm.create_model("vit_small_patch16_rope_mixed_224", **SMALL | {"num_classes": 10})).eval()
+        for _ in range(2)
+    )
+    other.load_state_dict(model.state_dict())
+    fastvit.accelerate(model, modules=("block",), strict=True)
+    assert ops_of(lambda: model(images())) == []
+    torch.testing.assert_close(model(images()), other(images()), rtol=0, atol=0)
+
+
 def test_models_that_have_nothing_to_swap():
     models = {
         torchvision.models.resnet18(): None,
         transformers.GPT2Model(transformers.GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=8)): None,
         timm.create_model("beit_base_patch16_224", depth=1, embed_dim=48, num_heads=3): "takes relative positions",
-        timm.create_model("vit_small_patch16_rope_mixed_224", depth=1): "forward pass of its attn",
         timm.create_model("swin_tiny_patch4_window7_224", embed_dim=24): "does not know its forward pass",
     }
     for model, reason in models.items():

@@ -13,12 +13,16 @@ from fastvit import dispatch
 from fastvit.dropin import plans
 
 
-@every_family
-def test_outputs_and_gradients(family):
-    check_numbers(family, torch.float32)
+def some(*names: str):
+    """These families; the others in `make test-all`."""
+    marks = {name: () if name in names else pytest.mark.slow for name in BY_NAME}
+    assert {*names} <= {*BY_NAME}
+    return pytest.mark.parametrize(
+        "family", [pytest.param(family, marks=marks[name], id=name) for name, family in BY_NAME.items()]
+    )
 
 
-# One of each way to put a block together; the others in `make test-all`.
+# One of each way to put a block together.
 IN_HALF = (
     "timm ViT",
     "timm DINOv2",
@@ -29,10 +33,13 @@ IN_HALF = (
 )
 
 
-@pytest.mark.parametrize(
-    "family",
-    [pytest.param(f, marks=() if f.name in IN_HALF else pytest.mark.slow, id=f.name) for f in BY_NAME.values()],
-)
+@some(*IN_HALF, "timm DINOv2 giant", "timm CLIP", "timm ViT, no qkv bias, tanh", "timm EVA-02", "transformers Dinov2",
+      "transformers Dinov2, SwiGLU", "transformers DINOv3ViT, gated", "transformers CLIP vision")  # fmt: skip
+def test_outputs_and_gradients(family):
+    check_numbers(family, torch.float32)
+
+
+@some(*IN_HALF)
 def test_outputs_and_gradients_in_bfloat16(family):
     check_numbers(family, torch.bfloat16)
 

@@ -42,7 +42,7 @@ def test_compile_of_what_transformers_has_hooked():
         torch.testing.assert_close(DINOV2.run(compiled, images(), output_hidden_states=True), want, **CLOSE)
 
 
-@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.slow)])
 @one_of_each
 def test_export(family, strict):
     check_export(family, strict)
@@ -216,6 +216,7 @@ def test_importing_fastvit_registers_nothing():
 # Distributed training
 
 
+@pytest.mark.slow
 def test_two_processes_learn_what_one_does():
     check_distributed(DINOV2, "DDP", "FSDP2")
 

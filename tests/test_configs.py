@@ -514,6 +514,7 @@ for name, config in CASES:
 """
 
 
+@pytest.mark.slow
 def test_shared_memory_is_what_the_compiler_allocates(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)

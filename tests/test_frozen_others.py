@@ -16,6 +16,9 @@ REFUSED = {
     "transformers ViTMAE": "it computes something else",  # it shuffles patches, and leaves some out
     "SigLIP2 vision": "there is patch_embed.proj.weight of shape",  # its images come as patches
     "AST": "it takes no images as its parameters say",
+    "timm NaFlexViT": "there is no patch_embed.proj.weight",
+    "timm ViT with rotary positions": "it takes no images as its parameters say",
+    "timm Perception Encoder": "there is norm_pre beside what no model that is known has with it",
 }
 WHAT = {"out": "logits", "logits": "logits", "last_hidden_state": "tokens", "pooler_output": "features"}
 
@@ -40,7 +43,7 @@ def test_frozen_gives_what_the_model_gives(family):
 
 
 @pytest.mark.parametrize("name", [*OTHERS])
-def test_models_of_transformers_that_are_the_same_to_the_letter(name):
+def test_models_whose_layers_are_the_same_to_the_letter(name):
     model = OTHERS[name][0]().eval()
     if name == "BEiT":
         with pytest.raises(TypeError, match=r"BeitModel, expected a fastvit\.VisionTransformer, or one of timm"):

@@ -241,6 +241,7 @@ def test_every_launch(dtypes, product, launch_ops, triton_cache):
         assert "\n.target sm_90a\n" in cubin.with_suffix(".ptx").read_text()
 
 
+@pytest.mark.slow
 def test_under_auto_no_weight_gradient_is_a_product_of_ours(launch_ops):
     launched = launch_ops("auto", "bfloat16", "float32", DISABLE_LLVM_OPT="1")
     for sample, table in LAUNCHES.items():

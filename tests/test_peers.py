@@ -55,7 +55,7 @@ def cases(names, families=FAMILIES, dtypes=tuple(SHORT), mode="inference") -> li
         case = Case(model, dtype, 3, mode)
         reason = absent(PEERS[name], case, "cpu")
         if reason is None or reason.startswith("not installed"):
-            slow = PEERS[name].compiles and (name == "timm compiled" or (model, dtype) != (VIT, torch.float32))
+            slow = PEERS[name].compiles and (name.startswith("timm compiled") or (model, dtype) != (VIT, torch.float32))
             marks = [pytest.mark.slow] if slow else []
             found.append(pytest.param(name, case, id=f"{name}-{case.id}".replace(" ", "-"), marks=marks))
     return found

@@ -21,6 +21,7 @@ import re
 import signal
 import sys
 import tarfile
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -264,7 +265,7 @@ def _embed(arguments: argparse.Namespace, todo: list[int], count: int) -> None:
         compute=ray.data.ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=1),
         num_cpus=min(1, cpus / actors * 0.9),
         num_gpus=1 / each if device == "cuda" else None,
-        fn_constructor_args=(arguments, device, runtime, threads),
+        fn_constructor_args=(arguments, device, runtime, threads, actors),
     )
     try:
         for unit in progress(done.iter_rows(), len(todo), "embedding"):
@@ -278,8 +279,9 @@ class Embed:
     """The actor: from where units start in OUT/.units to their files. What it raises is what it gives, "" if nothing:
     Ray would say more than a line, and try a model that cannot be built again and again."""
 
-    def __init__(self, arguments: argparse.Namespace, device: str, runtime: str | None, threads: int):
-        self.arguments, self.device, self.runtime, self.threads = arguments, device, runtime, threads
+    def __init__(self, arguments: argparse.Namespace, device: str, runtime: str | None, threads: int, actors: int):
+        self.arguments, self.device, self.runtime = arguments, device, runtime
+        self.threads, self.actors = threads, actors
         self.output, self.config, self.model = arguments.output.resolve(), config_of(arguments), None
 
     def __call__(self, batch: dict) -> dict:
@@ -301,11 +303,16 @@ class Embed:
         """Build the model."""
         import torch
 
-        torch.set_num_threads(self.threads)
-        quiet_about_large_images()
-        batch_size = self.arguments.batch_size
-        model = build(self.arguments, self.config, self.device, num_classes=0)
-        self.features_of = served(model, "features", batch_size, batch_size, self.runtime)
+        begun = self.output / "features"
+        # A process that was killed at it has left its file; other actors may be at it too.
+        if len(list(begun.glob(".model.*"))) >= ATTEMPTS + self.actors - 1:
+            raise RuntimeError(f"{ATTEMPTS} processes died while they built the model")
+        with tempfile.NamedTemporaryFile(prefix=".model.", dir=begun):
+            torch.set_num_threads(self.threads)
+            quiet_about_large_images()
+            batch_size = self.arguments.batch_size
+            model = build(self.arguments, self.config, self.device, num_classes=0)
+            self.features_of = served(model, "features", batch_size, batch_size, self.runtime)
         self.model = model  # last: it is whole
 
     def embed(self, unit: dict, path: Path) -> None:

@@ -47,6 +47,12 @@ KNOWN = {
     "0f52a81eb6b818f7": "timm eva attention",  # up to 1.0.19, pairs are neighbours
     "70457dac5375d4a8": "timm eva attention",  # up to 1.0.15, q and k are not normalised
     "c0a23f7425bd9bb2": "timm eva attention",  # 1.0.3 to 1.0.7
+    "801fdeea18acd5b5": "timm rope attention",
+    "b57677531ec982e1": "timm rope attention",  # up to 1.0.29, no heads in groups
+    "dc6eece56567d55f": "timm rope attention",  # up to 1.0.27, without a gate
+    "7584afbdefcd63d9": "timm rope attention",  # up to 1.0.25, without is_causal
+    "2b6f1b3998b2bcc9": "timm rope attention",  # up to 1.0.22
+    "bc93e2da04f7189c": "timm rope attention",  # up to 1.0.19, pairs are neighbours
     "d38cfa9d692acfd5": "gelu",
     "20b39c0e43529b23": "gelu_tanh",
     "3cc7af57b55ea063": "quick_gelu",  # calls the next

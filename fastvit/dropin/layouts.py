@@ -179,6 +179,8 @@ def _timm_scale(attention):
 
 
 def _timm_refuse(attention):
+    if getattr(attention, "num_kv_groups", 1) > 1:
+        return "several heads of queries share one of keys"
     return None if getattr(attention, "gate", None) is None else "its output is gated"
 
 
@@ -241,7 +243,8 @@ _EVA = {
     "nothing": ("q_norm", "k_norm", "norm"),
 }
 _EVA_PACKED = AttentionLayout(("qkv",), biases=_eva_biases, **_EVA)
-_EVA_APART = AttentionLayout(("q_proj", "k_proj", "v_proj"), **_EVA)
+_ROPE_PACKED = AttentionLayout(("qkv",), **_EVA)
+_APART = AttentionLayout(("q_proj", "k_proj", "v_proj"), **_EVA)
 ATTENTIONS = {
     "timm attention": AttentionLayout(
         ("qkv",),
@@ -253,7 +256,8 @@ ATTENTIONS = {
         dropouts=("attn_drop", "proj_drop"),
         nothing=("q_norm", "k_norm", "norm"),
     ),
-    "timm eva attention": lambda attention: _EVA_APART if attention.qkv is None else _EVA_PACKED,
+    "timm eva attention": lambda attention: _APART if attention.qkv is None else _EVA_PACKED,
+    "timm rope attention": lambda attention: _APART if attention.qkv is None else _ROPE_PACKED,
     "attention without masks": AttentionLayout(
         ("qkv",),
         "proj",
