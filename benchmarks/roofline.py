@@ -21,6 +21,7 @@ from fastvit.kernels.launch import cost
 from fastvit.kernels.launch.cost import Cost, Rates, bound_seconds
 
 from fastvit import onednn
+from fastvit.frozen.openvino_import import import_openvino
 from fastvit.verify import SHORT
 
 from . import timing
@@ -194,8 +195,7 @@ def _other_products(left: torch.Tensor, right: torch.Tensor) -> list[Callable[[]
         calls.append(lambda: onednn.linear(left, packed))
     precision = {torch.float32: "f32", torch.bfloat16: "bf16"}.get(left.dtype)
     if precision and importlib.util.find_spec("openvino"):
-        import openvino
-
+        openvino = import_openvino()
         constant = openvino.op.Constant(right.float().numpy())
         images = openvino.opset13.parameter(list(left.shape), openvino.Type.f32)
         model = openvino.Model([openvino.opset13.matmul(images, constant, False, True)], [images])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ from frozen_models import EXACT, images_of, model_of, outputs_of
 import fastvit
 from fastvit import accuracy
 from fastvit.frozen import RUNTIMES, choice, freeze
+from fastvit.frozen.openvino_import import import_openvino
 from fastvit.frozen.runtimes import Runtime, torch_runtime
 from fastvit.verify import randomise
 
@@ -114,8 +116,7 @@ def exported(frozen, path, images, **how) -> torch.Tensor:
         session = onnxruntime.InferenceSession(path)
         return torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
     if path.suffix == ".xml":
-        import openvino
-
+        openvino = import_openvino()
         network = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
         return torch.from_numpy(network({"images": images.numpy()})["logits"])
     return torch.export.load(path).module()(images)[0]
@@ -423,13 +424,27 @@ def test_models_of_timm_as_they_must_not_be():
         freeze(timm.create_model("resnet10t").eval())
 
 
+def test_openvino_reports_nothing_to_anyone(tmp_path):
+    """Its telemetry would, at each import and conversion, from processes forked off ours."""
+    need("openvino")
+    script = """
+import multiprocessing, os, sys
+import fastvit
+os.fork = multiprocessing.Process.start = lambda *_: sys.exit("forked")
+model = fastvit.create_model("vit_tiny_patch16_224", img_size=32, embed_dim=48, depth=1, num_heads=3).eval()
+frozen = fastvit.freeze(model, runtime="openvino")
+frozen.export("model.xml")
+assert "openvino" in sys.modules and "openvino_telemetry" not in sys.modules
+"""
+    environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, check=True)
+    assert not (tmp_path / "intel").exists()
+
+
 def test_processes_that_share_a_machine_are_not_pinned_to_the_same_cores(monkeypatch):
     """OpenVINO's threads, where a process has fewer than there are cores: its first ones would be everyone's."""
     need("openvino")
-    import os
-
-    import openvino
-
+    openvino = import_openvino()
     asked, compile_model = [], openvino.Core.compile_model
 
     def watched(core, model, device, properties):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from fastvit.frozen.openvino_import import import_openvino
+
 from . import Built
 from ._export import exportable
 
@@ -11,8 +13,7 @@ _PRECISIONS = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 
 def build(peer, case, ours, inputs) -> Built:
-    import openvino
-
+    openvino = import_openvino()
     # Weights of both dtypes go in as float32, without loss; the hint says what it computes in.
     with exportable(case, ours, torch.float32) as (model, images):
         converted = openvino.convert_model(torch.export.export(model, (images,)))

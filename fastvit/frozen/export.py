@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from .openvino_import import import_openvino
 from .plan import IMAGES, OPERATIONS, Plan, Step, in_dtype
 
 
@@ -85,7 +86,7 @@ def openvino_model(plan: Plan, batch: int | None, uint8: bool):
     """The plan as an openvino.Model, in float32 whatever the plan's dtype: bfloat16 fits into it without loss. Raises
     ImportError where openvino is not installed."""
     try:
-        import openvino
+        openvino = import_openvino()
     except ImportError as error:
         raise ImportError("OpenVINO is not installed: pip install 'fastvit[openvino]'") from error
     with _quietly():
@@ -105,11 +106,9 @@ def export(plan: Plan, path: str | os.PathLike, batch: int | None, uint8: bool) 
         write_atomically(path, onnx_bytes(plan, batch, uint8))
     elif path.suffix == ".xml":
         model = openvino_model(plan, batch, uint8)
-        import openvino
-
         # The weights first: the file that names them comes when they are there.
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-            openvino.save_model(model, Path(folder) / path.name, compress_to_fp16=False)
+            import_openvino().save_model(model, Path(folder) / path.name, compress_to_fp16=False)
             for suffix in (".bin", ".xml"):
                 os.replace((Path(folder) / path.name).with_suffix(suffix), path.with_suffix(suffix))
     elif path.suffix == ".pt2":

@@ -7,6 +7,7 @@ import os
 import torch
 
 from ..export import openvino_model
+from ..openvino_import import import_openvino
 from ..plan import Plan
 from . import Run
 
@@ -17,8 +18,6 @@ def prepare(plan: Plan, batch: int, uint8: bool) -> Run:
     """The plan compiled for one batch, with as many threads as PyTorch has. Raises RuntimeError where OpenVINO does not
     compute in the plan's dtype on this CPU."""
     model = openvino_model(plan, batch, uint8)
-    import openvino
-
     precision = _PRECISIONS[plan.dtype]
     properties = {
         "INFERENCE_PRECISION_HINT": precision,
@@ -28,7 +27,7 @@ def prepare(plan: Plan, batch: int, uint8: bool) -> Run:
         # Pinned, the threads of every process with fewer than all cores are on the same ones, the first.
         "ENABLE_CPU_PINNING": torch.get_num_threads() >= len(os.sched_getaffinity(0)),
     }
-    network = openvino.Core().compile_model(model, "CPU", properties)
+    network = import_openvino().Core().compile_model(model, "CPU", properties)
     chosen = network.get_property("INFERENCE_PRECISION_HINT").to_string()
     if chosen != precision:
         raise RuntimeError(f"asked for {precision}, OpenVINO computes in {chosen} on this CPU")
