@@ -21,7 +21,7 @@ from fastvit.kernels.launch import cost
 from fastvit.kernels.launch.cost import Cost, Rates, bound_seconds
 
 from fastvit import onednn
-from fastvit.frozen.openvino_import import import_openvino
+from fastvit.frozen.openvino_import import import_openvino, openvino_core
 from fastvit.verify import SHORT
 
 from . import timing
@@ -200,7 +200,7 @@ def _other_products(left: torch.Tensor, right: torch.Tensor) -> list[Callable[[]
         images = openvino.opset13.parameter(list(left.shape), openvino.Type.f32)
         model = openvino.Model([openvino.opset13.matmul(images, constant, False, True)], [images])
         hints = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
-        request = openvino.Core().compile_model(model, "CPU", hints).create_infer_request()
+        request = openvino_core().compile_model(model, "CPU", hints).create_infer_request()
         given = left.float().numpy()
         calls.append(lambda: request.infer([given], share_inputs=True, share_outputs=True))
     return calls

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fastvit.frozen.openvino_import import import_openvino
+from fastvit.frozen.openvino_import import import_openvino, openvino_core
 
 from . import Built
 from ._export import exportable
@@ -24,7 +24,7 @@ def build(peer, case, ours, inputs) -> Built:
         "NUM_STREAMS": 1,
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
     }
-    network = openvino.Core().compile_model(converted, "CPU", properties)
+    network = openvino_core().compile_model(converted, "CPU", properties)
     chosen = network.get_property("INFERENCE_PRECISION_HINT").to_string()
     if chosen != precision:
         raise RuntimeError(f"asked for {precision}, OpenVINO computes in {chosen} on this CPU")

@@ -1,8 +1,14 @@
-"""OpenVINO without its telemetry: it would report every import and conversion to Google Analytics, by processes that it
-forks off this one, and leave its files in ~/intel."""
+"""OpenVINO, kept from two things that it does to the process it is in.
+
+Its telemetry would report every import and conversion to Google Analytics, by processes that it forks off this one, and
+leave its files in ~/intel. And a Core that has a CPU makes a stack for the signals of its thread; its end puts back the
+one that was there before. With two Cores, of which the older ends first, that one is gone by then, and the next Ctrl-C
+kills the process. So there is one Core here, to the process's end.
+"""
 
 from __future__ import annotations
 
+import functools
 import sys
 from types import ModuleType
 
@@ -22,3 +28,9 @@ def import_openvino() -> ModuleType:
     import openvino as package
 
     return package
+
+
+@functools.cache
+def openvino_core():
+    """This process's openvino.Core. Raises ImportError."""
+    return import_openvino().Core()

@@ -7,7 +7,7 @@ import os
 import torch
 
 from ..export import openvino_model
-from ..openvino_import import import_openvino
+from ..openvino_import import openvino_core
 from ..plan import Plan
 from . import Run
 
@@ -27,7 +27,7 @@ def prepare(plan: Plan, batch: int, uint8: bool) -> Run:
         # Pinned, the threads of every process with fewer than all cores are on the same ones, the first.
         "ENABLE_CPU_PINNING": torch.get_num_threads() >= len(os.sched_getaffinity(0)),
     }
-    network = import_openvino().Core().compile_model(model, "CPU", properties)
+    network = openvino_core().compile_model(model, "CPU", properties)
     chosen = network.get_property("INFERENCE_PRECISION_HINT").to_string()
     if chosen != precision:
         raise RuntimeError(f"asked for {precision}, OpenVINO computes in {chosen} on this CPU")
