@@ -126,7 +126,15 @@ SAMPLES = [
     ),
 ]
 BY_NAME = {sample.name: sample for sample in SAMPLES}
-every_op = pytest.mark.parametrize("sample", SAMPLES, ids=str)
+# The block in its other two forms costs as much as all single ops; test_transformer_block.py has them too.
+every_op = pytest.mark.parametrize(
+    "sample",
+    [
+        pytest.param(s, marks=pytest.mark.slow if s.name in ("transformer_block", "transformer_block-gated") else ())
+        for s in SAMPLES
+    ],
+    ids=str,
+)
 HALF = [torch.bfloat16, torch.float16]
 
 

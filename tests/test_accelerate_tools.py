@@ -24,7 +24,7 @@ VIT, TORCHVISION, DINOV2 = BY_NAME["timm ViT"], BY_NAME["torchvision ViT"], BY_N
 CLOSE = {"rtol": 1e-3, "atol": 1e-4}
 
 
-@pytest.mark.parametrize("backend", ["auto", "triton"])
+@pytest.mark.parametrize("backend", [pytest.param("auto", marks=pytest.mark.slow), "triton"])
 @one_of_each
 def test_compile(family, backend):
     check_compile(family, backend)

@@ -226,6 +226,7 @@ def test_each_entry_runs_its_own_call_and_ratios_are_peer_over_ours(quick, add_p
     assert row.entries["a"].seconds.median == 2.0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not interpreting(), reason="a GPU runs the kernels in the rows themselves")
 def test_photographs_are_classified_on_the_kernels(quick, monkeypatch):
     """With one photograph and two blocks, to be quick; and a wrong kernel shows."""

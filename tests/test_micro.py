@@ -105,6 +105,7 @@ def explained(call, rows, deadline=math.inf):
     return {row["request"]: without for row, without in found}
 
 
+@pytest.mark.slow
 def test_the_best_config_is_tried_without_its_parts(table):
     rows = rows_of(small_call())
     found = explained(small_call(), rows)
@@ -135,6 +136,7 @@ def test_the_loop_by_tma_takes_products_without_their_parts(table):
             assert launch(TmaConfig(64, 64, 16, 4, 2, SUBTILES=1))[0].isfinite().all()
 
 
+@pytest.mark.slow
 def test_attention_is_tried_at_other_lengths(table):
     call = small_call(dispatch.OPS["attention"], ((1, 21, 3, 1, 16),), (0.25, None, None, 0.0, None, None, False, None))
     rows = rows_of(call)

@@ -70,7 +70,7 @@ def test_gradcheck(sample):
 
 
 @every_op
-@pytest.mark.parametrize("trained", ["all", "one", "none"])
+@pytest.mark.parametrize("trained", ["all", pytest.param("one", marks=pytest.mark.slow), "none"])
 def test_custom_ops_pass_opcheck(sample, trained, device, monkeypatch):
     """In float32 with all tensors trained; in bfloat16 beside a wider stream with one; in bfloat16 with none."""
     calls = []

@@ -211,6 +211,7 @@ def test_command_keeps_what_it_has_when_interrupted(monkeypatch, tmp_path, capsy
     assert (written["finished"], len(written["results"])) == (False, 1)
 
 
+@pytest.mark.slow
 @needs_interpreter
 def test_processes_verify_what_one_does():
     """The same cases, the same errors to the last digit, in whatever order they come. MKL_CBWR: MKL's sums, too, are
