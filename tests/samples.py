@@ -126,8 +126,9 @@ SAMPLES = [
     ),
 ]
 BY_NAME = {sample.name: sample for sample in SAMPLES}
-# The block in its other two forms costs as much as all single ops; test_transformer_block.py has them too.
-every_op = pytest.mark.parametrize(
+every_op = pytest.mark.parametrize("sample", SAMPLES, ids=str)
+# For the dearest contracts: of the block's forms the one with everything but a gate, the others where it is asked for.
+every_op_one_block = pytest.mark.parametrize(
     "sample",
     [
         pytest.param(s, marks=pytest.mark.slow if s.name in ("transformer_block", "transformer_block-gated") else ())

@@ -149,14 +149,36 @@ def test_a_folder_with_actors_killed_meanwhile(cluster, weights, folder, tmp_pat
     assert {path: path.stat().st_mtime_ns for path in finished(output)} == before
 
 
+def command(arguments: list, ray_folder: str, **how) -> subprocess.Popen:
+    """A run in a process of its own, with a Ray of its own in this folder, in units as small as the tests'."""
+    code = f"import sys; from fastvit import cli; from fastvit.commands import embed_ray; embed_ray.UNIT = {UNIT}; "
+    code += "sys.exit(cli.main(sys.argv[1:]))"
+    environment = {**os.environ, "RAY_TMPDIR": ray_folder}
+    return subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], cwd=ROOT, env=environment, **how)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("send", [os.kill, os.killpg], ids=["the process", "all, as a terminal does"])
+def test_ctrl_c_ends_a_run_with_its_processes(send, weights, folder, tmp_path):
+    output = tmp_path / "out"
+    arguments = ["embed", folder, "-o", output, "--engine", "ray", *weights]
+    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as temporary:
+        with command(arguments, temporary, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+            until(lambda: finished(output) and begun(output))
+            send(process.pid, signal.SIGINT)
+            _, said = process.communicate(timeout=60)
+        assert process.returncode == 130 and said.endswith("fastvit embed: error: interrupted\n"), said
+        assert "Traceback" not in said
+        until(lambda: not actors_of(temporary))
+    assert 1 <= len(finished(output)) < 11
+
+
 @pytest.mark.slow
 def test_a_killed_run_goes_on(cluster, weights, folder, tmp_path, capsys):
     output = tmp_path / "out"
     arguments = ["embed", folder, "-o", output, "--engine", "ray", *weights]
-    code = f"import sys; from fastvit import cli; from fastvit.commands import embed_ray; embed_ray.UNIT = {UNIT}; "
-    command = [sys.executable, "-c", code + "sys.exit(cli.main(sys.argv[1:]))", *map(str, arguments)]
     with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as temporary:
-        with subprocess.Popen(command, cwd=ROOT, env={**os.environ, "RAY_TMPDIR": temporary}) as process:
+        with command(arguments, temporary) as process:
             until(lambda: len(finished(output)) >= 2 and begun(output))
             process.kill()
             for actor in actors_of(temporary):  # which else do some more before they hear of it

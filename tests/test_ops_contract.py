@@ -13,7 +13,7 @@ from fastvit.kernels import gemm, twin
 from fastvit.kernels.launch import choice, hardware, launcher
 from fastvit.kernels.launch.request import TmaConfig
 from fastvit.kernels.launch.search import search_space
-from samples import BATCHED, HALF, SAMPLES, B, every_op, gradients, results
+from samples import BATCHED, HALF, SAMPLES, B, every_op, every_op_one_block, gradients, results
 from torch.utils.checkpoint import checkpoint
 
 import fastvit
@@ -57,7 +57,7 @@ def test_same_call_as_reference(sample):
     assert str(inspect.signature(getattr(ops, sample.op))) == str(inspect.signature(getattr(reference, sample.op)))
 
 
-@every_op
+@every_op_one_block
 @pytest.mark.skipif(not interpreting(), reason="float64 runs in the interpreter only")
 def test_gradcheck(sample):
     tensors = sample.tensors(torch.float64)
@@ -69,8 +69,8 @@ def test_gradcheck(sample):
     assert torch.autograd.gradcheck(function, [tensors[name] for name in names], fast_mode=True)
 
 
-@every_op
-@pytest.mark.parametrize("trained", ["all", pytest.param("one", marks=pytest.mark.slow), "none"])
+@every_op_one_block
+@pytest.mark.parametrize("trained", ["all", "one", "none"])
 def test_custom_ops_pass_opcheck(sample, trained, device, monkeypatch):
     """In float32 with all tensors trained; in bfloat16 beside a wider stream with one; in bfloat16 with none."""
     calls = []
